@@ -1,0 +1,1 @@
+"""Generated from protos/specinfer/v1 by `make protos`. Never edited by hand."""
