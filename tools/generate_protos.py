@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("specinfer/v1")
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 INIT_TEXT = '"""Generated from protos/specinfer/v1 by `make protos`. Never edited by hand."""\n'
 
 
@@ -31,6 +32,7 @@ def generate(output: Path) -> None:
     includes = [
         f"-I{ROOT / 'protos'}",
         f"-I{importlib.resources.files('grpc_tools') / '_proto'}",
+        *(f"--plugin={Path(sys.executable).parent / name}" for name in PLUGINS),
     ]
     (output / PACKAGE).mkdir(parents=True)
     messages = [f"--python_out={output}", f"--mypy_out={output}"]
