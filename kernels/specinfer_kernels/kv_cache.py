@@ -1,0 +1,84 @@
+"""Moves of keys and values in the paged pool: write, compact, copy.
+
+The pool is [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]; a layer's caches are
+its views pool[layer, 0] and pool[layer, 1]. A slot is block * block_size + offset. Knows no block
+manager: whoever calls owns the slots.
+"""
+
+import torch
+from torch import Tensor
+
+from specinfer_kernels import reference
+from specinfer_kernels.errors import KernelInputError
+
+
+def write_kv(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Put the key and value of row i into slot slot_mapping[i], in place.
+
+    key, value: [num_rows, num_kv_heads, head_dim] of the caches' dtype. key_cache, value_cache:
+    contiguous [num_blocks, block_size, num_kv_heads, head_dim]. slot_mapping: int64 [num_rows],
+    distinct slots. Raises KernelInputError on a wrong shape, dtype or (on a CPU) slot.
+    """
+    rows = (slot_mapping.shape[0], *key_cache.shape[2:])
+    if key_cache.dim() != 4 or value_cache.shape != key_cache.shape:
+        raise KernelInputError(
+            f"caches must have one 4-dimensional shape, got {list(key_cache.shape)} "
+            f"and {list(value_cache.shape)}"
+        )
+    if key.shape != rows or value.shape != rows:
+        raise KernelInputError(
+            f"key and value must be {list(rows)}, got {list(key.shape)} and {list(value.shape)}"
+        )
+    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype:
+        raise KernelInputError(f"dtypes differ: {key.dtype} rows, {key_cache.dtype} caches")
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise KernelInputError("the caches must be contiguous")
+    _check_indices("slot_mapping", slot_mapping, key_cache.shape[0] * key_cache.shape[1])
+    reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
+
+
+def compact_kv(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy the key and value of slot sources[i] to slot targets[i] in every layer, in place.
+
+    Every source is read before any target is written, so overlapping moves are safe in any order.
+    sources, targets: int64 [n], targets distinct. Raises KernelInputError as write_kv does.
+    """
+    _check_moves(pool, sources, targets, pool.shape[2] * pool.shape[3] if pool.dim() == 6 else 0)
+    reference.compact_kv(pool, sources, targets)
+
+
+def copy_blocks(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copy block sources[i] to block targets[i] in every layer, in place (copy-on-write).
+
+    sources, targets: int64 [n] block ids, targets distinct. Raises KernelInputError as write_kv
+    does.
+    """
+    _check_moves(pool, sources, targets, pool.shape[2] if pool.dim() == 6 else 0)
+    reference.copy_blocks(pool, sources, targets)
+
+
+def _check_moves(pool: Tensor, sources: Tensor, targets: Tensor, limit: int) -> None:
+    if pool.dim() != 6 or pool.shape[1] != 2 or not pool.is_contiguous():
+        raise KernelInputError(
+            "pool must be a contiguous [num_layers, 2, num_blocks, block_size, num_kv_heads, "
+            f"head_dim], got {list(pool.shape)}"
+        )
+    if sources.shape != targets.shape:
+        raise KernelInputError(f"{sources.shape[0]} sources but {targets.shape[0]} targets")
+    _check_indices("sources", sources, limit)
+    _check_indices("targets", targets, limit)
+
+
+def _check_indices(name: str, indices: Tensor, limit: int) -> None:
+    if indices.dtype != torch.int64 or indices.dim() != 1:
+        raise KernelInputError(
+            f"{name} must be a flat int64, got {indices.dtype} {list(indices.shape)}"
+        )
+    # Reading values would make a GPU wait for its stream; there the device's own checks speak.
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in torch.aminmax(indices))
+    if lowest < 0 or highest >= limit:
+        raise KernelInputError(f"{name} must lie in 0..{limit - 1}, got {lowest}..{highest}")

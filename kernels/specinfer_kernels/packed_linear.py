@@ -1,0 +1,106 @@
+"""Linear layers whose row bits do not depend on the number of rows.
+
+On a CPU a float32 or bfloat16 weight is prepacked once for oneDNN, which reads it faster at few
+rows than `F.linear` does and gives a row the same bits for every number of rows from two on; a
+single row is padded to two. Everything else runs `F.linear`, on a CPU in row blocks of one fixed
+size. Knows no model: a layer is a weight and a bias.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from specinfer_kernels.errors import KernelInputError
+
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+# oneDNN takes another kernel for a single row, with another order of sums.
+_LEAST_ROWS = 2
+_BLOCK_ROWS = 16
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b. Made by `pack_linear`; inference only.
+
+    in_features, out_features: int. dtype: of weight and input. packed: oneDNN layout or plain.
+    row_invariant: whether a row's bits are promised not to depend on the other rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, packed: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.packed = packed
+        self.row_invariant = weight.device.type == "cpu"
+        # Plain attributes: an opaque oneDNN tensor cannot be a buffer of a state dict.
+        self._bias = None if bias is None else bias.detach().clone()
+        with torch.no_grad():
+            self._weight: Tensor = (
+                torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+                if packed
+                else weight.detach()
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] of the weight's dtype to [..., out_features]."""
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            raise KernelInputError(
+                f"linear takes {self.dtype} [..., {self.in_features}], "
+                f"got {x.dtype} {list(x.shape)}"
+            )
+        rows = x.reshape(-1, self.in_features)
+        if rows.shape[0] == 0:
+            result = rows.new_empty(0, self.out_features)
+        elif self.packed:
+            result = self._packed(rows)
+        elif self.row_invariant:
+            result = self._blocked(rows)
+        else:
+            result = functional.linear(rows, self._weight, self._bias)
+        return result.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        kind = "packed" if self.packed else "plain"
+        return f"{self.in_features}, {self.out_features}, {self.dtype}, {kind}"
+
+    def _packed(self, rows: Tensor) -> Tensor:
+        count = rows.shape[0]
+        if count < _LEAST_ROWS:
+            rows = rows.expand(_LEAST_ROWS, -1)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows.contiguous(), self._weight, self._bias, "none", [], ""
+        )
+        return result[:count]
+
+    def _blocked(self, rows: Tensor) -> Tensor:
+        count = rows.shape[0]
+        padded = functional.pad(rows, (0, 0, 0, -count % _BLOCK_ROWS))
+        blocks = [
+            functional.linear(block, self._weight, self._bias)
+            for block in torch.split(padded, _BLOCK_ROWS)
+        ]
+        return torch.cat(blocks)[:count]
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """The row-invariant form of a linear layer; keep it instead of the weight.
+
+    weight: [out_features, in_features]; bias: [out_features] of the same dtype, or None. A packed
+    layer holds a copy in oneDNN's layout and no reference to `weight`. Raises KernelInputError on
+    a wrong shape or dtype.
+    """
+    if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
+        raise KernelInputError(
+            f"weight must be a floating [out, in], got {weight.dtype} {list(weight.shape)}"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise KernelInputError(
+            f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}"
+        )
+    return PackedLinear(weight, bias, can_pack(weight))
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN's prepacked linear serves this weight here."""
+    if weight.device.type != "cpu" or weight.dtype not in _PACKED_DTYPES:
+        return False
+    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

@@ -1,0 +1,94 @@
+"""Seeded sampling by Gumbel noise from an integer counter hash.
+
+The noise of a token is a function of (seed, position, purpose, token) made by integer arithmetic
+and separate IEEE operations, so it has the same bits on every device and in every batch; the
+token chosen is argmax_v(logit_v + noise_v), a draw from softmax(logits). Knows no request, no
+temperature and no tree: logits arrive processed.
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from specinfer_kernels import reference
+from specinfer_kernels.backends import Backend
+from specinfer_kernels.errors import KernelInputError
+
+
+class Purpose(IntEnum):
+    """What a random word is for. Two tests never share one."""
+
+    TARGET = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+    DRAFT = 4
+    ORDER = 5
+
+
+TARGET = Purpose.TARGET
+ACCEPT = Purpose.ACCEPT
+RESIDUAL = Purpose.RESIDUAL
+DRAFT = Purpose.DRAFT
+ORDER = Purpose.ORDER
+
+
+def counter_hash(seed: Tensor, position: Tensor, purpose: int, vocab_size: int) -> Tensor:
+    """One 64-bit word for each (seed, position, purpose, token): int64 [n, vocab_size].
+
+    seed, position: int64 [n]. The words of a row are the splitmix64 stream (Steele, Lea and Flood,
+    OOPSLA 2014) of a state mixed from seed, purpose and position, so a word can be recomputed
+    alone. Raises KernelInputError on a wrong shape or dtype.
+    """
+    _check_counters(seed, position)
+    if vocab_size < 1:
+        raise KernelInputError(f"vocab_size must be at least 1, got {vocab_size}")
+    return reference.counter_hash(seed, position, int(purpose), vocab_size)
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise for purpose TARGET: float64 [n, vocab_size].
+
+    seeds, positions: int64 [n]. Made from the top 53 bits of the counter hash, the lowest of them
+    set, so it is finite; the same bits on every device.
+    """
+    return reference.gumbel_from_words(counter_hash(seeds, positions, TARGET, vocab_size))
+
+
+def sample_gumbel(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    greedy: Tensor,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """argmax_v(logits_v + noise_v) of every row in float64: int64 [n].
+
+    logits: processed float32 or float64 [n, vocab_size], -inf allowed; a NaN never wins. seeds,
+    positions: int64 [n]; greedy: bool [n], rows without noise. The lowest index wins ties; a row
+    with nothing above -inf gives 0. Raises KernelInputError on a wrong shape or dtype,
+    BackendUnavailableError when `backend` is named and cannot serve.
+    """
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise KernelInputError(f"logits must be [n, vocab_size], got {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise KernelInputError(f"logits must be float32 or float64, got {logits.dtype}")
+    _check_counters(seeds, positions)
+    rows = logits.shape[:1]
+    if seeds.shape != rows or greedy.shape != rows or greedy.dtype != torch.bool:
+        raise KernelInputError(
+            f"{rows[0]} rows of logits need as many seeds, positions and bool greedy, got "
+            f"{list(seeds.shape)} and {greedy.dtype} {list(greedy.shape)}"
+        )
+    noise = gumbel_noise(seeds, positions, logits.shape[1])
+    return reference.sample_gumbel(logits, noise, greedy)
+
+
+def _check_counters(seed: Tensor, position: Tensor) -> None:
+    if seed.dtype != torch.int64 or position.dtype != torch.int64 or seed.dim() != 1:
+        raise KernelInputError(
+            f"seed and position must be flat int64, got {seed.dtype} and {position.dtype}"
+        )
+    if seed.shape != position.shape:
+        raise KernelInputError(f"{seed.shape[0]} seeds but {position.shape[0]} positions")

@@ -1,0 +1,132 @@
+"""Paged tree attention over a ragged batch: prefill, plain decoding and token trees in one op.
+
+A row sees the committed keys of its sequence and, among the sequence's rows of the same pass,
+those whose bit is set in its ancestor words. It takes them in position order, so its bits depend
+neither on the slots its ancestors sit in nor on the rows that share the pass. Knows no model and
+no scheduler.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specinfer_kernels import reference
+from specinfer_kernels.backends import Backend, choose_backend
+from specinfer_kernels.errors import KernelInputError
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where the rows of one pass belong and what each may see. All on the device of the caches.
+
+    row_offsets: int32 [num_sequences + 1]; rows of sequence s are row_offsets[s]..row_offsets[s+1].
+    context_lens: int32 [num_sequences]; keys of the sequence in the cache before this pass (L).
+    block_tables: int32 [num_sequences, max_blocks]; physical block of each logical block.
+    ancestors: int64 [num_rows, num_words]; bit j of a row's 64-bit words is set when the row sees
+        the j-th row of its sequence in this pass, itself included. The key and value of that j-th
+        row lie at logical slot L + j. Parents come before children.
+    """
+
+    row_offsets: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    ancestors: Tensor
+
+
+def tree_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: AttentionLayout,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v of every row over its own keys, in position order.
+
+    query: [num_rows, num_heads, head_dim], last dimension contiguous. key_cache, value_cache:
+    [num_blocks, block_size, num_kv_heads, head_dim], contiguous, of query's dtype, already holding
+    the keys and values of this pass. Returns a contiguous [num_rows, num_heads, head_dim] of
+    query's dtype; sums are taken in float32 (float64 for float64).
+
+    The k-th key of a row's list has position k, the row's own position is the last. With
+    `sliding_window` w only keys with row_position - k < w are seen; `softcap` c turns a scaled
+    score s into c * tanh(s / c).
+
+    Raises KernelInputError on a wrong shape, stride, dtype or range, BackendUnavailableError when
+    `backend` is named and cannot serve.
+    """
+    _check(query, key_cache, value_cache, layout)
+    if sliding_window is not None and sliding_window < 1:
+        raise KernelInputError(f"sliding_window must be at least 1, got {sliding_window}")
+    if softcap is not None and not softcap > 0:
+        raise KernelInputError(f"softcap must be positive, got {softcap}")
+    choose_backend(query.device, backend, query.dtype, _NATIVE_DTYPES)
+    return reference.tree_attention(
+        query,
+        key_cache,
+        value_cache,
+        layout.row_offsets,
+        layout.context_lens,
+        layout.block_tables,
+        layout.ancestors,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+
+
+def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: AttentionLayout) -> None:
+    if query.dim() != 3 or key_cache.dim() != 4:
+        raise KernelInputError(
+            "query must be [num_rows, num_heads, head_dim] and the caches "
+            "[num_blocks, block_size, num_kv_heads, head_dim], got "
+            f"{list(query.shape)} and {list(key_cache.shape)}"
+        )
+    if value_cache.shape != key_cache.shape:
+        raise KernelInputError(
+            f"key and value caches differ: {list(key_cache.shape)}, {list(value_cache.shape)}"
+        )
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads = key_cache.shape[2]
+    if head_dim != key_cache.shape[3] or num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise KernelInputError(
+            f"{num_heads} heads of {head_dim} cannot read {num_kv_heads} kv heads of "
+            f"{key_cache.shape[3]}"
+        )
+    if not query.dtype == key_cache.dtype == value_cache.dtype:
+        raise KernelInputError(
+            f"dtypes differ: query {query.dtype}, caches {key_cache.dtype}, {value_cache.dtype}"
+        )
+    if not query.device == key_cache.device == value_cache.device:
+        raise KernelInputError("query and caches are on different devices")
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise KernelInputError("the caches must be contiguous")
+    if query.stride(2) != 1 and head_dim > 1:
+        raise KernelInputError("the last dimension of query must be contiguous")
+    _check_layout(layout, num_rows)
+
+
+def _check_layout(layout: AttentionLayout, num_rows: int) -> None:
+    num_sequences = layout.context_lens.shape[0]
+    expected = (
+        ("row_offsets", layout.row_offsets, torch.int32, (num_sequences + 1,)),
+        ("context_lens", layout.context_lens, torch.int32, (num_sequences,)),
+        ("block_tables", layout.block_tables, torch.int32, (num_sequences, None)),
+        ("ancestors", layout.ancestors, torch.int64, (num_rows, None)),
+    )
+    for name, tensor, dtype, shape in expected:
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            raise KernelInputError(f"{name} must be a contiguous {dtype}, got {tensor.dtype}")
+        if len(tensor.shape) != len(shape) or any(
+            wanted is not None and wanted != size
+            for wanted, size in zip(shape, tensor.shape, strict=True)
+        ):
+            raise KernelInputError(f"{name} must be {shape}, got {list(tensor.shape)}")
+    if num_rows and layout.ancestors.shape[1] == 0:
+        raise KernelInputError("ancestors must have at least one word a row")
