@@ -6,7 +6,7 @@ module knows nothing of protobuf, gRPC or tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer.tree import TokenTree
@@ -205,11 +205,11 @@ class GenerateRequest:
     token_ids: tuple[int, ...] | None = None
     messages: tuple[ChatMessage, ...] | None = None
     model: str = ""
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     random_seed: bool = False
-    stop: StopConditions = StopConditions()
+    stop: StopConditions = field(default_factory=StopConditions)
     num_logprobs: int | None = None
-    speculation: SpeculationOptions = SpeculationOptions()
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     request_id: str = ""
 
 

@@ -118,8 +118,8 @@ class StopConditions:
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
             _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if isinstance(self.stop, str):
-            raise InvalidRequest("stop is a sequence of strings", field="stop")
+        if not isinstance(self.stop, tuple):
+            raise InvalidRequest("stop is a tuple of strings", field="stop")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"stop has at most {MAX_STOP_STRINGS} strings", field="stop")
         for text in self.stop:

@@ -1,0 +1,213 @@
+"""How every gRPC server of specinfer is built, announced and drained. Needs the `serve` extra.
+
+A server here has bounded messages, health for each service, optional reflection, and one
+interceptor that turns our errors into statuses. It knows nothing of what the calls mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from specinfer.errors import InternalError, InvalidRequest, SpecinferError
+from specinfer.rpc import SERVER_OPTIONS, TlsSettings, error_metadata, status_code
+
+log = logging.getLogger(__name__)
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+
+
+@dataclass
+class RpcServer:
+    """A gRPC server with its health service.
+
+    Attributes:
+        server: the underlying server, to add servicers to before `start`.
+        service_names: full names of the services, for health and reflection.
+    """
+
+    server: grpc.aio.Server
+    service_names: tuple[str, ...]
+    health: health_aio.HealthServicer = field(default_factory=health_aio.HealthServicer)
+    port: int = 0
+
+    async def start(self) -> None:
+        """Begin to serve and report every service as serving."""
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        await self.server.start()
+        await self.set_serving(True)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Report health for the whole server and for each service."""
+        status = health_pb2.HealthCheckResponse
+        value = status.SERVING if serving else status.NOT_SERVING
+        for name in ("", *self.service_names):
+            await self.health.set(name, value)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Refuse new calls, let running ones finish for `grace_seconds`, then cut them off."""
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_seconds)
+
+
+def build_server(
+    address: str,
+    service_names: Sequence[str],
+    *,
+    tls: TlsSettings | None = None,
+    insecure_bind: bool = False,
+    enable_reflection: bool = True,
+    max_concurrent_rpcs: int | None = None,
+) -> RpcServer:
+    """A server bound to `address` (port 0 takes a free one), with no servicer yet.
+
+    Raises:
+        InvalidRequest: when the port is in use, the address is none, or a plain-text server would
+            be reachable from other machines and `insecure_bind` does not allow it.
+    """
+    if tls is None and not insecure_bind and not address.startswith(_LOOPBACK):
+        raise InvalidRequest(
+            f"{address} can be reached from other machines without TLS; "
+            "give certificates, bind to 127.0.0.1, or allow it with --insecure-bind",
+            field="address",
+        )
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor()],
+        options=SERVER_OPTIONS,
+        maximum_concurrent_rpcs=max_concurrent_rpcs,
+    )
+    if enable_reflection:
+        reflection.enable_server_reflection((*service_names, reflection.SERVICE_NAME), server)
+    built = RpcServer(server, tuple(service_names))
+    built.port = _bind(server, address, tls)
+    return built
+
+
+def _bind(server: grpc.aio.Server, address: str, tls: TlsSettings | None) -> int:
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, tls.server_credentials())
+    except RuntimeError as error:
+        raise InvalidRequest(
+            f"cannot listen on {address}: the port is in use or the address is not ours",
+            field="address",
+        ) from error
+
+
+async def serve_until_signal(
+    server: RpcServer,
+    *,
+    grace_seconds: float,
+    on_drain: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process's patience."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    await stop.wait()
+    stop.clear()
+    log.info("draining")
+    await server.set_serving(False)
+    if on_drain is not None:
+        await on_drain()
+    drained = asyncio.ensure_future(server.drain(grace_seconds))
+    impatient = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((drained, impatient), return_when=asyncio.FIRST_COMPLETED)
+    impatient.cancel()
+    if not drained.done():
+        await server.server.stop(0)
+    await drained
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Ends a call that raised one of our errors with its status; anything else is INTERNAL."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[_Request, _Response] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[_Request, _Response] | None:
+        """Wrap the handler of one call."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        if handler.unary_unary is not None:
+            return _rebuild(handler, unary_unary=_wrap_unary(handler.unary_unary, method))
+        if handler.unary_stream is not None:
+            return _rebuild(handler, unary_stream=_wrap_stream(handler.unary_stream, method))
+        if handler.stream_stream is not None:
+            return _rebuild(handler, stream_stream=_wrap_stream(handler.stream_stream, method))
+        return handler
+
+
+def _rebuild(
+    handler: grpc.RpcMethodHandler[_Request, _Response], **behaviour: Any
+) -> grpc.RpcMethodHandler[_Request, _Response]:
+    makers: dict[str, Any] = {
+        "unary_unary": grpc.unary_unary_rpc_method_handler,
+        "unary_stream": grpc.unary_stream_rpc_method_handler,
+        "stream_stream": grpc.stream_stream_rpc_method_handler,
+    }
+    ((kind, function),) = behaviour.items()
+    rebuilt: grpc.RpcMethodHandler[_Request, _Response] = makers[kind](
+        function, handler.request_deserializer, handler.response_serializer
+    )
+    return rebuilt
+
+
+def _wrap_unary(behaviour: Any, method: str) -> Any:
+    # The health service of grpcio-health-checking brings plain functions beside coroutines.
+    async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            answer = behaviour(request, context)
+            return await answer if inspect.isawaitable(answer) else answer
+        except Exception as error:
+            await _end(context, error, method)
+
+    return unary
+
+
+def _wrap_stream(behaviour: Any, method: str) -> Any:
+    if not inspect.isasyncgenfunction(behaviour):
+        return behaviour
+
+    async def stream(
+        request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except Exception as error:
+            await _end(context, error, method)
+
+    return stream
+
+
+async def _end(
+    context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str
+) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, SpecinferError):
+        log.error("call %s failed", method, exc_info=error)
+        error = InternalError("a fault inside the server; its log has the details")
+    await context.abort(status_code(error), error.message, error_metadata(error))
+    raise error

@@ -1,0 +1,82 @@
+"""Servers and channels: errors travel with their details, ports and binds are checked."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from specinfer.errors import InternalError, InvalidRequest, ResourceExhausted
+from specinfer.rpc import error_from_rpc, open_channel
+from specinfer.server import RpcServer, build_server
+from specinfer.v1 import router_pb2, router_pb2_grpc
+
+SERVICE = "specinfer.v1.GenerationService"
+
+
+class FailingService(router_pb2_grpc.GenerationServiceServicer):
+    """Fails every call: with our error, and with a fault."""
+
+    async def Generate(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        yield router_pb2.GenerateResponse()
+        raise ResourceExhausted("full", field="prompt", request_id="r1", retry_after=1.5)
+
+    async def GetCapabilities(self, request: Any, context: Any) -> Any:
+        raise ValueError("secret")
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[RpcServer]:
+    built = build_server("127.0.0.1:0", [SERVICE])
+    router_pb2_grpc.add_GenerationServiceServicer_to_server(FailingService(), built.server)
+    await built.start()
+    yield built
+    await built.drain(0)
+
+
+async def test_our_errors_arrive_with_their_details(server: RpcServer) -> None:
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = router_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stub.Generate(router_pb2.GenerateRequest()):
+                pass
+    error = error_from_rpc(caught.value)
+    assert isinstance(error, ResourceExhausted)
+    assert (error.message, error.field, error.request_id) == ("full", "prompt", "r1")
+    assert error.retry_after == 1.5
+    assert error.retryable
+
+
+async def test_a_fault_tells_no_secrets(server: RpcServer) -> None:
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = router_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetCapabilities(router_pb2.GetCapabilitiesRequest())
+    error = error_from_rpc(caught.value)
+    assert isinstance(error, InternalError)
+    assert "secret" not in error.message
+
+
+async def test_health_is_told_for_each_service(server: RpcServer) -> None:
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        await server.set_serving(False)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_port_in_use_is_said(server: RpcServer) -> None:
+    with pytest.raises(InvalidRequest, match="in use"):
+        build_server(f"127.0.0.1:{server.port}", [SERVICE])
+
+
+async def test_a_wide_plain_bind_has_to_be_allowed() -> None:
+    with pytest.raises(InvalidRequest, match="insecure-bind"):
+        build_server("0.0.0.0:0", [SERVICE])
