@@ -1,0 +1,73 @@
+# `make` alone lists the targets. Every target sets up what it is missing.
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+KERNEL := .venv/.kernel
+GENERATORS := .venv-protos/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up test check fmt lint types protos protos-check bench lossless clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." is passed on by up, test, bench and lossless'
+
+setup: $(READY) $(KERNEL) ## make .venv, install everything, build the C++ kernel
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[router,model,cli,dev]' --constraint constraints.txt
+	@touch $@
+
+$(KERNEL): $(READY) $(wildcard kernels/specinfer_kernels/csrc/*) kernels/specinfer_kernels/build.py
+	$(BIN)/python -m specinfer_kernels.build
+	@touch $@
+
+$(GENERATORS): protos/requirements.txt
+	@test -x .venv-protos/bin/python || $(PYTHON) -m venv .venv-protos
+	.venv-protos/bin/python -m pip install --quiet --requirement protos/requirements.txt
+	@touch $@
+
+up: setup ## serve the demo pair: router, draft and verify; Ctrl-C ends all
+	@$(BIN)/specinfer up $(ARGS)
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types protos-check test ## all that CI checks
+
+fmt: setup ## format Python and protos, sort imports
+	$(BIN)/ruff check --select I --fix --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/buf format --write
+
+lint: setup ## ruff, import contracts, sizes of functions and files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_sizes.py
+
+types: setup ## mypy (strict) and pyright
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+protos: setup $(GENERATORS) ## generate specinfer/v1 from the protos
+	.venv-protos/bin/python tools/generate_protos.py
+
+protos-check: setup $(GENERATORS) ## lint the protos; specinfer/v1 must be what they give
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	.venv-protos/bin/python tools/generate_protos.py --check
+
+bench: setup ## speculation on against off, interleaved, on a local cluster
+	@$(BIN)/specinfer bench $(ARGS)
+
+lossless: setup ## prove that speculation changes no token
+	@$(BIN)/specinfer lossless $(ARGS)
+
+clean: ## remove the environments, caches and built files
+	rm -rf .venv .venv-protos .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find kernels -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
