@@ -1,0 +1,112 @@
+"""When a failed call is tried again, how long to wait first, and when to give up.
+
+This module decides on our errors and on time alone; it knows nothing of channels or requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass
+
+from specinfer.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ResourceExhausted,
+    SpecinferError,
+    Unavailable,
+)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Exponential backoff with jitter, for errors that a later call may not meet.
+
+    `Unavailable` is retried, and `ResourceExhausted` when the server said how long to wait. A
+    stream is retried before its first token only: afterwards a retry could repeat tokens.
+
+    Attributes:
+        max_attempts: calls in all, at least 1; 1 never retries.
+        initial_backoff: seconds before the second call.
+        multiplier: growth of the wait from one call to the next, at least 1.
+        max_backoff: longest wait in seconds; a server's `retry_after` may be longer.
+        jitter: share of each wait that is random, from 0 to 1.
+
+    Raises:
+        InvalidRequest: naming the field that is out of its range.
+    """
+
+    max_attempts: int = 4
+    initial_backoff: float = 0.1
+    multiplier: float = 2.0
+    max_backoff: float = 5.0
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_attempts": (self.max_attempts, 1, 100),
+            "initial_backoff": (self.initial_backoff, 0, 60),
+            "multiplier": (self.multiplier, 1, 10),
+            "max_backoff": (self.max_backoff, 0, 600),
+            "jitter": (self.jitter, 0, 1),
+        }
+        for name, (value, low, high) in bounds.items():
+            if not low <= value <= high:
+                raise InvalidRequest(
+                    f"retry.{name} is between {low} and {high}, got {value}", field=f"retry.{name}"
+                )
+
+    def wait_after(
+        self, attempt: int, error: SpecinferError, chance: random.Random
+    ) -> float | None:
+        """Seconds to wait after failed call number `attempt` (from 1); None gives up."""
+        if attempt >= self.max_attempts or not self.covers(error):
+            return None
+        wait = min(self.max_backoff, self.initial_backoff * self.multiplier ** (attempt - 1))
+        wait *= 1.0 + self.jitter * (2.0 * chance.random() - 1.0)
+        return max(wait, error.retry_after or 0.0)
+
+    @staticmethod
+    def covers(error: SpecinferError) -> bool:
+        """Whether this kind of error is worth another call."""
+        if isinstance(error, ResourceExhausted):
+            return error.retry_after is not None
+        return isinstance(error, Unavailable)
+
+
+class Attempts:
+    """The calls made for one request, under one deadline.
+
+    Attributes:
+        number: of the call under way, from 1.
+    """
+
+    def __init__(self, policy: RetryPolicy, timeout: float | None, chance: random.Random) -> None:
+        """Start the clock; `timeout` is in seconds, None has no deadline."""
+        self.number = 1
+        self._policy = policy
+        self._chance = chance
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def remaining(self) -> float | None:
+        """Seconds left for the next call, or None without a deadline; raises DeadlineExceeded."""
+        if self._deadline is None:
+            return None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the timeout passed before the call could be made")
+        return left
+
+    async def wait_or_raise(self, error: SpecinferError) -> None:
+        """Sleep until the next call is due; raises `error` when there is to be none.
+
+        A wait that would not end before the deadline is not begun: the error says more than a
+        timeout would.
+        """
+        wait = self._policy.wait_after(self.number, error, self._chance)
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        if wait is None or (left is not None and wait >= left):
+            raise error
+        await asyncio.sleep(wait)
+        self.number += 1
