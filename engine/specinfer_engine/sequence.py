@@ -10,6 +10,7 @@ tensors, models or acceptance: it returns which blocks to copy and which slots t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ class SequenceState:
             Slots to move, ascending, so that moving one by one never overwrites a later source.
             Move them before the next pass.
         """
-        if any(later <= earlier for earlier, later in zip(nodes, nodes[1:], strict=False)):
+        if any(later <= earlier for earlier, later in itertools.pairwise(nodes)):
             raise ValueError(f"nodes to commit are strictly ascending, got {list(nodes)}")
         if len(nodes) > self.num_missing:
             raise ValueError(f"{len(nodes)} nodes to commit and {self.num_missing} tokens waiting")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from specinfer_engine.blocks import BlockManager
 
 from specinfer.errors import ResourceExhausted
+from specinfer_engine.blocks import BlockManager
 
 
 def fill(blocks: BlockManager, token_ids: list[int]) -> list[int]:

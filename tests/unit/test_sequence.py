@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from specinfer_engine.blocks import BlockManager
-from specinfer_engine.sequence import Moves, SequenceState
 
 from specinfer.errors import ResourceExhausted
+from specinfer_engine.blocks import BlockManager
+from specinfer_engine.sequence import Moves, SequenceState
 
 
 class Pool:

@@ -1,0 +1,125 @@
+"""The one pipeline from raw logits to the law that a token is drawn from, and logprobs.
+
+Order (algorithms.md 1.5): penalties, bias, temperature, top-k, top-p, min-p. Every function takes
+one row, float32 or float64 [vocab_size], so what a row becomes cannot depend on other rows; none
+changes its input. This module knows nothing of trees, sessions or noise: the caller says which
+tokens stand before the row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from specinfer.messages import TokenLogprob
+from specinfer.sampling import SamplingParams
+
+
+def process_logits(
+    row: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int] = (),
+    output_ids: Sequence[int] = (),
+) -> Tensor:
+    """Logits of the law that `params` asks for after the given tokens.
+
+    Args:
+        row: raw logits, float32 or float64 [vocab_size].
+        params: with temperature 0 the cuts are skipped, as they never move the best token.
+        prompt_ids: tokens of the prompt; only penalties look at them.
+        output_ids: all later tokens up to the row's own, those of its tree path included.
+
+    Returns:
+        A row of the same shape and dtype; -inf for tokens that cannot be drawn.
+    """
+    if params.penalised:
+        row = penalise(row, params, prompt_ids, output_ids)
+    if params.logit_bias:
+        row = add_bias(row, params.logit_bias)
+    if params.greedy:
+        return row
+    if params.temperature != 1.0:
+        row = row / params.temperature
+    if 0 < params.top_k < row.shape[0]:
+        row = keep_top_k(row, params.top_k)
+    if params.top_p < 1.0:
+        row = keep_top_p(row, params.top_p)
+    if params.min_p > 0.0:
+        row = keep_min_p(row, params.min_p)
+    return row
+
+
+def penalise(
+    row: Tensor, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int]
+) -> Tensor:
+    """Repetition over prompt and output as transformers does it, the others as OpenAI's API does.
+
+    repetition: logit / r where the logit is positive, logit * r elsewhere (CTRL, section 4.1);
+    presence and frequency: logit - presence * [count > 0] - frequency * count, output only.
+    """
+    vocab_size = row.shape[0]
+    output = torch.tensor(output_ids, dtype=torch.int64, device=row.device)
+    counts = torch.bincount(output, minlength=vocab_size)
+    if params.repetition_penalty != 1.0:
+        prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=row.device)
+        seen = (counts + torch.bincount(prompt, minlength=vocab_size)) > 0
+        factor = params.repetition_penalty
+        row = torch.where(seen, torch.where(row > 0, row / factor, row * factor), row)
+    if params.presence_penalty != 0.0:
+        row = row - params.presence_penalty * (counts > 0).to(row.dtype)
+    if params.frequency_penalty != 0.0:
+        row = row - params.frequency_penalty * counts.to(row.dtype)
+    return row
+
+
+def add_bias(row: Tensor, logit_bias: Mapping[int, float]) -> Tensor:
+    """Add each token's bias to its logit."""
+    token_ids = torch.tensor(list(logit_bias), dtype=torch.int64, device=row.device)
+    biases = torch.tensor(list(logit_bias.values()), dtype=row.dtype, device=row.device)
+    return row.index_add(0, token_ids, biases)
+
+
+def keep_top_k(row: Tensor, top_k: int) -> Tensor:
+    """Keep the `top_k` largest logits; of equal ones the lower token ids."""
+    smallest_kept = torch.topk(row, top_k).values[-1]
+    kept = row > smallest_kept
+    ties = torch.nonzero(row == smallest_kept).flatten()  # ascending token ids
+    kept[ties[: top_k - int(kept.sum())]] = True
+    return row.masked_fill(~kept, -math.inf)
+
+
+def keep_top_p(row: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest prefix of the descending sort whose mass reaches `top_p`, one at least.
+
+    Equal logits stand in the order of their token ids; the mass is summed in float64.
+    """
+    mass, order = torch.sort(row.double().softmax(0), descending=True, stable=True)
+    mass_before = mass.cumsum(0) - mass
+    dropped = mass_before >= top_p
+    dropped[0] = False
+    return row.masked_fill(torch.zeros_like(dropped).scatter_(0, order, dropped), -math.inf)
+
+
+def keep_min_p(row: Tensor, min_p: float) -> Tensor:
+    """Keep tokens whose probability is at least `min_p` times that of the best one."""
+    return row.masked_fill(row < row.max() + math.log(min_p), -math.inf)
+
+
+def token_logprob(row: Tensor, token_id: int, num_top: int) -> TokenLogprob:
+    """Log probability of a token under the target's own law, before penalties and temperature.
+
+    Args:
+        row: raw logits, float32 or float64 [vocab_size].
+        token_id: the token drawn.
+        num_top: how many of the most probable tokens to name; of equal ones the lower ids.
+    """
+    logprobs = torch.log_softmax(row.double(), 0)
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top > 0:
+        best = torch.sort(logprobs, descending=True, stable=True)
+        token_ids = best.indices[:num_top].tolist()
+        top = tuple(zip(token_ids, best.values[:num_top].tolist(), strict=True))
+    return TokenLogprob(token_id, float(logprobs[token_id]), top)
