@@ -1,0 +1,107 @@
+"""The stages of training the demo pair, each resumable from the files it leaves in a work folder.
+
+Refuses to know about flags and model cards.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .batches import Batch, iter_batches
+from .corpus import Card, build_cards, sample_conversations
+from .distill import (
+    Labels,
+    collect_outputs,
+    endless_batches,
+    join_chats,
+    label_chats,
+    loss_from_labels,
+)
+from .library import read_library
+from .shapes import VOCAB_SIZE, build_model, draft_config, num_parameters, target_config
+from .tokenizer import Chat, encode_chat, tokenizer_texts, train_tokenizer
+from .train import TrainOptions, train
+
+_LOG = logging.getLogger(__name__)
+BATCH_TOKENS = 4608
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every stage needs: the cards and the tokenizer."""
+
+    cards: list[Card]
+    tokenizer: PreTrainedTokenizerFast
+
+
+def prepare(work: Path) -> Material:
+    """Build the cards; train the tokenizer, or read it back from ``work``."""
+    cards = build_cards(read_library())
+    folder = work / "tokenizer"
+    if not folder.exists():
+        tokenizer = train_tokenizer(tokenizer_texts(cards), VOCAB_SIZE)
+        tokenizer.save_pretrained(folder)
+    return Material(cards, AutoTokenizer.from_pretrained(folder))
+
+
+def corpus_batches(material: Material, rng: random.Random, max_tokens: int) -> Iterator[Batch]:
+    """Endless batches, a freshly sampled epoch after each pass."""
+    pad_id = int(material.tokenizer.pad_token_id or 0)
+    while True:
+        turns = sample_conversations(material.cards, rng)
+        chats = [encode_chat(material.tokenizer, one) for one in turns]
+        num_tokens = sum(len(chat.ids) for chat in chats)
+        _LOG.info("epoch of %d conversations, %d tokens", len(chats), num_tokens)
+        yield from iter_batches(chats, max_tokens, pad_id, rng)
+
+
+def train_target(material: Material, work: Path, seconds: float) -> tuple[LlamaForCausalLM, float]:
+    """The target, trained on the corpus; returns it with its running loss (nats per token)."""
+    model = build_model(target_config(material.tokenizer), seed=0)
+    _LOG.info("target of %d parameters, %.0f s", num_parameters(model), seconds)
+    batches = corpus_batches(material, random.Random(0), BATCH_TOKENS)
+    options = TrainOptions(seconds=seconds)
+    loss = train(model, batches, options, state_path=work / "target.pt")
+    return model, loss
+
+
+def _labelled(
+    material: Material, target: LlamaForCausalLM, outputs: list[Chat], rng: random.Random
+) -> tuple[list[Chat], list[Labels]]:
+    """The outputs joined to conversations, and one epoch of the corpus, with the target's view."""
+    corpus = sample_conversations(material.cards, rng)
+    chats = join_chats(outputs, rng)
+    chats += [encode_chat(material.tokenizer, turns) for turns in corpus]
+    pad_id = int(material.tokenizer.pad_token_id or 0)
+    return chats, label_chats(target, chats, pad_id, BATCH_TOKENS)
+
+
+def train_draft(
+    material: Material, target: LlamaForCausalLM, work: Path, seconds: float
+) -> tuple[LlamaForCausalLM, float]:
+    """The drafter, distilled on the target's own outputs and on the corpus.
+
+    A quarter of ``seconds`` goes to collecting outputs. Returns the drafter and its running loss.
+    """
+    rng = random.Random(1)
+    start = time.monotonic()
+    served = copy.deepcopy(target).to(torch.bfloat16)
+    outputs = collect_outputs(served, material.tokenizer, material.cards, seconds / 4, rng)
+    chats, labels = _labelled(material, served, outputs, rng)
+    pad_id = int(material.tokenizer.pad_token_id or 0)
+    model = build_model(draft_config(material.tokenizer), seed=0)
+    left = max(1.0, seconds - (time.monotonic() - start))
+    _LOG.info("drafter of %d parameters, %.0f s", num_parameters(model), left)
+    batches = endless_batches(chats, BATCH_TOKENS, pad_id, rng)
+    options = TrainOptions(seconds=left)
+    loss = train(model, batches, options, loss_from_labels(labels), work / "draft.pt")
+    return model, loss
