@@ -8,12 +8,19 @@ manager: whoever calls owns the slots.
 import torch
 from torch import Tensor
 
-from specinfer_kernels import reference
+from specinfer_kernels import native, reference
+from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
 
 
 def write_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    backend: Backend | None = None,
 ) -> None:
     """Put the key and value of row i into slot slot_mapping[i], in place.
 
@@ -35,6 +42,10 @@ def write_kv(
         raise KernelInputError(f"dtypes differ: {key.dtype} rows, {key_cache.dtype} caches")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise KernelInputError("the caches must be contiguous")
+    chosen = choose_backend(key_cache.device, backend, key.dtype, native.DTYPE_CODES)
+    if chosen == "native" and _native_takes(key, value, slot_mapping):
+        native.write_kv(key, value, key_cache, value_cache, slot_mapping)
+        return
     _check_indices("slot_mapping", slot_mapping, key_cache.shape[0] * key_cache.shape[1])
     reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
 
@@ -57,6 +68,12 @@ def copy_blocks(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
     """
     _check_moves(pool, sources, targets, pool.shape[2] if pool.dim() == 6 else 0)
     reference.copy_blocks(pool, sources, targets)
+
+
+def _native_takes(key: Tensor, value: Tensor, slot_mapping: Tensor) -> bool:
+    """Whether each head's values lie side by side, as a memory copy needs."""
+    flat = slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous()
+    return flat and key.stride(2) == 1 and value.stride(2) == 1
 
 
 def _check_moves(pool: Tensor, sources: Tensor, targets: Tensor, limit: int) -> None:

@@ -3,7 +3,8 @@
 On a CPU a float32 or bfloat16 weight is prepacked once for oneDNN, which reads it faster at few
 rows than `F.linear` does and gives a row the same bits for every number of rows from two on; a
 single row is padded to two. Everything else runs `F.linear`, on a CPU in row blocks of one fixed
-size. Knows no model: a layer is a weight and a bias.
+size with both feature counts padded with zeros to whole vectors: the library's edge code for odd
+sizes sums in another order at some row offsets. Knows no model: a layer is a weight and a bias.
 """
 
 import torch
@@ -16,6 +17,7 @@ _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # oneDNN takes another kernel for a single row, with another order of sums.
 _LEAST_ROWS = 2
 _BLOCK_ROWS = 16
+_FEATURE_MULTIPLE = 16
 
 
 class PackedLinear(nn.Module):
@@ -33,12 +35,13 @@ class PackedLinear(nn.Module):
         self.row_invariant = weight.device.type == "cpu"
         # Plain attributes: an opaque oneDNN tensor cannot be a buffer of a state dict.
         self._bias = None if bias is None else bias.detach().clone()
-        with torch.no_grad():
-            self._weight: Tensor = (
-                torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-                if packed
-                else weight.detach()
-            )
+        self._weight = weight.detach()
+        if packed:
+            self._weight = _reorder(self._weight)
+        elif self.row_invariant:
+            wanted = (-self.in_features % _FEATURE_MULTIPLE, -self.out_features % _FEATURE_MULTIPLE)
+            self._weight = functional.pad(self._weight, (0, wanted[0], 0, wanted[1])).contiguous()
+            self._bias = None if bias is None else functional.pad(bias.detach(), (0, wanted[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] of the weight's dtype to [..., out_features]."""
@@ -56,7 +59,7 @@ class PackedLinear(nn.Module):
             result = self._blocked(rows)
         else:
             result = functional.linear(rows, self._weight, self._bias)
-        return result.view(*x.shape[:-1], self.out_features)
+        return result.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         kind = "packed" if self.packed else "plain"
@@ -73,12 +76,13 @@ class PackedLinear(nn.Module):
 
     def _blocked(self, rows: Tensor) -> Tensor:
         count = rows.shape[0]
-        padded = functional.pad(rows, (0, 0, 0, -count % _BLOCK_ROWS))
+        columns = self._weight.shape[1] - self.in_features
+        padded = functional.pad(rows, (0, columns, 0, -count % _BLOCK_ROWS)).contiguous()
         blocks = [
             functional.linear(block, self._weight, self._bias)
             for block in torch.split(padded, _BLOCK_ROWS)
         ]
-        return torch.cat(blocks)[:count]
+        return torch.cat(blocks)[:count, : self.out_features]
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -97,6 +101,12 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
             f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}"
         )
     return PackedLinear(weight, bias, can_pack(weight))
+
+
+def _reorder(weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return reordered
 
 
 def can_pack(weight: Tensor) -> bool:

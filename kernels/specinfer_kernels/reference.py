@@ -23,6 +23,12 @@ _MIX_SECOND = 0x94D049BB133111EB
 _GATHER_LIMIT = 1 << 22
 
 
+def join_words(words: list[int]) -> int:
+    """The bit set of signed 64-bit words, lowest word first, as one non-negative int."""
+    mask = (1 << WORD_BITS) - 1
+    return sum((word & mask) << (WORD_BITS * index) for index, word in enumerate(words))
+
+
 def ordered_slots(
     row_offsets: Tensor, context_lens: Tensor, ancestors: Tensor, num_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +77,7 @@ def tree_attention(
     visible = place < num_keys[:, None]
     if sliding_window is not None:
         visible &= num_keys[:, None] - 1 - place < sliding_window
+    physical = torch.where(visible, physical, 0)  # a block behind the window may be gone
     output = torch.zeros_like(query, memory_format=torch.contiguous_format)
     chunk = max(1, _GATHER_LIMIT // max(1, slots.shape[1] * num_kv_heads * head_dim))
     for start in range(0, num_rows, chunk):
@@ -194,6 +201,11 @@ def gumbel_from_words(words: Tensor) -> Tensor:
     """
     uniform = (_shift_right(words, 11) | 1).double() * 2.0**-53
     return -exact_log(-exact_log(uniform))
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, purpose: int) -> Tensor:
+    """float64 [n, vocab_size] of standard Gumbel noise."""
+    return gumbel_from_words(counter_hash(seeds, positions, purpose, vocab_size))
 
 
 def sample_gumbel(logits: Tensor, noise: Tensor, greedy: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from specinfer_kernels import reference
-from specinfer_kernels.backends import Backend
+from specinfer_kernels import native, reference
+from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
 
 
@@ -40,19 +40,22 @@ def counter_hash(seed: Tensor, position: Tensor, purpose: int, vocab_size: int) 
     OOPSLA 2014) of a state mixed from seed, purpose and position, so a word can be recomputed
     alone. Raises KernelInputError on a wrong shape or dtype.
     """
-    _check_counters(seed, position)
-    if vocab_size < 1:
-        raise KernelInputError(f"vocab_size must be at least 1, got {vocab_size}")
+    _check_counters(seed, position, vocab_size)
     return reference.counter_hash(seed, position, int(purpose), vocab_size)
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(
+    seeds: Tensor, positions: Tensor, vocab_size: int, *, backend: Backend | None = None
+) -> Tensor:
     """Standard Gumbel noise for purpose TARGET: float64 [n, vocab_size].
 
     seeds, positions: int64 [n]. Made from the top 53 bits of the counter hash, the lowest of them
     set, so it is finite; the same bits on every device.
     """
-    return reference.gumbel_from_words(counter_hash(seeds, positions, TARGET, vocab_size))
+    _check_counters(seeds, positions, vocab_size)
+    if choose_backend(seeds.device, backend) == "native":
+        return native.gumbel_noise(seeds.contiguous(), positions.contiguous(), vocab_size)
+    return reference.gumbel_noise(seeds, positions, vocab_size, TARGET)
 
 
 def sample_gumbel(
@@ -70,25 +73,36 @@ def sample_gumbel(
     with nothing above -inf gives 0. Raises KernelInputError on a wrong shape or dtype,
     BackendUnavailableError when `backend` is named and cannot serve.
     """
-    if logits.dim() != 2 or logits.shape[1] == 0:
+    if logits.dim() != 2:
         raise KernelInputError(f"logits must be [n, vocab_size], got {list(logits.shape)}")
     if logits.dtype not in (torch.float32, torch.float64):
         raise KernelInputError(f"logits must be float32 or float64, got {logits.dtype}")
-    _check_counters(seeds, positions)
+    _check_counters(seeds, positions, logits.shape[1])
     rows = logits.shape[:1]
     if seeds.shape != rows or greedy.shape != rows or greedy.dtype != torch.bool:
         raise KernelInputError(
             f"{rows[0]} rows of logits need as many seeds, positions and bool greedy, got "
             f"{list(seeds.shape)} and {greedy.dtype} {list(greedy.shape)}"
         )
-    noise = gumbel_noise(seeds, positions, logits.shape[1])
+    if not logits.device == seeds.device == greedy.device:
+        raise KernelInputError("logits, seeds and greedy are on different devices")
+    if choose_backend(logits.device, backend) == "native":
+        rows_contiguous = logits if logits.stride(1) == 1 else logits.contiguous()
+        return native.sample_gumbel(
+            rows_contiguous, seeds.contiguous(), positions.contiguous(), greedy.contiguous()
+        )
+    noise = reference.gumbel_noise(seeds, positions, logits.shape[1], TARGET)
     return reference.sample_gumbel(logits, noise, greedy)
 
 
-def _check_counters(seed: Tensor, position: Tensor) -> None:
+def _check_counters(seed: Tensor, position: Tensor, vocab_size: int) -> None:
     if seed.dtype != torch.int64 or position.dtype != torch.int64 or seed.dim() != 1:
         raise KernelInputError(
             f"seed and position must be flat int64, got {seed.dtype} and {position.dtype}"
         )
     if seed.shape != position.shape:
         raise KernelInputError(f"{seed.shape[0]} seeds but {position.shape[0]} positions")
+    if seed.device != position.device:
+        raise KernelInputError("seeds and positions are on different devices")
+    if vocab_size < 1:
+        raise KernelInputError(f"vocab_size must be at least 1, got {vocab_size}")

@@ -6,16 +6,15 @@ neither on the slots its ancestors sit in nor on the rows that share the pass. K
 no scheduler.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specinfer_kernels import reference
+from specinfer_kernels import native, reference
 from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,11 @@ def tree_attention(
         raise KernelInputError(f"sliding_window must be at least 1, got {sliding_window}")
     if softcap is not None and not softcap > 0:
         raise KernelInputError(f"softcap must be positive, got {softcap}")
-    choose_backend(query.device, backend, query.dtype, _NATIVE_DTYPES)
-    return reference.tree_attention(
+    chosen = choose_backend(query.device, backend, query.dtype, native.DTYPE_CODES)
+    if chosen == "reference" and query.device.type == "cpu":
+        _check_values(layout, query.shape[0], key_cache, sliding_window)
+    attend = native.tree_attention if chosen == "native" else reference.tree_attention
+    return attend(
         query,
         key_cache,
         value_cache,
@@ -130,3 +132,35 @@ def _check_layout(layout: AttentionLayout, num_rows: int) -> None:
             raise KernelInputError(f"{name} must be {shape}, got {list(tensor.shape)}")
     if num_rows and layout.ancestors.shape[1] == 0:
         raise KernelInputError("ancestors must have at least one word a row")
+
+
+def _check_values(
+    layout: AttentionLayout, num_rows: int, key_cache: Tensor, sliding_window: int | None
+) -> None:
+    """What the native kernel checks by itself: contents that would read outside the cache."""
+    offsets = [int(offset) for offset in layout.row_offsets]
+    if offsets[0] != 0 or offsets[-1] != num_rows or offsets != sorted(offsets):
+        raise KernelInputError("row_offsets must rise from 0 to num_rows")
+    num_blocks, block_size = key_cache.shape[:2]
+    for sequence, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        context = int(layout.context_lens[sequence])
+        if context < 0:
+            raise KernelInputError("context_lens must not be negative")
+        if begin == end:
+            continue
+        if context + end - begin > layout.block_tables.shape[1] * block_size:
+            raise KernelInputError("a sequence has more keys than block_tables has room for")
+        words = layout.ancestors[begin:end].tolist()
+        masks = [reference.join_words(row) for row in words]
+        if any(mask.bit_length() != index + 1 for index, mask in enumerate(masks)):
+            raise KernelInputError("each row's own bit must be set in ancestors and be its last")
+        lowest = 0
+        if sliding_window is not None:
+            least = min(context + mask.bit_count() for mask in masks)
+            lowest = max(0, least - sliding_window)
+        blocks = layout.block_tables[sequence]
+        used = blocks[
+            min(lowest, context) // block_size : (context + end - begin - 1) // block_size + 1
+        ]
+        if bool(((used < 0) | (used >= num_blocks)).any()):
+            raise KernelInputError("block_tables names a block outside the cache")

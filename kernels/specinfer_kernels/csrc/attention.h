@@ -1,0 +1,569 @@
+// Paged tree attention on a CPU. See tree_attention.py for the meaning of the arguments.
+//
+// A row's keys are taken in position order in blocks of kBlock counted from position 0. In a block
+// a score is one chain of fused multiply-adds over head_dim, the block's maximum rescales the
+// running sums (online softmax, Milakov and Gimelshein 2018), and values are added key by key.
+// Rows are computed together only where that changes no operation of any of them: a tile of rows
+// shares the packing of a block of keys, and registers hold several rows side by side.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "vectors.h"
+
+namespace specinfer {
+
+struct AttentionArguments {
+    const void* query;
+    const void* key_cache;
+    const void* value_cache;
+    void* output;
+    const int32_t* row_offsets;
+    const int32_t* context_lens;
+    const int32_t* block_tables;
+    const uint64_t* ancestors;
+    int64_t query_row_stride;
+    int64_t query_head_stride;
+    int64_t num_rows;
+    int64_t num_sequences;
+    int64_t max_blocks;
+    int64_t num_words;
+    int64_t num_blocks;
+    int64_t block_size;
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t sliding_window;  // 0: none
+    double scale;
+    double softcap;  // 0: none
+    int64_t dtype;   // 0: float32, 1: bfloat16, 2: float64
+    int64_t num_threads;
+};
+
+enum Status {
+    kFine = 0,
+    kBadRowOffsets = 1,
+    kTableTooShort = 2,
+    kBadBlock = 3,
+    kBadAncestors = 4,
+    kNoMemory = 5,
+    kBadSlot = 6,
+    kBadDtype = 7,
+};
+
+constexpr int kBlock = 64;        // keys of one block; part of the definition of the result's bits
+constexpr int kTileQueries = 64;  // query vectors that share a packed block; changes no bit
+constexpr int kRowsTogether = 4;  // query vectors side by side in registers; changes no bit
+
+// Rows of one sequence and query heads of one kv head, done by one thread.
+struct Unit {
+    int32_t sequence, first_row, last_row, kv_head, first_group, last_group;
+};
+
+// What a row sees: positions [first, last) of its list; own_rows are its ancestors in the pass.
+struct RowKeys {
+    int64_t first, last, context;
+    const int32_t* own_rows;
+    int64_t logical_slot(int64_t position) const {
+        return position < context ? position : context + own_rows[position - context];
+    }
+};
+
+inline int64_t count_bits(const uint64_t* words, int64_t num_words) {
+    int64_t count = 0;
+    for (int64_t word = 0; word < num_words; ++word) count += __builtin_popcountll(words[word]);
+    return count;
+}
+
+inline int64_t first_visible(int64_t num_keys, int64_t sliding_window) {
+    return sliding_window > 0 ? std::max<int64_t>(0, num_keys - sliding_window) : 0;
+}
+
+// Parents come before children, so a row's own bit is its last one.
+inline bool own_bit_is_last(const uint64_t* words, int64_t num_words, int64_t own) {
+    if (own / 64 >= num_words || !((words[own / 64] >> (own % 64)) & 1)) return false;
+    if (own % 64 != 63 && (words[own / 64] >> (own % 64 + 1)) != 0) return false;
+    for (int64_t word = own / 64 + 1; word < num_words; ++word)
+        if (words[word] != 0) return false;
+    return true;
+}
+
+inline Status check_sequence(const AttentionArguments& a, int64_t sequence, int64_t* work) {
+    const int64_t begin = a.row_offsets[sequence], end = a.row_offsets[sequence + 1];
+    const int64_t context = a.context_lens[sequence];
+    if (begin > end || end > a.num_rows || context < 0) return kBadRowOffsets;
+    if (begin == end) return kFine;
+    if (context + end - begin > a.max_blocks * a.block_size) return kTableTooShort;
+    int64_t lowest = context;
+    for (int64_t row = begin; row < end; ++row) {
+        const uint64_t* words = a.ancestors + row * a.num_words;
+        if (!own_bit_is_last(words, a.num_words, row - begin)) return kBadAncestors;
+        const int64_t num_keys = context + count_bits(words, a.num_words);
+        lowest = std::min(lowest, first_visible(num_keys, a.sliding_window));
+        *work += num_keys;
+    }
+    const int32_t* table = a.block_tables + sequence * a.max_blocks;
+    const int64_t last_block = (context + end - begin - 1) / a.block_size;
+    for (int64_t block = lowest / a.block_size; block <= last_block; ++block)
+        if (table[block] < 0 || table[block] >= a.num_blocks) return kBadBlock;
+    return kFine;
+}
+
+inline Status check_layout(const AttentionArguments& a, int64_t* work) {
+    if (a.row_offsets[0] != 0 || a.row_offsets[a.num_sequences] != a.num_rows)
+        return kBadRowOffsets;
+    for (int64_t sequence = 0; sequence < a.num_sequences; ++sequence) {
+        const Status status = check_sequence(a, sequence, work);
+        if (status != kFine) return status;
+    }
+    return kFine;
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+// Lane j of the first result: a[j] where bit STEP of j is clear, else b[j - STEP]; of the second:
+// a[j + STEP], else b[j].
+template <class V, class Mask, int STEP> inline void exchange(V& a, V& b) {
+    constexpr int size = int(sizeof(V) / sizeof(V{}[0]));
+    Mask low, high;
+    for (int lane = 0; lane < size; ++lane) {
+        low[lane] = (lane & STEP) ? size + lane - STEP : lane;
+        high[lane] = (lane & STEP) ? size + lane : lane + STEP;
+    }
+    const V first = __builtin_shuffle(a, b, low);
+    b = __builtin_shuffle(a, b, high);
+    a = first;
+}
+
+template <class V, class Mask, int STEP, int SIZE> inline void exchange_all(V* rows) {
+#pragma GCC unroll 16
+    for (int row = 0; row < SIZE; ++row)
+        if (!(row & STEP)) exchange<V, Mask, STEP>(rows[row], rows[row + STEP]);
+}
+
+inline void transpose(Floats* rows) {
+    exchange_all<Floats, Ints, 1, 16>(rows);
+    exchange_all<Floats, Ints, 2, 16>(rows);
+    exchange_all<Floats, Ints, 4, 16>(rows);
+    exchange_all<Floats, Ints, 8, 16>(rows);
+}
+
+inline void transpose(Doubles* rows) {
+    exchange_all<Doubles, Longs, 1, 8>(rows);
+    exchange_all<Doubles, Longs, 2, 8>(rows);
+    exchange_all<Doubles, Longs, 4, 8>(rows);
+}
+#else
+template <class V> inline void transpose(V* rows) {
+    constexpr int size = int(sizeof(V) / sizeof(rows[0][0]));
+    for (int row = 0; row < size; ++row)
+        for (int lane = row + 1; lane < size; ++lane) {
+            const auto kept = rows[row][lane];
+            rows[row][lane] = rows[lane][row];
+            rows[lane][row] = kept;
+        }
+}
+#endif
+
+// One vector of a stored row, widened; lanes at and past `count` are zero.
+inline Floats load_row(const float* from, int64_t count) {
+    if (count >= lanes<float>()) return load(from);
+    Floats vector{};
+    if (count > 0) std::memcpy(&vector, from, size_t(count) * sizeof(float));
+    return vector;
+}
+
+inline Doubles load_row(const double* from, int64_t count) {
+    if (count >= lanes<double>()) return load(from);
+    Doubles vector{};
+    if (count > 0) std::memcpy(&vector, from, size_t(count) * sizeof(double));
+    return vector;
+}
+
+inline Floats load_row(const BFloat16* from, int64_t count) {
+    uint16_t halves[16] = {};
+    if (count > 0) std::memcpy(halves, from, size_t(std::min<int64_t>(count, 16)) * 2);
+#if defined(__AVX512F__)
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)halves));
+    return (Floats)_mm512_slli_epi32(wide, 16);
+#else
+    Ints wide;
+    for (int lane = 0; lane < 16; ++lane) wide[lane] = int32_t(uint32_t(halves[lane]) << 16);
+    return (Floats)wide;
+#endif
+}
+
+// Scratch of one thread, all 64-byte aligned, sizes fixed by the arguments.
+template <class T> struct Scratch {
+    typedef typename VectorOf<T>::Type V;
+    T *query, *result, *scores, *keys, *values, *maximum, *total;
+    std::unique_ptr<char, void (*)(void*)> memory;
+
+    explicit Scratch(int64_t padded_dim) : memory(nullptr, std::free) {
+        const int64_t sizes[] = {kTileQueries * padded_dim, kTileQueries * padded_dim,
+                                 kTileQueries * kBlock,     kBlock * padded_dim,
+                                 kBlock * padded_dim,       kTileQueries * lanes<T>(),
+                                 kTileQueries * lanes<T>()};
+        int64_t all = 0;
+        for (int64_t size : sizes) all += size;
+        memory.reset((char*)std::aligned_alloc(kVectorBytes, size_t(all) * sizeof(T)));
+        T* next = (T*)memory.get();
+        T** parts[] = {&query, &result, &scores, &keys, &values, &maximum, &total};
+        for (int part = 0; part < 7; ++part) {
+            *parts[part] = next;
+            next += sizes[part];
+        }
+    }
+};
+
+template <class Stored> class TileAttention {
+    typedef typename Accumulate<Stored>::Type T;
+    typedef typename VectorOf<T>::Type V;
+    static constexpr int kLanes = kVectorBytes / int(sizeof(T));
+    static constexpr int kBlockVectors = kBlock / kLanes;
+
+    const AttentionArguments& a_;
+    Scratch<T> scratch_;
+    const int64_t padded_dim_;
+    std::vector<int32_t> own_rows_;
+    RowKeys rows_[kTileQueries];
+    int group_size_ = 0;
+    int num_rows_ = 0;
+
+  public:
+    explicit TileAttention(const AttentionArguments& a)
+        : a_(a),
+          scratch_((a.head_dim + kLanes - 1) / kLanes * kLanes),
+          padded_dim_((a.head_dim + kLanes - 1) / kLanes * kLanes) {}
+
+    bool ready() const { return bool(scratch_.memory); }
+
+    // False when memory ran out; nothing is thrown, for it may run in a thread of its own.
+    bool run(const Unit& unit) {
+        if (!list_keys(unit)) return false;
+        load_queries(unit);
+        int64_t first = rows_[0].first, last = 0;
+        for (int row = 0; row < num_rows_; ++row) {
+            first = std::min(first, rows_[row].first);
+            last = std::max(last, rows_[row].last);
+        }
+        for (int64_t start = first / kBlock * kBlock; start < last; start += kBlock)
+            add_block(unit, start);
+        store_results(unit);
+        return true;
+    }
+
+  private:
+    bool list_keys(const Unit& unit) {
+        num_rows_ = unit.last_row - unit.first_row;
+        group_size_ = unit.last_group - unit.first_group;
+        const int64_t context = a_.context_lens[unit.sequence];
+        const int64_t stride = unit.last_row - a_.row_offsets[unit.sequence];
+        try {
+            own_rows_.resize(size_t(stride * num_rows_));
+        } catch (const std::bad_alloc&) {
+            return false;
+        }
+        for (int row = 0; row < num_rows_; ++row) {
+            const uint64_t* words = a_.ancestors + (unit.first_row + row) * a_.num_words;
+            int32_t* list = own_rows_.data() + stride * row;
+            int64_t count = 0;
+            for (int64_t word = 0; word < a_.num_words; ++word)
+                for (uint64_t bits = words[word]; bits; bits &= bits - 1)
+                    list[count++] = int32_t(word * 64 + __builtin_ctzll(bits));
+            const int64_t num_keys = context + count;
+            rows_[row] = {first_visible(num_keys, a_.sliding_window), num_keys, context, list};
+        }
+        return true;
+    }
+
+    void load_queries(const Unit& unit) {
+        const Stored* query = (const Stored*)a_.query;
+        const int64_t group = a_.num_heads / a_.num_kv_heads;
+        for (int row = 0; row < num_rows_; ++row)
+            for (int member = 0; member < group_size_; ++member) {
+                const int index = row * group_size_ + member;
+                const int64_t head = unit.kv_head * group + unit.first_group + member;
+                const Stored* from = query + (unit.first_row + row) * a_.query_row_stride +
+                                     head * a_.query_head_stride;
+                for (int64_t dim = 0; dim < padded_dim_; dim += kLanes) {
+                    store(scratch_.query + index * padded_dim_ + dim,
+                          load_row(from + dim, a_.head_dim - dim));
+                    store(scratch_.result + index * padded_dim_ + dim, V{});
+                }
+                scratch_.maximum[index] = -std::numeric_limits<T>::infinity();
+                store(scratch_.total + index * kLanes, V{});
+            }
+    }
+
+    // Rows whose lists agree in this block (one is a prefix of the other) are done together.
+    void add_block(const Unit& unit, int64_t start) {
+        bool done[kTileQueries];
+        for (int row = 0; row < num_rows_; ++row)
+            done[row] = rows_[row].last <= start || rows_[row].first >= start + kBlock;
+        for (;;) {
+            int longest = -1;
+            for (int row = 0; row < num_rows_; ++row)
+                if (!done[row] && (longest < 0 || rows_[row].last > rows_[longest].last))
+                    longest = row;
+            if (longest < 0) return;
+            int members[kTileQueries], count = 0;
+            int64_t first = start + kBlock;
+            for (int row = 0; row < num_rows_; ++row) {
+                if (done[row] || !same_keys(rows_[row], rows_[longest], start)) continue;
+                done[row] = true;
+                members[count++] = row;
+                first = std::min(first, std::max(start, rows_[row].first));
+            }
+            const int64_t last = std::min(start + kBlock, rows_[longest].last);
+            pack(unit, rows_[longest], start, first, last);
+            attend(members, count, start, int(last - start));
+        }
+    }
+
+    static bool same_keys(const RowKeys& row, const RowKeys& longest, int64_t start) {
+        const int64_t last = std::min(start + kBlock, row.last);
+        for (int64_t position = std::max(start, row.context); position < last; ++position)
+            if (row.logical_slot(position) != longest.logical_slot(position)) return false;
+        return true;
+    }
+
+    // keys becomes [head_dim][kBlock], values [kBlock][padded_dim]; unseen places are zero.
+    void pack(const Unit& unit, const RowKeys& row, int64_t start, int64_t first, int64_t last) {
+        const int32_t* table = a_.block_tables + unit.sequence * a_.max_blocks;
+        const int64_t stride = a_.num_kv_heads * a_.head_dim;
+        int64_t offsets[kBlock];
+        for (int place = 0; place < kBlock; ++place) {
+            const int64_t position = start + place;
+            offsets[place] = -1;
+            if (position < first || position >= last) continue;
+            const int64_t slot = row.logical_slot(position);
+            const int64_t block = table[slot / a_.block_size];
+            offsets[place] = (block * a_.block_size + slot % a_.block_size) * stride +
+                             unit.kv_head * a_.head_dim;
+        }
+        const Stored* keys = (const Stored*)a_.key_cache;
+        const Stored* values = (const Stored*)a_.value_cache;
+        const int used = int(last - start);
+        for (int place = 0; place < used; place += kLanes)
+            for (int64_t dim = 0; dim < a_.head_dim; dim += kLanes)
+                pack_keys(keys, offsets + place, place, dim);
+        for (int place = 0; place < used; ++place)
+            for (int64_t dim = 0; dim < padded_dim_; dim += kLanes)
+                store(scratch_.values + place * padded_dim_ + dim,
+                      offsets[place] < 0 ? V{}
+                                         : load_row(values + offsets[place] + dim,
+                                                    a_.head_dim - dim));
+    }
+
+    void pack_keys(const Stored* keys, const int64_t* offsets, int place, int64_t dim) {
+        V square[kLanes];
+        for (int key = 0; key < kLanes; ++key)
+            square[key] = offsets[key] < 0
+                              ? V{}
+                              : load_row(keys + offsets[key] + dim, a_.head_dim - dim);
+        transpose(square);
+        const int count = int(std::min<int64_t>(kLanes, a_.head_dim - dim));
+        for (int row = 0; row < count; ++row)
+            store(scratch_.keys + (dim + row) * kBlock + place, square[row]);
+    }
+
+    // Adds the packed block to the members. Query vectors that see the same places run together.
+    void attend(const int* members, int count, int64_t start, int used) {
+        int queries[kTileQueries], firsts[kTileQueries], lasts[kTileQueries], total = 0;
+        for (int member = 0; member < count; ++member) {
+            const RowKeys& row = rows_[members[member]];
+            for (int head = 0; head < group_size_; ++head) {
+                queries[total] = members[member] * group_size_ + head;
+                firsts[total] = int(std::max<int64_t>(row.first - start, 0));
+                lasts[total++] = int(std::min<int64_t>(row.last - start, kBlock));
+            }
+        }
+        int next = 0;
+        for (; next + kRowsTogether <= total; next += kRowsTogether)
+            score_all<kRowsTogether>(queries + next, used);
+        for (; next < total; ++next) score_all<1>(queries + next, used);
+        for (int index = 0; index < total; ++index)
+            weigh(queries[index], firsts[index], lasts[index]);
+        for (next = 0; next < total;) {
+            bool alike = next + kRowsTogether <= total;
+            for (int other = 1; alike && other < kRowsTogether; ++other)
+                alike = firsts[next] == firsts[next + other] && lasts[next] == lasts[next + other];
+            if (alike) {
+                add_all_values<kRowsTogether>(queries + next, firsts[next], lasts[next]);
+                next += kRowsTogether;
+            } else {
+                add_all_values<1>(queries + next, firsts[next], lasts[next]);
+                ++next;
+            }
+        }
+    }
+
+    template <int ROWS> void score_all(const int* queries, int used) {
+        int vector = 0;
+        if (used > kBlock - kLanes) {
+            for (; vector < kBlockVectors; vector += 4) score<ROWS, 4>(queries, vector);
+            return;
+        }
+        for (; vector * kLanes < used; ++vector) score<ROWS, 1>(queries, vector);
+    }
+
+    template <int ROWS, int VECTORS> void score(const int* queries, int vector) {
+        V sums[ROWS][VECTORS];
+        const T* query[ROWS];
+        for (int row = 0; row < ROWS; ++row) {
+            query[row] = scratch_.query + queries[row] * padded_dim_;
+            for (int part = 0; part < VECTORS; ++part) sums[row][part] = V{};
+        }
+        const T* keys = scratch_.keys + vector * kLanes;
+        for (int64_t dim = 0; dim < a_.head_dim; ++dim, keys += kBlock) {
+            V key[VECTORS];
+            for (int part = 0; part < VECTORS; ++part) key[part] = load(keys + part * kLanes);
+            for (int row = 0; row < ROWS; ++row) {
+                const V value = splat(query[row][dim]);
+                for (int part = 0; part < VECTORS; ++part)
+                    sums[row][part] = fma(value, key[part], sums[row][part]);
+            }
+        }
+        for (int row = 0; row < ROWS; ++row)
+            for (int part = 0; part < VECTORS; ++part)
+                store(scratch_.scores + queries[row] * kBlock + (vector + part) * kLanes,
+                      sums[row][part]);
+    }
+
+    // Turns the scores of places [first, last) into weights and rescales the running sums.
+    void weigh(int query, int first, int last) {
+        T* scores = scratch_.scores + query * kBlock;
+        const T infinity = std::numeric_limits<T>::infinity();
+        const int vectors = (last + kLanes - 1) / kLanes;
+        V highest = splat(-infinity);
+        for (int vector = 0; vector < vectors; ++vector) {
+            V value = load(scores + vector * kLanes) * T(a_.scale);
+            if (a_.softcap > 0)
+                value = hyperbolic_tangent(value / T(a_.softcap)) * T(a_.softcap);
+            if (vector * kLanes < first || (vector + 1) * kLanes > last)
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    const int place = vector * kLanes + lane;
+                    if (place < first || place >= last) value[lane] = -infinity;
+                }
+            highest = value > highest ? value : highest;
+            store(scores + vector * kLanes, value);
+        }
+        T maximum = scratch_.maximum[query];
+        for (int lane = 0; lane < kLanes; ++lane) maximum = std::max(maximum, highest[lane]);
+        V total = load(scratch_.total + query * kLanes);
+        if (maximum != scratch_.maximum[query]) {
+            const V decay = splat(exp_nonpositive(scratch_.maximum[query] - maximum));
+            T* result = scratch_.result + query * padded_dim_;
+            for (int64_t dim = 0; dim < padded_dim_; dim += kLanes)
+                store(result + dim, load(result + dim) * decay);
+            total = total * decay;
+            scratch_.maximum[query] = maximum;
+        }
+        for (int vector = 0; vector < vectors; ++vector) {
+            const V weight = exp_nonpositive(load(scores + vector * kLanes) - maximum);
+            store(scores + vector * kLanes, weight);
+            total = total + weight;
+        }
+        store(scratch_.total + query * kLanes, total);
+    }
+
+    template <int ROWS> void add_all_values(const int* queries, int first, int last) {
+        int64_t dim = 0;
+        for (; dim + 4 * kLanes <= padded_dim_; dim += 4 * kLanes)
+            add_values<ROWS, 4>(queries, first, last, dim);
+        for (; dim < padded_dim_; dim += kLanes) add_values<ROWS, 1>(queries, first, last, dim);
+    }
+
+    template <int ROWS, int VECTORS>
+    void add_values(const int* queries, int first, int last, int64_t dim) {
+        V sums[ROWS][VECTORS];
+        const T* weights[ROWS];
+        for (int row = 0; row < ROWS; ++row) {
+            weights[row] = scratch_.scores + queries[row] * kBlock;
+            const T* result = scratch_.result + queries[row] * padded_dim_ + dim;
+            for (int part = 0; part < VECTORS; ++part)
+                sums[row][part] = load(result + part * kLanes);
+        }
+        const T* values = scratch_.values + first * padded_dim_ + dim;
+        for (int place = first; place < last; ++place, values += padded_dim_) {
+            V value[VECTORS];
+            for (int part = 0; part < VECTORS; ++part) value[part] = load(values + part * kLanes);
+            for (int row = 0; row < ROWS; ++row) {
+                const V weight = splat(weights[row][place]);
+                for (int part = 0; part < VECTORS; ++part)
+                    sums[row][part] = fma(weight, value[part], sums[row][part]);
+            }
+        }
+        for (int row = 0; row < ROWS; ++row) {
+            T* result = scratch_.result + queries[row] * padded_dim_ + dim;
+            for (int part = 0; part < VECTORS; ++part)
+                store(result + part * kLanes, sums[row][part]);
+        }
+    }
+
+    void store_results(const Unit& unit) {
+        const int64_t group = a_.num_heads / a_.num_kv_heads;
+        for (int row = 0; row < num_rows_; ++row)
+            for (int member = 0; member < group_size_; ++member) {
+                const int index = row * group_size_ + member;
+                const int64_t head = unit.kv_head * group + unit.first_group + member;
+                Stored* to = (Stored*)a_.output +
+                             ((unit.first_row + row) * a_.num_heads + head) * a_.head_dim;
+                const T* lane_totals = scratch_.total + index * kLanes;
+                T parts[kLanes];
+                std::copy(lane_totals, lane_totals + kLanes, parts);
+                for (int half = kLanes / 2; half > 0; half /= 2)
+                    for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
+                const T* result = scratch_.result + index * padded_dim_;
+                for (int64_t dim = 0; dim < a_.head_dim; ++dim)
+                    narrow(result[dim] / parts[0], to + dim);
+            }
+    }
+};
+
+inline std::vector<Unit> make_units(const AttentionArguments& a, int threads) {
+    const int64_t group = a.num_heads / a.num_kv_heads;
+    int64_t group_step = std::min<int64_t>(group, kTileQueries);
+    const int64_t row_step = std::max<int64_t>(1, kTileQueries / group_step);
+    int64_t tiles = 0;
+    for (int64_t sequence = 0; sequence < a.num_sequences; ++sequence)
+        tiles += (a.row_offsets[sequence + 1] - a.row_offsets[sequence] + row_step - 1) / row_step;
+    // Fewer units than threads: split the heads of a group, at the price of packing keys again.
+    while (group_step > 1 &&
+           tiles * a.num_kv_heads * ((group + group_step - 1) / group_step) < threads)
+        group_step = (group_step + 1) / 2;
+    std::vector<Unit> units;
+    for (int64_t sequence = 0; sequence < a.num_sequences; ++sequence)
+        for (int64_t row = a.row_offsets[sequence]; row < a.row_offsets[sequence + 1];
+             row += row_step)
+            for (int64_t head = 0; head < a.num_kv_heads; ++head)
+                for (int64_t member = 0; member < group; member += group_step)
+                    units.push_back({int32_t(sequence), int32_t(row),
+                                     int32_t(std::min<int64_t>(row + row_step,
+                                                               a.row_offsets[sequence + 1])),
+                                     int32_t(head), int32_t(member),
+                                     int32_t(std::min(member + group_step, group))});
+    return units;
+}
+
+template <class Stored> Status attend(const AttentionArguments& a, int threads) {
+    const std::vector<Unit> units = make_units(a, threads);
+    const int64_t count = int64_t(units.size());
+    bool fine = true;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : fine)
+    {
+        TileAttention<Stored> tile(a);
+        fine = tile.ready();
+        // The last tiles of a long prompt see the most keys: start with them.
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = count - 1; unit >= 0; --unit) fine = fine && tile.run(units[size_t(unit)]);
+    }
+    return fine ? kFine : kNoMemory;
+}
+
+}  // namespace specinfer

@@ -1,0 +1,91 @@
+// The C interface of the native kernels: plain pointers and integers, no framework.
+
+#include "attention.h"
+#include "sampling.h"
+
+using namespace specinfer;
+
+namespace {
+
+// Multiply-adds below which starting threads costs more than it saves.
+constexpr int64_t kSerialWork = 1 << 18;
+
+template <class T>
+void sample_rows(const T* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
+                 const int64_t* seeds, const int64_t* positions, const uint8_t* greedy,
+                 int64_t* tokens, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < num_rows; ++row)
+        tokens[row] = sample(logits + row * stride, vocab_size, seeds[row], positions[row],
+                             greedy[row] != 0);
+}
+
+int threads_for(int64_t work, int64_t units, int64_t num_threads) {
+    return work < kSerialWork || units < 2 ? 1 : int(num_threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+int specinfer_tree_attention(const AttentionArguments* a) {
+    if (a->num_rows == 0) return kFine;
+    int64_t keys = 0;
+    const Status status = check_layout(*a, &keys);
+    if (status != kFine) return status;
+    const int64_t work = keys * a->num_heads * a->head_dim;
+    const int threads = work < kSerialWork ? 1 : int(a->num_threads);
+    try {
+        if (a->dtype == 0) return attend<float>(*a, threads);
+        if (a->dtype == 1) return attend<BFloat16>(*a, threads);
+        if (a->dtype == 2) return attend<double>(*a, threads);
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+    return kBadDtype;
+}
+
+// Copies row i of key and value to slot slots[i]; sizes and strides in bytes.
+int specinfer_write_kv(const char* key, const char* value, char* key_cache, char* value_cache,
+                       const int64_t* slots, int64_t num_rows, int64_t num_slots,
+                       int64_t num_kv_heads, int64_t head_bytes, int64_t key_row_stride,
+                       int64_t key_head_stride, int64_t value_row_stride,
+                       int64_t value_head_stride) {
+    for (int64_t row = 0; row < num_rows; ++row)
+        if (slots[row] < 0 || slots[row] >= num_slots) return kBadSlot;
+    for (int64_t row = 0; row < num_rows; ++row)
+        for (int64_t head = 0; head < num_kv_heads; ++head) {
+            const int64_t to = (slots[row] * num_kv_heads + head) * head_bytes;
+            std::memcpy(key_cache + to, key + row * key_row_stride + head * key_head_stride,
+                        size_t(head_bytes));
+            std::memcpy(value_cache + to,
+                        value + row * value_row_stride + head * value_head_stride,
+                        size_t(head_bytes));
+        }
+    return kFine;
+}
+
+void specinfer_gumbel_noise(const int64_t* seeds, const int64_t* positions, int64_t num_rows,
+                            int64_t vocab_size, double* noise, int64_t num_threads) {
+    const int threads = threads_for(num_rows * vocab_size * 64, num_rows, num_threads);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < num_rows; ++row)
+        fill_gumbel(seeds[row], positions[row], vocab_size, noise + row * vocab_size);
+}
+
+int specinfer_sample_gumbel(const void* logits, int64_t dtype, int64_t stride, int64_t num_rows,
+                            int64_t vocab_size, const int64_t* seeds, const int64_t* positions,
+                            const uint8_t* greedy, int64_t* tokens, int64_t num_threads) {
+    const int threads = threads_for(num_rows * vocab_size * 16, num_rows, num_threads);
+    if (dtype == 0)
+        sample_rows((const float*)logits, stride, num_rows, vocab_size, seeds, positions, greedy,
+                    tokens, threads);
+    else if (dtype == 2)
+        sample_rows((const double*)logits, stride, num_rows, vocab_size, seeds, positions, greedy,
+                    tokens, threads);
+    else
+        return kBadDtype;
+    return kFine;
+}
+
+}  // extern "C"
