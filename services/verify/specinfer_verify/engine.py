@@ -1,0 +1,293 @@
+"""The verify engine: sessions in, one tree-parallel pass after another, confirmed tokens out.
+
+Public methods may be called from any thread and return futures; everything else happens on the
+engine's own thread. This module knows nothing of gRPC, text or drafters.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+from torch import Tensor
+
+from specinfer.errors import Cancelled, NotFound, SpecinferError, StaleEpoch, Unavailable
+from specinfer.messages import VerifyResult, WorkerLoad
+from specinfer.sampling import SamplingParams
+from specinfer.tree import TokenTree
+from specinfer_engine.batch import SequenceRows
+from specinfer_engine.blocks import BlockManager
+from specinfer_engine.sequence import SequenceState
+from specinfer_engine.thread import EngineThread, set_exception, set_result
+from specinfer_verify.checks import Limits, check_open, check_tree
+from specinfer_verify.scheduler import ScheduledRows, Scheduler
+from specinfer_verify.session import PendingStep, Session, fit_tree
+from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
+
+log = logging.getLogger(__name__)
+
+
+class TargetRunner(Protocol):
+    """What the engine needs of a model: passes over rows, and moves inside the KV pool."""
+
+    def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
+        """Raw logits of the rows asked for, float32 [len(logit_rows), vocab_size] a sequence."""
+        ...
+
+    def compact(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy slots to slots."""
+        ...
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy blocks to blocks."""
+        ...
+
+
+class VerifyEngine:
+    """Holds the target's sessions and decides their tokens.
+
+    Args:
+        runner: the model and its KV pool.
+        blocks: the pool's bookkeeping; num_blocks and block_size are the runner's.
+        limits: what a session may be.
+        clock: seconds, for queue times and idle sessions.
+    """
+
+    def __init__(
+        self,
+        runner: TargetRunner,
+        blocks: BlockManager,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.limits = limits.within_pool(blocks)
+        self._runner = runner
+        self._blocks = blocks
+        self._clock = clock
+        self._scheduler = Scheduler(
+            blocks, max_rows=limits.max_rows, min_prefill_rows=limits.min_prefill_rows
+        )
+        self._num_opened = 0
+        self._draining = False
+        self._next_sweep = 0.0
+        self._empty = threading.Event()
+        self._empty.set()
+        self._thread = EngineThread("verify-engine", self.run_pass, idle_seconds=0.25)
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.healthy
+
+    def load(self) -> WorkerLoad:
+        """How busy the engine is; a snapshot that may be taken from any thread."""
+        return WorkerLoad(
+            num_sessions=len(self._scheduler.sessions),
+            num_waiting=self._scheduler.num_waiting,
+            num_free_blocks=self._blocks.num_free_blocks,
+            draining=self._draining,
+        )
+
+    def open(
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_prompt_tokens: int,
+        num_logprobs: int | None = None,
+    ) -> Future[None]:
+        """Take a session at an epoch, replacing what an earlier epoch left of it.
+
+        Args:
+            session_id: the router's name for it.
+            epoch: commits so far.
+            token_ids: prompt and output; the last one is the root.
+            sampling: how tokens are drawn.
+            num_prompt_tokens: how many of `token_ids` are the prompt.
+            num_logprobs: most probable tokens to report with each token; None reports no logprobs.
+
+        The future fails with InvalidRequest, StaleEpoch, ResourceExhausted or Unavailable.
+        """
+        tokens = tuple(token_ids)
+        return self._thread.call(
+            lambda: self._open(session_id, epoch, tokens, sampling, num_prompt_tokens, num_logprobs)
+        )
+
+    def step(self, session_id: str, epoch: int, tree: TokenTree) -> Future[VerifyResult]:
+        """Check a tree below the session's root and commit what it confirms.
+
+        A step for the epoch before the session's is answered with the result that led here, so a
+        router may ask again after a broken stream. The future fails with NotFound, StaleEpoch,
+        InvalidTree, InvalidRequest, Cancelled or InternalError.
+        """
+        arrival = self._clock()
+        return self._thread.submit(
+            lambda future: self._take_step(future, session_id, epoch, tree, arrival)
+        )
+
+    def close(self, session_id: str) -> Future[None]:
+        """Give a session's blocks up; an unknown session is fine."""
+        return self._thread.call(lambda: self._close(session_id, Cancelled("session closed")))
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new sessions and wait for the open ones; whether they all ended in time."""
+        self._draining = True
+        return self._empty.wait(timeout)
+
+    def stop(self) -> None:
+        """End the thread; what is pending fails with Unavailable."""
+        self._draining = True
+        self._thread.stop()
+
+    def run_pass(self) -> bool:
+        """One pass: schedule, run, walk and commit. Returns whether there was anything to do."""
+        start = self._clock()
+        self._evict_idle(start)
+        plan = self._scheduler.schedule(start)
+        if not plan:
+            return False
+        logits = self._run(plan)
+        facts = PassFacts(start, self._clock(), sum(item.num_rows for item in plan))
+        outcomes = [finish(item, rows, facts) for item, rows in zip(plan, logits, strict=True)]
+        self._compact(outcomes)
+        self._answer(outcomes)
+        return True
+
+    def _run(self, plan: Sequence[ScheduledRows]) -> list[Tensor]:
+        """Raw logits of every tree's nodes, [num_nodes, vocab_size] a session."""
+        sources = [block for item in plan for block in item.copies.sources]
+        targets = [block for item in plan for block in item.copies.targets]
+        if sources:
+            self._runner.copy_blocks(sources, targets)
+        return self._runner.forward([sequence_rows(item) for item in plan])
+
+    def _compact(self, outcomes: Sequence[Outcome]) -> None:
+        sources = [slot for outcome in outcomes for slot in outcome.moves.sources]
+        targets = [slot for outcome in outcomes for slot in outcome.moves.targets]
+        if sources:
+            self._runner.compact(sources, targets)
+
+    def _answer(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            session, step = outcome.session, outcome.session.pending
+            if outcome.error is not None:
+                self._close(session.session_id, outcome.error)
+            elif outcome.result is not None and step is not None:
+                session.epoch = outcome.result.epoch
+                session.last_result = outcome.result
+                session.last_active = self._clock()
+                session.pending = None
+                for future in step.futures:
+                    set_result(future, outcome.result)
+
+    def _open(
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        num_prompt_tokens: int,
+        num_logprobs: int | None,
+    ) -> None:
+        check_open(
+            self.limits, session_id, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
+        )
+        known = self._scheduler.sessions.get(session_id)
+        if known is not None and self._is_same(known, epoch, token_ids, sampling):
+            return
+        if known is not None:
+            self._close(session_id, Cancelled("the session was opened again"))
+        elif self._draining:
+            raise Unavailable("this worker is draining")
+        now = self._clock()
+        self._evict_idle(now)
+        self.limits.check_sessions(len(self._scheduler.sessions))
+        self._num_opened += 1
+        state = SequenceState(self._blocks, token_ids)
+        self._scheduler.add(
+            Session(
+                session_id=session_id,
+                age=self._num_opened,
+                epoch=epoch,
+                sampling=sampling,
+                num_prompt_tokens=num_prompt_tokens,
+                num_logprobs=num_logprobs,
+                state=state,
+                last_active=now,
+            )
+        )
+        self._empty.clear()
+
+    def _is_same(
+        self, known: Session, epoch: int, token_ids: tuple[int, ...], sampling: SamplingParams
+    ) -> bool:
+        """Whether an open repeats what is known; raises StaleEpoch when it is behind it."""
+        if epoch < known.epoch:
+            raise StaleEpoch(f"session {known.session_id} is at epoch {known.epoch}, not {epoch}")
+        same_tokens = epoch == known.epoch and known.state.token_ids == list(token_ids)
+        return same_tokens and known.sampling == sampling
+
+    def _take_step(
+        self,
+        future: Future[VerifyResult],
+        session_id: str,
+        epoch: int,
+        tree: TokenTree,
+        arrival: float,
+    ) -> None:
+        session = self._scheduler.sessions.get(session_id)
+        if session is None:
+            raise NotFound(f"no session {session_id} here; open it again")
+        session.last_active = arrival
+        if session.last_result is not None and epoch == session.epoch - 1:
+            future.set_result(session.last_result)
+            return
+        if epoch != session.epoch:
+            raise StaleEpoch(f"session {session_id} is at epoch {session.epoch}, not {epoch}")
+        if session.pending is not None and session.pending.given == tree:
+            session.pending.futures.append(future)
+            return
+        check_tree(self.limits, tree, session.state.token_ids)
+        if session.pending is not None:
+            _fail(session.pending, Cancelled("another tree for the same epoch came"))
+        fitting, kept = fit_tree(
+            tree,
+            max_depth=self.limits.max_model_len - 2 - session.base_len,
+            max_nodes=self.limits.max_slots - session.base_len,
+        )
+        session.pending = PendingStep(tree, fitting, tuple(kept), arrival, [future])
+
+    def _close(self, session_id: str, reason: SpecinferError) -> None:
+        if session_id not in self._scheduler.sessions:
+            return
+        session = self._scheduler.remove(session_id)
+        if session.pending is not None:
+            _fail(session.pending, reason)
+        if not self._scheduler.sessions:
+            self._empty.set()
+
+    def _evict_idle(self, now: float) -> None:
+        """Close sessions that no router has asked for in a long time."""
+        limit = self.limits.session_idle_seconds
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + min(1.0, limit / 2)
+        for session in list(self._scheduler.sessions.values()):
+            if session.pending is None and now - session.last_active > limit:
+                log.info("session %s was idle for %.0f s", session.session_id, limit)
+                self._close(session.session_id, NotFound("the session was idle for too long"))
+
+
+def _fail(step: PendingStep, error: SpecinferError) -> None:
+    for future in step.futures:
+        set_exception(future, error)

@@ -1,0 +1,94 @@
+"""One session as the verify tier sees it, and the step that waits for a pass.
+
+Plain state, owned by the engine's thread. This module knows nothing of tensors, passes or gRPC.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from specinfer.messages import VerifyResult
+from specinfer.sampling import SamplingParams
+from specinfer.tree import TokenTree
+from specinfer_engine.sequence import SequenceState
+
+
+@dataclass
+class PendingStep:
+    """A tree that waits for its pass.
+
+    Attributes:
+        given: the tree as it came, to know a repeated item by.
+        tree: what is left of it within the model's length and the pool.
+        kept: for each node of `tree`, its index in `given`.
+        arrival: when the item came, in seconds of the engine's clock.
+        futures: who waits; a repeated item adds one.
+        compute_seconds: time in passes that carried the session since.
+    """
+
+    given: TokenTree
+    tree: TokenTree
+    kept: tuple[int, ...]
+    arrival: float
+    futures: list[Future[VerifyResult]]
+    compute_seconds: float = 0.0
+
+
+@dataclass
+class Session:
+    """One session's place in the worker.
+
+    Attributes:
+        session_id: the router's name for it.
+        age: order of opening; the highest number is the youngest session.
+        epoch: commits so far.
+        sampling: how tokens are drawn.
+        num_prompt_tokens: tokens of the prompt; what follows is output.
+        num_logprobs: most probable tokens to report, or None.
+        state: tokens and where their keys and values lie.
+        last_active: when the last item came or was answered.
+        prefill_eagerly: whether the prompt is computed before a step asks for it; a preempted
+            session waits for its next step instead, so that idle sessions never fight for blocks.
+        pending: the step that waits, or None.
+        last_result: answer to the last step, for a router that asks again.
+        num_cached_tokens: prompt tokens found in the prefix cache; None until the first look.
+    """
+
+    session_id: str
+    age: int
+    epoch: int
+    sampling: SamplingParams
+    num_prompt_tokens: int
+    num_logprobs: int | None
+    state: SequenceState
+    last_active: float
+    prefill_eagerly: bool = True
+    pending: PendingStep | None = None
+    last_result: VerifyResult | None = None
+    num_cached_tokens: int | None = field(default=None)
+
+    @property
+    def base_len(self) -> int:
+        """Tokens before the root."""
+        return len(self.state) - 1
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens before the root that have no keys and values yet."""
+        return self.base_len - self.state.num_cached
+
+
+def fit_tree(tree: TokenTree, *, max_depth: int, max_nodes: int) -> tuple[TokenTree, list[int]]:
+    """The part of a tree within a depth and a number of nodes, and the kept nodes' old indices.
+
+    Under MATCH a smaller tree ends the walk sooner and changes no token.
+    """
+    kept = [node for node, depth in enumerate(tree.depths) if depth <= max_depth][:max_nodes]
+    if len(kept) == len(tree):
+        return tree, kept
+    new_index = {-1: -1} | {old: new for new, old in enumerate(kept)}
+    return TokenTree(
+        tuple(tree.token_ids[node] for node in kept),
+        tuple(new_index[tree.parents[node]] for node in kept),
+    ), kept

@@ -1,0 +1,148 @@
+"""From the logits of one session's rows to its result: walk the tree, commit, report.
+
+Plain functions over one session at a time, so that a walk that fails harms no other session. This
+module knows nothing of threads, futures or the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from specinfer.errors import InternalError, SpecinferError
+from specinfer.messages import TokenLogprob, VerifyResult
+from specinfer.tree import TokenTree
+from specinfer_engine.acceptance import Walk, match_walk
+from specinfer_engine.batch import SequenceRows
+from specinfer_engine.logits import process_logits, token_logprob
+from specinfer_engine.sequence import Moves, SequenceState
+from specinfer_verify.scheduler import ScheduledRows
+from specinfer_verify.session import PendingStep, Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """When a pass began and ended, in seconds of the engine's clock, and how many rows it had."""
+
+    start: float
+    end: float
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One session's share of a finished pass.
+
+    Attributes:
+        session: whose share it is.
+        result: of the step, or None while the prefix is incomplete or the walk failed.
+        moves: slots to move before the next pass.
+        error: why the walk failed, or None.
+    """
+
+    session: Session
+    result: VerifyResult | None = None
+    moves: Moves = Moves()
+    error: SpecinferError | None = None
+
+
+def sequence_rows(item: ScheduledRows) -> SequenceRows:
+    """What the runner is asked for: a chunk without logits, a tree with those of every node."""
+    state = item.session.state
+    rows = item.row_tree()
+    if item.tree is None:
+        return SequenceRows.chain(rows.token_ids, state.num_cached, state.block_table)
+    wanted = range(item.num_chunk, item.num_rows)
+    return SequenceRows.tree(rows, state.num_cached, state.block_table, wanted)
+
+
+def finish(item: ScheduledRows, logits: Tensor, facts: PassFacts) -> Outcome:
+    """Commit a chunk, or walk a tree and commit what it confirms.
+
+    Args:
+        item: the session's share of the pass.
+        logits: raw logits of the tree's nodes, [num_nodes, vocab_size].
+        facts: of the pass.
+    """
+    session, step = item.session, item.session.pending
+    if step is not None:
+        step.compute_seconds += facts.end - facts.start
+    if item.tree is None or step is None:
+        return Outcome(session, moves=session.state.commit(range(item.num_chunk)))
+    try:
+        walk = walk_tree(session, item.tree, logits)
+        token_ids = (*(item.tree.token_ids[node] for node in walk.path), walk.tail)
+        result = _result(session, step, walk, token_ids, logits, facts)
+    except SpecinferError as error:
+        return Outcome(session, error=error)
+    except Exception as error:
+        log.exception("the walk of session %s failed", session.session_id)
+        return Outcome(session, error=InternalError(f"the walk failed: {error}"))
+    moves = commit_walk(session.state, item.num_chunk, walk, token_ids)
+    return Outcome(session, result, moves)
+
+
+def walk_tree(session: Session, tree: TokenTree, logits: Tensor) -> Walk:
+    """Rule MATCH over the session's processed logits, made for visited nodes only."""
+    sampling = session.sampling
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+    if sampling.penalised:
+        prompt = session.state.token_ids[: session.num_prompt_tokens]
+        output = session.state.token_ids[session.num_prompt_tokens :]
+
+    def p_at(node: int) -> Tensor:
+        path = tree.path_token_ids(node)[1:] if sampling.penalised else ()
+        return process_logits(logits[node], sampling, prompt, (*output, *path))
+
+    return match_walk(
+        tree, p_at, base_len=session.base_len, seed=sampling.seed, greedy=sampling.greedy
+    )
+
+
+def commit_walk(
+    state: SequenceState, num_chunk: int, walk: Walk, token_ids: Sequence[int]
+) -> Moves:
+    """Append a walk's tokens and keep the chunk's, the root's and the accepted nodes' KV."""
+    state.append(token_ids)
+    chunk_and_root = range(num_chunk + 1)
+    return state.commit([*chunk_and_root, *(num_chunk + node for node in walk.path)])
+
+
+def _result(
+    session: Session,
+    step: PendingStep,
+    walk: Walk,
+    token_ids: tuple[int, ...],
+    logits: Tensor,
+    facts: PassFacts,
+) -> VerifyResult:
+    return VerifyResult(
+        epoch=session.epoch + 1,
+        accepted=tuple(step.kept[node] for node in walk.path),
+        token_ids=token_ids,
+        logprobs=_logprobs(session, walk, token_ids, logits),
+        num_cached_tokens=session.num_cached_tokens or 0,
+        num_rows=facts.num_rows,
+        queue_seconds=max(0.0, facts.end - step.arrival - step.compute_seconds),
+        compute_seconds=step.compute_seconds,
+    )
+
+
+def _logprobs(
+    session: Session, walk: Walk, token_ids: Sequence[int], logits: Tensor
+) -> tuple[TokenLogprob, ...]:
+    """One entry a token, each from the row that its token was drawn at."""
+    num_top = session.num_logprobs
+    if num_top is None:
+        return ()
+    visited = (0, *walk.path)
+    return tuple(
+        token_logprob(logits[node], token_id, num_top)
+        for node, token_id in zip(visited, token_ids, strict=True)
+    )
