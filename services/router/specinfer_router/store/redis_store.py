@@ -1,0 +1,201 @@
+"""The session store that several routers share: Redis, one Lua script for each change.
+
+A session is two keys under one hash tag, so that they share a slot of a Redis cluster: a hash with
+the facts and the epoch, and a string with all tokens, four bytes each. Every key has a time to live
+that each commit renews. The epoch is checked inside Redis, where the write lands. This module knows
+nothing of routers or workers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from array import array
+from collections.abc import Awaitable, Sequence
+from dataclasses import fields
+from importlib import resources
+from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.commands.core import AsyncScript
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, TimeoutError
+
+from specinfer.errors import InternalError, InvalidRequest, NotFound, StaleEpoch, Unavailable
+from specinfer.sampling import SamplingParams
+from specinfer_router.store.interface import SessionRecord
+
+_Answer = TypeVar("_Answer")
+_SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+class RedisStore:
+    """Session records in Redis at `url`, such as "redis://127.0.0.1:6379/0".
+
+    Scripts are sent by hash; when Redis has lost them, after a restart, they are loaded again. All
+    changes are idempotent, so a command whose answer was lost is sent again, with jitter between.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        ttl_seconds: float = 3600.0,
+        timeout_seconds: float = 2.0,
+        max_connections: int = 32,
+        num_retries: int = 2,
+    ) -> None:
+        self._place = _without_password(url)
+        self._ttl_ms = max(1, round(ttl_seconds * 1000))
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=max_connections,
+                timeout=timeout_seconds,
+                socket_timeout=timeout_seconds,
+                socket_connect_timeout=timeout_seconds,
+                socket_keepalive=True,
+                health_check_interval=30,
+                retry=Retry(
+                    ExponentialWithJitterBackoff(base=0.02, cap=0.5),
+                    num_retries,
+                    supported_errors=(RedisConnectionError, TimeoutError),
+                ),
+            )
+        except ValueError as error:
+            raise InvalidRequest(
+                f"{self._place!r} is no Redis URL; one looks like redis://127.0.0.1:6379/0",
+                field="redis",
+            ) from error
+        self._redis: Redis = Redis(connection_pool=pool)
+        self._create = self._script("create.lua")
+        self._commit = self._script("commit.lua")
+        self._finish = self._script("finish.lua")
+
+    async def create(self, record: SessionRecord) -> None:
+        """Keep a new session at epoch 0."""
+        arguments: list[str | bytes | int] = [_facts(record), _pack(record.token_ids), self._ttl_ms]
+        kept = await self._run(self._create(keys=_keys(record.session_id), args=arguments))
+        if not kept:
+            raise StaleEpoch(f"session {record.session_id} exists already")
+
+    async def commit(
+        self, session_id: str, epoch: int, token_ids: Sequence[int], finish_reason: str = ""
+    ) -> int:
+        """Add the tokens that lead from `epoch` to the next one, which is returned."""
+        arguments: list[str | bytes | int] = [epoch, _pack(token_ids), finish_reason, self._ttl_ms]
+        outcome, found = await self._run(self._commit(keys=_keys(session_id), args=arguments))
+        if outcome < 0:
+            raise NotFound(f"no session {session_id}, or it has expired")
+        if outcome == 0:
+            raise StaleEpoch(
+                f"session {session_id} is at epoch {found}, not {epoch}, or has finished"
+            )
+        return int(found)
+
+    async def finish(self, session_id: str, finish_reason: str) -> None:
+        """Mark a session as finished without tokens; a reason that stands already stays."""
+        arguments: list[str | bytes | int] = [finish_reason, self._ttl_ms]
+        await self._run(self._finish(keys=_keys(session_id), args=arguments))
+
+    async def load(self, session_id: str) -> SessionRecord:
+        """The record of a session. Both keys are read in one transaction."""
+        session_key, tokens_key = _keys(session_id)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hmget(session_key, ["facts", "epoch", "finish"])
+            pipe.get(tokens_key)
+            (facts, epoch, finish_reason), packed = await self._run(pipe.execute())
+        if facts is None or packed is None:
+            raise NotFound(f"no session {session_id}, or it has expired")
+        return _record(session_id, facts, int(epoch), finish_reason.decode(), _unpack(packed))
+
+    async def check(self) -> None:
+        """Raise Unavailable, saying what to do, unless Redis answers."""
+        await self._run(cast(Awaitable[Any], self._redis.ping()))
+
+    async def close(self) -> None:
+        """Give connections up."""
+        await self._redis.aclose()
+        await self._redis.connection_pool.aclose()
+
+    def _script(self, name: str) -> AsyncScript:
+        text = resources.files("specinfer_router.store").joinpath(name).read_text()
+        return self._redis.register_script(text)
+
+    async def _run(self, call: Awaitable[_Answer]) -> _Answer:
+        try:
+            return await call
+        except (RedisConnectionError, TimeoutError, OSError) as error:
+            raise Unavailable(
+                f"Redis at {self._place} cannot be reached ({type(error).__name__}: {error}); "
+                "start it, correct --redis, or leave --redis out to keep sessions in memory"
+            ) from error
+        except RedisError as error:
+            raise InternalError(f"Redis at {self._place} refused a command: {error}") from error
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+def _keys(session_id: str) -> list[str]:
+    if not _SESSION_ID.fullmatch(session_id):
+        raise InvalidRequest(
+            "a session id is 1 to 128 letters, digits, '-' and '_'", field="session_id"
+        )
+    return [f"specinfer:{{{session_id}}}:session", f"specinfer:{{{session_id}}}:tokens"]
+
+
+def _pack(token_ids: Sequence[int]) -> bytes:
+    """Tokens as unsigned 32-bit numbers, lowest byte first."""
+    packed = array("I", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _unpack(packed: bytes) -> tuple[int, ...]:
+    token_ids = array("I")
+    token_ids.frombytes(packed)
+    if sys.byteorder == "big":
+        token_ids.byteswap()
+    return tuple(token_ids)
+
+
+def _facts(record: SessionRecord) -> str:
+    sampling = {
+        field.name: getattr(record.sampling, field.name) for field in fields(SamplingParams)
+    }
+    sampling["logit_bias"] = dict(record.sampling.logit_bias)
+    return json.dumps(
+        {
+            "model_hash": record.model_hash,
+            "num_prompt_tokens": record.num_prompt_tokens,
+            "sampling": sampling,
+        },
+        sort_keys=True,
+    )
+
+
+def _record(
+    session_id: str, facts: bytes, epoch: int, finish_reason: str, token_ids: tuple[int, ...]
+) -> SessionRecord:
+    stored = json.loads(facts)
+    sampling = stored["sampling"]
+    sampling["logit_bias"] = {int(key): bias for key, bias in sampling["logit_bias"].items()}
+    return SessionRecord(
+        session_id=session_id,
+        model_hash=stored["model_hash"],
+        num_prompt_tokens=stored["num_prompt_tokens"],
+        token_ids=token_ids,
+        sampling=SamplingParams(**sampling),
+        epoch=epoch,
+        finish_reason=finish_reason,
+    )

@@ -1,0 +1,205 @@
+"""From tokens to text, one token at a time, and where a stop string cuts it.
+
+The text that comes out is the text of decoding all tokens at once, cut into pieces that never split
+a character. This module knows nothing of sessions, rounds, models or the wire.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+REPLACEMENT = "\ufffd"
+MAX_HELD_TOKENS = 32
+CONTEXT_TOKENS = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What turning tokens into text needs to know of a tokenizer, worked out once.
+
+    Attributes:
+        tokenizer: the tokenizer itself.
+        byte_level: whether its decoder is GPT-2's: every token is a string of bytes.
+        special_ids: tokens that have no text, such as the end token.
+        byte_ids: SentencePiece's byte tokens, "<0x00>" to "<0xFF>".
+    """
+
+    tokenizer: Tokenizer
+    byte_level: bool
+    special_ids: frozenset[int]
+    byte_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        """Inspect a tokenizer."""
+        decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+        added = tokenizer.get_added_tokens_decoder()
+        bytes_found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return cls(
+            tokenizer=tokenizer,
+            byte_level=decoder.get("type") == "ByteLevel",
+            special_ids=frozenset(token_id for token_id, token in added.items() if token.special),
+            byte_ids=frozenset(token_id for token_id in bytes_found if token_id is not None),
+        )
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """A detokenizer for the completion of a prompt."""
+        if self.byte_level:
+            return ByteDetokenizer(self)
+        return WindowDetokenizer(self, prompt_ids)
+
+
+class Detokenizer(Protocol):
+    """Turns tokens into text as they come."""
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token; "" while a character is incomplete."""
+        ...
+
+    def flush(self) -> str:
+        """The rest at the end of the stream; an incomplete character becomes U+FFFD."""
+        ...
+
+
+class ByteDetokenizer:
+    """For byte-level vocabularies: a token is bytes, and bytes become UTF-8 as they fill up."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._byte_of = _byte_alphabet()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token."""
+        if token_id in self._vocabulary.special_ids:
+            return ""
+        token = self._vocabulary.tokenizer.id_to_token(token_id)
+        return "" if token is None else self._decoder.decode(self._bytes(token))
+
+    def flush(self) -> str:
+        """The rest at the end of the stream."""
+        return self._decoder.decode(b"", final=True)
+
+    def _bytes(self, token: str) -> bytes:
+        try:
+            return bytes([self._byte_of[character] for character in token])
+        except KeyError:
+            # An added token that is plain text rather than letters of the byte alphabet.
+            return token.encode()
+
+
+class WindowDetokenizer:
+    """For every other decoder: decode a short window twice and keep the difference.
+
+    A run of byte tokens is decoded when it ends, for the decoder judges a run as a whole. A window
+    that still ends in U+FFFD waits for its character, at most MAX_HELD_TOKENS tokens.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
+        # The prompt's tail stands before the text, or the first word would lose its space.
+        self._shown = [
+            token_id
+            for token_id in prompt_ids[-CONTEXT_TOKENS:]
+            if token_id not in vocabulary.special_ids
+        ]
+        self._held: list[int] = []
+        self._num_tries = 0
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token."""
+        if token_id in self._vocabulary.special_ids:
+            return ""
+        self._held.append(token_id)
+        if token_id in self._vocabulary.byte_ids:
+            return ""
+        text = self._held_text()
+        self._num_tries += 1
+        if text.endswith(REPLACEMENT) and self._num_tries < MAX_HELD_TOKENS:
+            return ""
+        return self._release(text)
+
+    def flush(self) -> str:
+        """The rest at the end of the stream."""
+        return self._release(self._held_text()) if self._held else ""
+
+    def _release(self, text: str) -> str:
+        self._shown, self._held, self._num_tries = self._held, [], 0
+        return text
+
+    def _held_text(self) -> str:
+        decode = self._vocabulary.tokenizer.decode
+        shown = decode(self._shown, skip_special_tokens=True)
+        return decode(self._shown + self._held, skip_special_tokens=True)[len(shown) :]
+
+
+class StopMatcher:
+    """Finds the first stop string in a text that comes in pieces (Knuth, Morris and Pratt).
+
+    The match that ends first wins, and of those that end together the longest. Text that may be
+    the beginning of a stop string is held back. A character costs amortised constant time for each
+    stop string.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(sorted(stops, key=len, reverse=True))
+        self._fallbacks = tuple(_fallbacks(stop) for stop in self._stops)
+        self._matched = [0] * len(self._stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Text free to show, and the stop string found or ""; after a match nothing may follow."""
+        if not self._stops:
+            return text, ""
+        whole = self._held + text
+        for index, character in enumerate(text, start=len(self._held) + 1):
+            stop = self._advance(character)
+            if stop:
+                return whole[: index - len(stop)], stop
+        kept = len(whole) - max(self._matched)
+        self._held = whole[kept:]
+        return whole[:kept], ""
+
+    def flush(self) -> str:
+        """Text held back for a match that never came."""
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, character: str) -> str:
+        found = ""
+        for which, stop in enumerate(self._stops):
+            matched = self._matched[which]
+            while matched and stop[matched] != character:
+                matched = self._fallbacks[which][matched - 1]
+            matched += stop[matched] == character
+            if matched == len(stop):
+                found = found or stop
+                matched = self._fallbacks[which][matched - 1]
+            self._matched[which] = matched
+        return found
+
+
+def _fallbacks(stop: str) -> tuple[int, ...]:
+    """For each prefix of `stop`, the length of its longest proper suffix that is a prefix too."""
+    table = [0] * len(stop)
+    matched = 0
+    for index in range(1, len(stop)):
+        while matched and stop[matched] != stop[index]:
+            matched = table[matched - 1]
+        matched += stop[matched] == stop[index]
+        table[index] = matched
+    return tuple(table)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others follow U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + index): byte for index, byte in enumerate(others)}

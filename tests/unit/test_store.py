@@ -1,0 +1,185 @@
+"""What every session store promises, run on memory and on a real Redis alike."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+
+import pytest
+
+from specinfer.errors import NotFound, ResourceExhausted, StaleEpoch
+from specinfer.sampling import SamplingParams
+from specinfer_router.store import MemoryStore, RedisStore, SessionRecord, SessionStore
+
+
+def record_of(session_id: str = "", num_tokens: int = 3) -> SessionRecord:
+    return SessionRecord(
+        session_id=session_id or uuid.uuid4().hex,
+        model_hash="cafe",
+        num_prompt_tokens=num_tokens,
+        token_ids=tuple(range(num_tokens)),
+        sampling=SamplingParams(temperature=0.8, top_p=0.9, logit_bias={7: -1.5}, seed=2**62 + 1),
+    )
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def store(
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[SessionStore]:
+    built: SessionStore
+    if request.param == "memory":
+        built = MemoryStore()
+    else:
+        built = RedisStore(request.getfixturevalue("redis_server"))
+    await built.check()
+    yield built
+    await built.close()
+
+
+async def test_a_record_comes_back_as_it_was_kept(store: SessionStore) -> None:
+    record = record_of(num_tokens=20_000)
+    await store.create(record)
+    assert await store.load(record.session_id) == record
+
+
+async def test_commits_add_tokens_and_count_epochs(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    assert await store.commit(record.session_id, 0, [11, 12]) == 1
+    assert await store.commit(record.session_id, 1, [2**32 - 1], "stop") == 2
+    kept = await store.load(record.session_id)
+    assert kept.token_ids == (0, 1, 2, 11, 12, 2**32 - 1)
+    assert (kept.epoch, kept.finish_reason) == (2, "stop")
+
+
+async def test_the_same_commit_again_changes_nothing(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    for _ in range(3):
+        assert await store.commit(record.session_id, 0, [11, 12], "length") == 1
+    assert (await store.load(record.session_id)).token_ids == (0, 1, 2, 11, 12)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "token_ids", "finish_reason"),
+    [(0, [11], ""), (0, [11, 13], ""), (0, [11, 12], "stop"), (2, [5], ""), (7, [5], "")],
+    ids=["shorter", "other", "other end", "ahead", "far ahead"],
+)
+async def test_a_commit_for_another_epoch_is_refused(
+    store: SessionStore, epoch: int, token_ids: list[int], finish_reason: str
+) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.commit(record.session_id, 0, [11, 12])
+    with pytest.raises(StaleEpoch):
+        await store.commit(record.session_id, epoch, token_ids, finish_reason)
+    assert (await store.load(record.session_id)).token_ids == (0, 1, 2, 11, 12)
+
+
+async def test_nothing_is_added_to_a_finished_session(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.commit(record.session_id, 0, [11], "stop")
+    with pytest.raises(StaleEpoch):
+        await store.commit(record.session_id, 1, [12])
+
+
+async def test_the_first_finish_reason_stays(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.finish(record.session_id, "cancelled")
+    await store.finish(record.session_id, "error")
+    kept = await store.load(record.session_id)
+    assert (kept.finish_reason, kept.epoch) == ("cancelled", 0)
+
+
+async def test_finishing_a_session_that_is_gone_is_quiet(store: SessionStore) -> None:
+    await store.finish(uuid.uuid4().hex, "cancelled")
+    with pytest.raises(NotFound):
+        await store.load("gone")
+    with pytest.raises(NotFound):
+        await store.commit("gone", 0, [1])
+
+
+async def test_create_may_be_repeated_but_an_id_is_never_shared(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.create(record)
+    with pytest.raises(StaleEpoch):
+        await store.create(record_of(record.session_id, num_tokens=4))
+    await store.commit(record.session_id, 0, [11])
+    with pytest.raises(StaleEpoch):
+        await store.create(record)
+
+
+async def test_of_concurrent_committers_one_wins(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    outcomes = await asyncio.gather(
+        *(store.commit(record.session_id, 0, [100 + writer]) for writer in range(20)),
+        return_exceptions=True,
+    )
+    assert outcomes.count(1) == 1
+    assert sum(isinstance(outcome, StaleEpoch) for outcome in outcomes) == 19
+    winner = 100 + outcomes.index(1)
+    assert (await store.load(record.session_id)).token_ids == (0, 1, 2, winner)
+
+
+async def test_sessions_do_not_touch_each_other(store: SessionStore) -> None:
+    records = [record_of() for _ in range(8)]
+    for record in records:
+        await store.create(record)
+    await asyncio.gather(
+        *(
+            store.commit(record.session_id, 0, [number])
+            for number, record in enumerate(records, start=50)
+        )
+    )
+    for number, record in enumerate(records, start=50):
+        assert (await store.load(record.session_id)).token_ids == (0, 1, 2, number)
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_memory_forgets_after_its_time_and_commits_renew_it() -> None:
+    clock = Clock()
+    store = MemoryStore(ttl_seconds=10, clock=clock)
+    silent, busy = record_of(), record_of()
+    await store.create(silent)
+    await store.create(busy)
+    clock.now = 6
+    await store.commit(busy.session_id, 0, [1])
+    clock.now = 12
+    assert (await store.load(busy.session_id)).epoch == 1
+    with pytest.raises(NotFound):
+        await store.load(silent.session_id)
+    await store.create(record_of())
+    assert len(store) == 2
+
+
+@pytest.mark.parametrize("finish", [True, False])
+async def test_memory_is_bounded_and_running_sessions_stay(finish: bool) -> None:
+    store = MemoryStore(max_sessions=3)
+    records = [record_of() for _ in range(3)]
+    for record in records:
+        await store.create(record)
+    if not finish:
+        with pytest.raises(ResourceExhausted) as full:
+            await store.create(record_of())
+        assert full.value.retry_after
+        return
+    await store.finish(records[1].session_id, "stop")
+    await store.create(record_of())
+    assert len(store) == 3
+    with pytest.raises(NotFound):
+        await store.load(records[1].session_id)
+    assert (await store.load(records[0].session_id)).epoch == 0
