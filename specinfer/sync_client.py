@@ -52,7 +52,7 @@ class LoopThread:
             raise
 
     def stop(self, last_work: Coroutine[Any, Any, None]) -> None:
-        """Run `last_work`, cancel what else is under way, end the thread; again does nothing."""
+        """Run `last_work`, cancel what is still under way, end the thread; again does nothing."""
         with self._lock:
             if self._stopped:
                 last_work.close()
@@ -66,12 +66,12 @@ class LoopThread:
 
 
 async def _wind_up(last_work: Coroutine[Any, Any, None]) -> None:
+    await last_work
     # Whoever waits for one of these tasks has to be woken before the loop ends.
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
-    await last_work
 
 
 class Client:
