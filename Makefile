@@ -69,5 +69,4 @@ lossless: setup ## prove that speculation changes no token
 
 clean: ## remove the environments, caches and built files
 	rm -rf .venv .venv-protos .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
-	find kernels -name '*.so' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
