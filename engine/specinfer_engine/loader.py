@@ -1,0 +1,180 @@
+"""From a folder to a model that runs on pages, or a reason why not.
+
+Any Hugging Face decoder whose attention goes through `transformers`' attention interface, from a
+local folder, safetensors only, never with code of its own. What is not served is refused here with
+the reason, so nothing is found out in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from specinfer.errors import InvalidCheckpoint
+from specinfer_engine.checkpoint import Checkpoint, read_checkpoint
+from specinfer_engine.linear import make_row_invariant
+from specinfer_engine.model import DTYPES, LoadedModel
+from specinfer_engine.probe import (
+    attention_calls,
+    check_logits,
+    probe_tokens,
+    rows_are_invariant,
+    stock_logits,
+)
+
+__all__ = ["LoadedModel", "load_model"]
+
+_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+
+def load_model(
+    path: Path | str, *, dtype: str, device: str | torch.device = "cpu", name: str | None = None
+) -> LoadedModel:
+    """Load a checkpoint and check that its paged passes say what `transformers` says.
+
+    `dtype` is "float32", "bfloat16" or "float64"; `name` defaults to the folder's name.
+
+    Raises:
+        InvalidCheckpoint: when the folder is missing, truncated, pickled or of a kind that is not
+            served, with the reason.
+    """
+    if dtype not in DTYPES:
+        raise InvalidCheckpoint(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    checkpoint = read_checkpoint(path)
+    config = _read_config(checkpoint)
+    model = _read_weights(checkpoint, config, DTYPES[dtype], torch.device(device))
+    try:
+        return _put_on_pages(checkpoint, model, name or checkpoint.folder.resolve().name)
+    except InvalidCheckpoint as error:
+        raise InvalidCheckpoint(f"{checkpoint.folder}: {error.message}") from error
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+        raise InvalidCheckpoint(
+            f"{checkpoint.folder}: {type(model).__name__} does not run on pages: {error}"
+        ) from error
+
+
+def _put_on_pages(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> LoadedModel:
+    """Replace attention and products of a stock model, and compare it with what it said before."""
+    text = model.config.get_text_config()
+    vocab_size, max_model_len = _limits(checkpoint, text)
+    token_ids = probe_tokens(vocab_size, max_model_len)
+    expected = stock_logits(model, token_ids)
+    calls = attention_calls(model, text.num_hidden_layers)
+    make_row_invariant(model)
+    loaded = LoadedModel(
+        model=model,
+        name=name,
+        num_layers=len(calls),
+        num_heads=calls[0].num_heads,
+        num_kv_heads=calls[0].num_kv_heads,
+        head_dim=calls[0].head_dim,
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=checkpoint.eos_token_ids,
+        dtype=model.dtype,
+        device=model.device,
+        model_hash=checkpoint.model_hash,
+        tokenizer_hash=checkpoint.tokenizer_hash,
+        tokenizer_files=checkpoint.tokenizer_files,
+        sliding_windows=tuple(call.sliding_window for call in calls),
+    )
+    check_logits(loaded, token_ids, expected)
+    return replace(loaded, row_invariant=rows_are_invariant(loaded, token_ids))
+
+
+def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The configuration as `transformers` understands it, refused when its kind is not served."""
+    folder = checkpoint.folder
+    if "quantization_config" in checkpoint.config:
+        raise InvalidCheckpoint(f"{folder}: quantised weights are not served")
+    try:
+        config = cast(
+            PreTrainedConfig,
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+        )
+    except Exception as error:  # a hostile config can make `transformers` raise anything
+        raise InvalidCheckpoint(f"{folder}: config.json is of no known kind: {error}") from error
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise InvalidCheckpoint(f"{folder}: {config.model_type} is an encoder-decoder")
+    kinds = set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYERS
+    if kinds:
+        raise InvalidCheckpoint(
+            f"{folder}: layers of kind {', '.join(sorted(kinds))} are not served"
+        )
+    return config
+
+
+def _limits(checkpoint: Checkpoint, text: PreTrainedConfig) -> tuple[int, int]:
+    """Vocabulary and length, checked against the tokenizer."""
+    limits = []
+    for field in ("vocab_size", "max_position_embeddings"):
+        value = getattr(text, field, None)
+        if not isinstance(value, int) or value < 2:
+            raise InvalidCheckpoint(f"config.json gives {field} as {value!r}")
+        limits.append(value)
+    vocab_size, max_model_len = limits
+    known = max([checkpoint.num_tokenizer_ids, *(eos + 1 for eos in checkpoint.eos_token_ids)])
+    if known > vocab_size:
+        raise InvalidCheckpoint(
+            f"the tokenizer has {known} ids, the model's vocabulary {vocab_size}"
+        )
+    return vocab_size, max_model_len
+
+
+def _read_weights(
+    checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The stock model with every weight taken from the folder."""
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a hostile folder can make `transformers` raise anything
+        raise InvalidCheckpoint(f"{checkpoint.folder}: cannot be loaded: {error}") from error
+    model, report = loaded
+    _check_report(checkpoint, report)
+    if getattr(model, "_is_stateful", False):
+        raise InvalidCheckpoint(
+            f"{checkpoint.folder}: {type(model).__name__} keeps a state beside keys and values"
+        )
+    return cast(PreTrainedModel, model.to(device).eval())
+
+
+def _check_report(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+    """Weights that the file lacks would be random, so they are refused."""
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(entry) for entry in report.get(kind) or ())
+        if found:
+            listed = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            raise InvalidCheckpoint(
+                f"{checkpoint.folder}: weights do not fit config.json, "
+                f"{kind.replace('_', ' ')}: {listed}"
+            )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars: a service's output is its log."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,76 @@
+"""A loaded model and the facts that the rest of the engine goes by.
+
+Data only: `loader` makes it, `runner` runs it. Knows no files and no sessions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a router needs to turn text into tokens and back, without the model's folder.
+
+    Attributes:
+        tokenizer_json: bytes of tokenizer.json.
+        chat_template: jinja source, or None when the model brings none.
+        bos_token, eos_token: their texts, or "" when unnamed.
+    """
+
+    tokenizer_json: bytes
+    chat_template: str | None = None
+    bos_token: str = ""
+    eos_token: str = ""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder ready to run on pages.
+
+    Attributes:
+        model: the `transformers` model, its linear layers row-invariant, its attention paged.
+        name: name it is served under.
+        num_layers, num_heads, num_kv_heads, head_dim: shape of its attention.
+        vocab_size: number of logits, and the bound of token ids.
+        max_model_len: most positions.
+        eos_token_ids: tokens that end a text.
+        dtype, device: of weights, keys and values.
+        model_hash: SHA-256 over the configuration and weight files, hex.
+        tokenizer_hash: SHA-256 over tokenizer.json, hex.
+        tokenizer_files: what a router needs.
+        row_invariant: whether a row's bits never depend on the rows that share its pass, as a
+            probe at load found.
+        sliding_windows: window of each layer in keys, None for all keys.
+    """
+
+    model: PreTrainedModel
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    model_hash: str
+    tokenizer_hash: str
+    tokenizer_files: TokenizerFiles = field(repr=False)
+    row_invariant: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+
+    @property
+    def dtype_name(self) -> str:
+        """The number format as the wire names it, such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")

@@ -1,0 +1,113 @@
+"""Runs ragged passes of one model over its pool of keys and values.
+
+Owns the pool and nothing else: which block belongs to whom, what a session is and what a logit
+means are not its business. Not thread-safe; the engine's thread owns it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specinfer.messages import StepCost
+from specinfer_engine.attention import PASS_ARGUMENT, PagedPass, layer_caches
+from specinfer_engine.batch import ForwardBatch, SequenceRows, build_batch
+from specinfer_engine.model import LoadedModel
+from specinfer_kernels import compact_kv, copy_blocks
+
+_MEASURED_PASSES = 3
+_MEASURE_SECONDS = 2.0
+
+
+class Runner:
+    """A model with its key-value pool.
+
+    Attributes:
+        loaded: the model.
+        num_blocks, block_size: shape of the pool.
+        pool: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] of the model's dtype;
+            sized once, never grown.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, num_blocks: int, block_size: int = 16) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool of {num_blocks} blocks of {block_size} holds nothing")
+        self.loaded = loaded
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (loaded.num_layers, 2, num_blocks, block_size, loaded.num_kv_heads, loaded.head_dim)
+        self.pool = torch.zeros(shape, dtype=loaded.dtype, device=loaded.device)
+        self._caches = layer_caches(self.pool)
+
+    def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
+        """One pass over the rows of all sequences, writing their keys and values.
+
+        Returns for each sequence the logits of its `logit_rows`, [len(logit_rows), vocab_size],
+        float32 (float64 for a float64 model), in the order asked for.
+        """
+        batch = build_batch(rows, self.block_size, self.loaded.device)
+        return list(torch.split(self.forward_batch(batch), list(batch.logit_counts)))
+
+    @torch.inference_mode()
+    def forward_batch(self, batch: ForwardBatch) -> Tensor:
+        """One pass over a batch that is laid out already: logits [num_logits, vocab_size]."""
+        paged_pass = PagedPass(batch.layout, batch.slot_mapping, self._caches)
+        arguments: dict[str, Any] = {PASS_ARGUMENT: paged_pass}
+        output = self.loaded.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.logit_index,
+            **arguments,
+        )
+        logits: Tensor = output.logits[0]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def compact(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Move the keys and values of slots `sources` to slots `targets`, in every layer."""
+        if sources:
+            compact_kv(self.pool, self._indices(sources), self._indices(targets))
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks, in every layer (copy-on-write)."""
+        if sources:
+            copy_blocks(self.pool, self._indices(sources), self._indices(targets))
+
+    def measure_step_costs(
+        self, row_counts: Sequence[int], context_len: int
+    ) -> tuple[StepCost, ...]:
+        """Time a pass of each number of rows over `context_len` keys; medians of three.
+
+        Writes into the first blocks of the pool, so call it before any session opens. Stops early
+        when the passes together took two seconds, after at least one of each. Counts that do not
+        fit the pool or the model are left out; the context shrinks to what fits.
+        """
+        room = min(self.num_blocks * self.block_size, self.loaded.max_model_len)
+        counts = [count for count in row_counts if 1 <= count < room]
+        context = max(0, min(context_len, room - max(counts, default=0)))
+        spent = 0.0
+        costs = []
+        for count in counts:
+            table = range(-(-(context + count) // self.block_size))
+            rows = SequenceRows.chain((0,) * count, context, table, range(count))
+            times: list[float] = []
+            self.forward([rows])
+            while len(times) < _MEASURED_PASSES and (not times or spent < _MEASURE_SECONDS):
+                times.append(self._time_forward(rows))
+                spent += times[-1]
+            costs.append(StepCost(count, context, statistics.median(times)))
+        return tuple(costs)
+
+    def _time_forward(self, rows: SequenceRows) -> float:
+        start = time.perf_counter()
+        # Reading a value makes a device finish.
+        self.forward([rows])[0][0, 0].item()
+        return time.perf_counter() - start
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.loaded.device)
