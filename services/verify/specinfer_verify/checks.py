@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from specinfer.errors import InvalidRequest, InvalidTree, ResourceExhausted
+from specinfer.errors import InvalidRequest, InvalidTree, ResourceExhausted, StaleEpoch
 from specinfer.sampling import MAX_LOGPROBS, SamplingParams
 from specinfer.tree import MAX_TREE_NODES, TokenTree
 from specinfer_engine.blocks import BlockManager
@@ -27,6 +27,7 @@ class Limits:
         max_tree_nodes: largest tree taken, root included.
         max_rows: most rows of a pass.
         min_prefill_rows: rows that prefill gets in every pass if it needs them.
+        yield_seconds: how long a session without a step keeps its blocks from a younger one.
         session_idle_seconds: how long a session may be silent before it is closed.
         max_slots: slots of the KV pool; `within_pool` fills it in.
 
@@ -40,6 +41,7 @@ class Limits:
     max_tree_nodes: int = 64
     max_rows: int = 256
     min_prefill_rows: int = 64
+    yield_seconds: float = 0.1
     session_idle_seconds: float = 600.0
     max_slots: int = 0
 
@@ -138,3 +140,9 @@ def check_tree(limits: Limits, tree: TokenTree, token_ids: Sequence[int]) -> Non
             f"{limits.max_model_len}",
             field="token_ids",
         )
+
+
+def check_epoch(session_id: str, current: int, epoch: int) -> None:
+    """Raise StaleEpoch unless an item is meant for the session as it is now."""
+    if epoch != current:
+        raise StaleEpoch(f"session {session_id} is at epoch {current}, not {epoch}")

@@ -23,7 +23,7 @@ from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
-from specinfer_verify.checks import Limits, check_open, check_tree
+from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
 from specinfer_verify.scheduler import ScheduledRows, Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
 from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
@@ -70,14 +70,17 @@ class VerifyEngine:
         self._blocks = blocks
         self._clock = clock
         self._scheduler = Scheduler(
-            blocks, max_rows=limits.max_rows, min_prefill_rows=limits.min_prefill_rows
+            blocks,
+            max_rows=limits.max_rows,
+            min_prefill_rows=limits.min_prefill_rows,
+            yield_seconds=limits.yield_seconds,
         )
         self._num_opened = 0
         self._draining = False
         self._next_sweep = 0.0
         self._empty = threading.Event()
         self._empty.set()
-        self._thread = EngineThread("verify-engine", self.run_pass, idle_seconds=0.25)
+        self._thread = EngineThread("verify-engine", self.run_pass, idle_seconds=0.05)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -87,6 +90,11 @@ class VerifyEngine:
     def healthy(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.healthy
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a session gave its blocks up for another one."""
+        return self._scheduler.num_preemptions
 
     def load(self) -> WorkerLoad:
         """How busy the engine is; a snapshot that may be taken from any thread."""
@@ -252,8 +260,7 @@ class VerifyEngine:
         if session.last_result is not None and epoch == session.epoch - 1:
             future.set_result(session.last_result)
             return
-        if epoch != session.epoch:
-            raise StaleEpoch(f"session {session_id} is at epoch {session.epoch}, not {epoch}")
+        check_epoch(session_id, session.epoch, epoch)
         if session.pending is not None and session.pending.given == tree:
             session.pending.futures.append(future)
             return

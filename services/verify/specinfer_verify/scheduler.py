@@ -61,7 +61,7 @@ class Scheduler:
         blocks: the pool.
         max_rows: most rows of a pass, but for `min_prefill_rows`.
         min_prefill_rows: rows that prefill gets in every pass if it needs them.
-        idle_seconds: how long a session without a step keeps its blocks from a younger one.
+        yield_seconds: how long a session without a step keeps its blocks from a younger one.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Scheduler:
         *,
         max_rows: int,
         min_prefill_rows: int,
-        idle_seconds: float = 0.5,
+        yield_seconds: float,
     ) -> None:
         self.blocks = blocks
         self.sessions: dict[str, Session] = {}
         self.num_preemptions = 0
         self._max_rows = max_rows
         self._min_prefill_rows = min_prefill_rows
-        self._idle_seconds = idle_seconds
+        self._yield_seconds = yield_seconds
 
     def add(self, session: Session) -> None:
         """Take a session; it joins the next pass."""
@@ -162,7 +162,7 @@ class Scheduler:
             for other in holding
             if other.age < session.age
             and not other.pending
-            and now - other.last_active >= self._idle_seconds
+            and now - other.last_active >= self._yield_seconds
         ]
         yield from sorted(idle, key=lambda other: other.last_active)
 

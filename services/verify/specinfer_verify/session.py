@@ -6,7 +6,7 @@ Plain state, owned by the engine's thread. This module knows nothing of tensors,
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
@@ -66,7 +66,7 @@ class Session:
     prefill_eagerly: bool = True
     pending: PendingStep | None = None
     last_result: VerifyResult | None = None
-    num_cached_tokens: int | None = field(default=None)
+    num_cached_tokens: int | None = None
 
     @property
     def base_len(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Outcome:
 
     session: Session
     result: VerifyResult | None = None
-    moves: Moves = Moves()
+    moves: Moves = field(default_factory=Moves)
     error: SpecinferError | None = None
 
 
