@@ -1,0 +1,83 @@
+"""Runs all stages in order, from the library's texts to the exported pair and its card.
+
+Refuses to know flags. A work folder keeps what each stage left, so that a broken run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from .card import write_card
+from .corpus import Card, sample_conversations
+from .export import export_model
+from .questions import write_questions
+from .report import Report, answer_questions, measure_pair, served_copy, write_report
+from .shapes import num_parameters
+from .stages import Material, prepare, train_draft, train_target
+from .tokenizer import encode_chat
+
+_LOG = logging.getLogger(__name__)
+TARGET_SHARE = 0.62
+DRAFT_SHARE = 0.35
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """``out`` is the folder of the pair, ``work`` keeps states, ``minutes`` is the budget."""
+
+    out: Path
+    work: Path
+    minutes: float
+
+
+def taught_answers(cards: list[Card]) -> dict[str, str]:
+    """Every phrasing and the answer it was taught."""
+    return {question: card.answer for card in reversed(cards) for question in card.questions}
+
+
+def epoch_tokens(material: Material) -> int:
+    """Tokens in one sampled epoch."""
+    turns = sample_conversations(material.cards, random.Random(0))
+    return sum(len(encode_chat(material.tokenizer, one).ids) for one in turns)
+
+
+def describe_machine() -> str:
+    """Kind of machine, without its name."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
+
+
+def run_pipeline(options: PipelineOptions) -> Report:
+    """Train, distil, measure and export the pair within about ``options.minutes``."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    seconds = options.minutes * 60.0
+    material = prepare(options.work)
+    target, target_loss = train_target(material, options.work, seconds * TARGET_SHARE)
+    export_model(target, material.tokenizer, options.out / "target")
+    draft, draft_loss = train_draft(material, target, options.work, seconds * DRAFT_SHARE)
+    export_model(draft, material.tokenizer, options.out / "draft")
+    served, drafter = served_copy(target), served_copy(draft)
+    greedy, sampled = measure_pair(served, drafter, material.tokenizer)
+    report = Report(
+        target_parameters=num_parameters(target),
+        draft_parameters=num_parameters(draft),
+        num_cards=len(material.cards),
+        epoch_tokens=epoch_tokens(material),
+        target_loss=target_loss,
+        draft_loss=draft_loss,
+        greedy=greedy,
+        sampled=sampled,
+        samples=answer_questions(served, material.tokenizer, taught_answers(material.cards)),
+        minutes=options.minutes,
+        machine=describe_machine(),
+    )
+    write_report(options.work / "report.json", report)
+    write_questions(options.out / "prompts.jsonl")
+    write_card(options.out / "README.md", report)
+    _LOG.info("pair written to %s", options.out)
+    return report
