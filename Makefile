@@ -18,6 +18,7 @@ setup: $(READY) $(KERNEL) ## make .venv, install everything, build the C++ kerne
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'installing into .venv: a minute or two, torch is large'
 	$(BIN)/python -m pip install --quiet --editable '.[router,model,cli,dev]' --constraint constraints.txt
 	@touch $@
 
