@@ -1,0 +1,167 @@
+"""What the target will draw, forecast from a drafter's logits.
+
+The target decides position t by argmax_v(l_v / T + g(seed, t, v)), with its own logits l, and
+drops the noise g when T is 0. A drafter that knows seed and sampling ranks tokens by
+
+    z_v = l_v + T * g(seed, t, v)              "shared noise", algorithms.md 1.6
+
+with its own logits in place of the target's: the same order, and one formula for every T. When the
+difference between the two models' logits is modelled as Gumbel noise of scale s, the probability
+that the target picks v given the shared g is exactly softmax(z / s)_v, which is the score used
+here; at T = 0 and s = 1 that is the drafter's own probability q.
+
+Penalties, bias and cuts are applied as the target applies them, but in float32, for many rows at
+once and with a shortcut in top-p: this only has to agree often. Knows no model, tree or session.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specinfer.errors import InvalidRequest
+from specinfer.sampling import SamplingParams
+from specinfer_draft.grow import Candidates
+from specinfer_kernels import gumbel_noise
+
+# top-p looks at this many of the best tokens; where they do not hold the mass nothing is cut.
+_TOP_P_TOKENS = 256
+
+
+class DrawForecast:
+    """How one session's target draws, as far as a drafter can know it.
+
+    Args:
+        sampling: the target's parameters.
+        vocab_size: tokens of the model.
+        num_prompt_tokens: presence and frequency penalties count the tokens after these.
+
+    Raises:
+        InvalidRequest: when a bias names a token outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        vocab_size: int,
+        num_prompt_tokens: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if any(token_id >= vocab_size for token_id in sampling.logit_bias):
+            raise InvalidRequest(
+                f"logit_bias names a token outside the vocabulary of {vocab_size}",
+                field="logit_bias",
+            )
+        self.sampling = sampling
+        self._vocab_size = vocab_size
+        self._num_prompt_tokens = num_prompt_tokens
+        self._device = device
+        self._noise: dict[int, Tensor] = {}
+        self._seen = torch.empty(0, dtype=torch.bool)  # [vocab_size], prompt and output
+        self._counts = torch.empty(0)  # float32 [vocab_size], output
+        bias = sampling.logit_bias
+        self._bias_ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
+        self._biases = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+
+    def begin(self, token_ids: Sequence[int]) -> None:
+        """Take the committed tokens, root included, that the next rows come after."""
+        for position in [known for known in self._noise if known < len(token_ids)]:
+            del self._noise[position]
+        if self.sampling.penalised:
+            tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+            output = tokens[self._num_prompt_tokens :]
+            self._seen = torch.bincount(tokens, minlength=self._vocab_size) > 0
+            self._counts = torch.bincount(output, minlength=self._vocab_size).float()
+
+    def forecast(
+        self, logits: Tensor, paths: Sequence[Sequence[int]], positions: Sequence[int]
+    ) -> Tensor:
+        """z of every row, float32 [num_rows, vocab_size]; -inf for what cannot be drawn.
+
+        Args:
+            logits: the drafter's raw logits, any float [num_rows, vocab_size]; not changed.
+            paths: drafted tokens between the root and each row, the row's own included.
+            positions: absolute position of the token that each row decides.
+        """
+        sampling, logits = self.sampling, logits.float()
+        if sampling.penalised:
+            logits = self._penalise(logits, paths)
+        if len(self._bias_ids):
+            logits = logits.index_add(1, self._bias_ids, self._biases.expand(len(logits), -1))
+        if sampling.greedy:
+            return logits
+        logits = _cut(logits, sampling)
+        return logits + self._scaled_noise(positions)
+
+    def _penalise(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+        """The target's penalties, with the tokens of each row's path counted as output."""
+        sampling = self.sampling
+        rows = [row for row, path in enumerate(paths) for _ in path]
+        tokens = [token_id for path in paths for token_id in path]
+        where = torch.tensor([rows, tokens], dtype=torch.int64, device=self._device)
+        ones = torch.ones(len(tokens), device=self._device)
+        counts = self._counts.repeat(len(paths), 1)
+        counts.index_put_((where[0], where[1]), ones, accumulate=True)
+        if sampling.repetition_penalty != 1.0:
+            seen = self._seen | (counts > 0)
+            factor = sampling.repetition_penalty
+            penalised = torch.where(logits > 0, logits / factor, logits * factor)
+            logits = torch.where(seen, penalised, logits)
+        if sampling.presence_penalty != 0.0:
+            logits = logits - sampling.presence_penalty * (counts > 0)
+        if sampling.frequency_penalty != 0.0:
+            logits = logits - sampling.frequency_penalty * counts
+        return logits
+
+    def _scaled_noise(self, positions: Sequence[int]) -> Tensor:
+        """T * g of each position, float32 [num_rows, vocab_size]; siblings share a position."""
+        fresh = sorted(set(positions) - self._noise.keys())
+        if fresh:
+            seeds = torch.full((len(fresh),), self.sampling.seed, dtype=torch.int64)
+            noise = gumbel_noise(seeds, torch.tensor(fresh, dtype=torch.int64), self._vocab_size)
+            scaled = (noise * self.sampling.temperature).float().to(self._device)
+            self._noise.update(zip(fresh, scaled.unbind(), strict=True))
+        if len(set(positions)) == 1:
+            return self._noise[positions[0]]
+        return torch.stack([self._noise[position] for position in positions])
+
+
+def rank(z: Tensor, branch: int, spread: float) -> list[Candidates]:
+    """The `branch` likeliest tokens of every row with the logarithm of softmax(z / spread).
+
+    Args:
+        z: forecasts, float32 [num_rows, vocab_size].
+        branch: tokens wanted; fewer come when the vocabulary is smaller.
+        spread: scale s of the difference between the models' logits; the smaller, the surer.
+    """
+    if spread != 1.0:
+        z = z / spread
+    top = torch.topk(z, min(branch, z.shape[1]), dim=1)
+    log_scores = top.values - torch.logsumexp(z, 1, keepdim=True)
+    return [
+        Candidates(token_ids, scores)
+        for token_ids, scores in zip(top.indices.tolist(), log_scores.tolist(), strict=True)
+    ]
+
+
+def _cut(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """top-k, top-p and min-p at the target's temperature; cut tokens become -inf."""
+    if 0 < sampling.top_k < logits.shape[1]:
+        smallest = torch.topk(logits, sampling.top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if sampling.top_p < 1.0:
+        probabilities = (logits / sampling.temperature).softmax(1)
+        best = torch.topk(probabilities, min(_TOP_P_TOKENS, logits.shape[1]), dim=1).values
+        mass = best.cumsum(1)
+        kept = mass - best < sampling.top_p
+        kept[:, 0] = True
+        smallest = best.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+        reached = mass[:, -1:] >= sampling.top_p
+        logits = logits.masked_fill(reached & (probabilities < smallest), -math.inf)
+    if sampling.min_p > 0.0:
+        least = logits.amax(1, keepdim=True) + sampling.temperature * math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return logits

@@ -1,0 +1,190 @@
+"""Which rows of which sessions share the next pass, and who yields when blocks run out.
+
+    waves      the next level of every tree that grows, and the few new tokens before its root
+    prefill    chunks of longer prompts, proposals first, in what `prefill_rows` leaves them
+
+so a long prompt slows the trees of others by one chunk a pass and never stops them. Trees are
+served in the order in which their queries came. When blocks run out, sessions that grow nothing
+lose theirs, the least recently used first, then the youngest proposal; the oldest always gets on.
+This module knows nothing of tensors, models or clocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from specinfer_draft.drafters.session import DraftSession
+from specinfer_engine.batch import SequenceRows
+from specinfer_engine.blocks import BlockManager
+from specinfer_engine.sequence import Moves
+
+# Tokens before a root that count as the last round's and not as a prompt.
+SHORT_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one session brings to a pass.
+
+    Attributes:
+        session: whose rows these are.
+        rows: the rows; the logits of the last one or of all of them are wanted, or of none.
+        num_chunk: committed tokens among them, which get their keys and values; 0 for a wave.
+        copies: blocks to copy before the pass.
+    """
+
+    session: DraftSession
+    rows: SequenceRows
+    num_chunk: int
+    copies: Moves
+
+
+Plan = dict[str, Share]
+
+
+class PassPlanner:
+    """Plans passes over the open sessions.
+
+    Attributes:
+        sessions: open sessions, the least recently used first.
+        stuck: growing sessions that do not fit into the pool even alone; whoever plans takes them.
+
+    Args:
+        blocks: the pool.
+        max_rows: most rows of a pass.
+        prefill_rows: most rows of prompts in a pass that carries waves too.
+    """
+
+    def __init__(self, blocks: BlockManager, *, max_rows: int, prefill_rows: int) -> None:
+        self.sessions: OrderedDict[str, DraftSession] = OrderedDict()
+        self.stuck: list[DraftSession] = []
+        self._blocks = blocks
+        self._max_rows = max_rows
+        self._prefill_rows = prefill_rows
+        self._growing: dict[str, DraftSession] = {}
+        self._prefilling: dict[str, DraftSession] = {}
+
+    @property
+    def growing(self) -> list[DraftSession]:
+        """Sessions with a proposal, the oldest proposal first."""
+        return list(self._growing.values())
+
+    def add(self, session: DraftSession) -> None:
+        """Take a session; its prompt is computed in the background."""
+        self.sessions[session.session_id] = session
+        self._prefilling[session.session_id] = session
+
+    def remove(self, session_id: str) -> DraftSession:
+        """Let a session go and free its blocks."""
+        session = self.sessions.pop(session_id)
+        self.stop_growing(session)
+        self._prefilling.pop(session_id, None)
+        session.state.free()
+        return session
+
+    def start_growing(self, session: DraftSession) -> None:
+        """A query came: the session is the most recently used and its proposal the youngest."""
+        self.sessions.move_to_end(session.session_id)
+        self._growing[session.session_id] = session
+
+    def stop_growing(self, session: DraftSession) -> None:
+        """The proposal has been answered; scratch slots are given back.
+
+        A prompt that the proposal did not get through is computed on in the background.
+        """
+        session.growth = None
+        session.state.release_scratch()
+        if self._growing.pop(session.session_id, None) and session.state.num_missing > SHORT_CHUNK:
+            session.prefill_eagerly = True
+            self._prefilling[session.session_id] = session
+
+    def plan(self) -> Plan:
+        """The next pass; empty when there is nothing to do or nothing fits."""
+        plan: Plan = {}
+        waiting = [session for session in self._growing.values() if session.growth]
+        short = [session for session in waiting if session.state.num_missing <= SHORT_CHUNK]
+        for session in short:
+            self._plan_tree(plan, session)
+        room = self._max_rows - _num_rows(plan)
+        budget = _num_rows(plan) + min(room, self._prefill_rows if plan else self._max_rows)
+        for session in (*(item for item in waiting if item not in short), *self._background()):
+            self._plan_chunk(plan, session, budget - _num_rows(plan))
+        return plan
+
+    def _background(self) -> Iterator[DraftSession]:
+        """Sessions without a proposal whose prompt is still to be computed."""
+        for session in list(self._prefilling.values()):
+            if session.growth is not None:
+                continue
+            if session.prefill_eagerly and session.state.num_missing > 1:
+                yield session
+            else:
+                del self._prefilling[session.session_id]
+
+    def _plan_tree(self, plan: Plan, session: DraftSession) -> None:
+        """Rows of a session whose prompt is done: what is new up to the root, or a wave below."""
+        growth, state = session.growth, session.state
+        assert growth is not None
+        if state.num_missing:
+            self._plan_chunk(plan, session, self._max_rows - _num_rows(plan))
+            return
+        wave = growth.wave
+        if wave is None or _num_rows(plan) + len(wave.nodes) > self._max_rows:
+            return
+        if self._make_room(plan, session, growth.num_scratch):
+            copies = state.reserve(growth.num_scratch)
+            plan[session.session_id] = Share(session, growth.wave_rows(state), 0, copies)
+
+    def _plan_chunk(self, plan: Plan, session: DraftSession, max_rows: int) -> None:
+        """Committed tokens without keys and values; in the background all but the root."""
+        state = session.state
+        if not state.block_table:
+            state.share_prefix()
+        missing = state.num_missing - (0 if session.growth else 1)
+        count = min(missing, max_rows)
+        if count < 1 or not self._make_room(plan, session, count):
+            return
+        copies = state.reserve(count)
+        start = state.num_cached
+        wanted = (count - 1,) if session.growth and count == state.num_missing else ()
+        rows = SequenceRows.chain(
+            state.token_ids[start : start + count], start, state.block_table, wanted
+        )
+        plan[session.session_id] = Share(session, rows, count, copies)
+
+    def _make_room(self, plan: Plan, session: DraftSession, num_slots: int) -> bool:
+        """Free blocks until `num_slots` fit, taking them from those who have to yield."""
+        while session.state.blocks_needed(num_slots) > self._blocks.num_free_blocks:
+            victim = next(self._victims(session), None)
+            if victim is None:
+                if session.growth and not self._others_hold(session):
+                    self.stuck.append(session)
+                return False
+            plan.pop(victim.session_id, None)
+            victim.give_up_blocks()
+        return True
+
+    def _victims(self, session: DraftSession) -> Iterator[DraftSession]:
+        """Who yields to `session`: those that grow nothing, then younger proposals."""
+        for other in self.sessions.values():
+            if other is session:
+                if session.growth is None:
+                    return  # background work takes from less recently used sessions alone
+            elif other.state.block_table and other.growth is None:
+                yield other
+        for other in reversed(self._growing.values()):
+            if other is session:
+                return
+            if other.state.block_table:
+                yield other
+
+    def _others_hold(self, session: DraftSession) -> bool:
+        return any(
+            other.state.block_table for other in self.sessions.values() if other is not session
+        )
+
+
+def _num_rows(plan: Plan) -> int:
+    return sum(len(share.rows.token_ids) for share in plan.values())
