@@ -19,15 +19,7 @@ SERVICE_KEYS = {"image", "build", "environment", "ports", "depends_on", "restart
 
 def settings_fields(tier: str) -> set[str]:
     """The environment variables that this tier's settings read."""
-    module = import_module(f"specinfer_{tier}.settings")
-    (kind,) = {
-        value
-        for value in vars(module).values()
-        if dataclasses.is_dataclass(value)
-        and isinstance(value, type)
-        and value.__module__ == module.__name__
-        and value.__name__ == f"{tier.capitalize()}Settings"
-    }
+    kind = import_module(f"specinfer_{tier}.settings").Settings
     return {f"SPECINFER_{tier.upper()}_{item.name.upper()}" for item in dataclasses.fields(kind)}
 
 
