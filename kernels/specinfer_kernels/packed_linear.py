@@ -39,9 +39,7 @@ class PackedLinear(nn.Module):
         if packed:
             self._weight = _reorder(self._weight)
         elif self.row_invariant:
-            wanted = (-self.in_features % _FEATURE_MULTIPLE, -self.out_features % _FEATURE_MULTIPLE)
-            self._weight = functional.pad(self._weight, (0, wanted[0], 0, wanted[1])).contiguous()
-            self._bias = None if bias is None else functional.pad(bias.detach(), (0, wanted[1]))
+            self._pad_features()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] of the weight's dtype to [..., out_features]."""
@@ -59,11 +57,22 @@ class PackedLinear(nn.Module):
             result = self._blocked(rows)
         else:
             result = functional.linear(rows, self._weight, self._bias)
-        return result.reshape(*x.shape[:-1], self.out_features)
+        return result.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         kind = "packed" if self.packed else "plain"
         return f"{self.in_features}, {self.out_features}, {self.dtype}, {kind}"
+
+    def _pad_features(self) -> None:
+        columns, rows = (
+            -self.in_features % _FEATURE_MULTIPLE,
+            -self.out_features % _FEATURE_MULTIPLE,
+        )
+        if columns or rows:
+            self._weight = functional.pad(self._weight, (0, columns, 0, rows))
+        if rows and self._bias is not None:
+            self._bias = functional.pad(self._bias, (0, rows))
+        self._weight = self._weight.contiguous()
 
     def _packed(self, rows: Tensor) -> Tensor:
         count = rows.shape[0]
@@ -82,7 +91,7 @@ class PackedLinear(nn.Module):
             functional.linear(block, self._weight, self._bias)
             for block in torch.split(padded, _BLOCK_ROWS)
         ]
-        return torch.cat(blocks)[:count, : self.out_features]
+        return torch.cat(blocks)[:count, : self.out_features].contiguous()
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:

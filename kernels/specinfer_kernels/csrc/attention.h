@@ -185,16 +185,13 @@ inline Doubles load_row(const double* from, int64_t count) {
 }
 
 inline Floats load_row(const BFloat16* from, int64_t count) {
-    uint16_t halves[16] = {};
-    if (count > 0) std::memcpy(halves, from, size_t(std::min<int64_t>(count, 16)) * 2);
-#if defined(__AVX512F__)
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)halves));
-    return (Floats)_mm512_slli_epi32(wide, 16);
-#else
-    Ints wide;
-    for (int lane = 0; lane < 16; ++lane) wide[lane] = int32_t(uint32_t(halves[lane]) << 16);
-    return (Floats)wide;
-#endif
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    Halves halves{};
+    if (count >= lanes<float>())
+        std::memcpy(&halves, from, sizeof(halves));
+    else if (count > 0)
+        std::memcpy(&halves, from, size_t(count) * sizeof(BFloat16));
+    return (Floats)(__builtin_convertvector(halves, Ints) << 16);
 }
 
 // Scratch of one thread, all 64-byte aligned, sizes fixed by the arguments.

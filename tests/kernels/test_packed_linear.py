@@ -1,0 +1,144 @@
+"""Row-invariant linear layers: a row's bits are the same among 1 to 1,024 rows at any offset."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specinfer_kernels import KernelInputError, PackedLinear, pack_linear
+from tests.kernels.cases import same_bits
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+SHAPES = [(64, 192), (256, 1000), (704, 256), (100, 37), (33, 65), (7, 5), (1, 3), (500, 1)]
+ROWS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100, 127, 256, 513, 1000, 1024)
+OFFSETS = (1, 2, 3, 5, 8, 13, 16, 30)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
+
+
+@pytest.fixture
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make(
+    in_features: int, out_features: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, PackedLinear]:
+    """weight, bias, 1,024 rows and the layer."""
+    generator = torch.Generator().manual_seed(in_features * 7919 + out_features)
+    weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
+    bias = torch.randn(out_features, generator=generator)
+    rows = torch.randn(1024, in_features, generator=generator)
+    weight, bias, rows = weight.to(dtype), bias.to(dtype), rows.to(dtype)
+    return weight, bias, rows, pack_linear(weight, bias)
+
+
+def differing(layer: Callable[[Tensor], Tensor], rows: Tensor) -> list[tuple[int, int]]:
+    """(offset, count) of the parts of `rows` whose outputs are not those of the whole."""
+    whole = layer(rows)
+    parts = [(0, count) for count in ROWS]
+    parts += [(offset, count) for offset in OFFSETS for count in (1, 2, 7, 16, 40)]
+    return [
+        (offset, count)
+        for offset, count in parts
+        if not same_bits(layer(rows[offset : offset + count]), whole[offset : offset + count])
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+def test_bits_of_a_row_are_its_own(dtype: torch.dtype, in_features: int, out_features: int) -> None:
+    weight, bias, rows, layer = make(in_features, out_features, dtype)
+    assert layer.row_invariant
+    assert differing(layer, rows) == []
+    expected = functional.linear(rows[:9].double(), weight.double(), bias.double())
+    torch.testing.assert_close(
+        layer(rows[:9]).double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_unpacked_form_is_row_invariant_too(dtype: torch.dtype) -> None:
+    for in_features, out_features in SHAPES:
+        weight, bias, rows, _ = make(in_features, out_features, dtype)
+        layer = PackedLinear(weight, bias, packed=False)
+        assert differing(layer, rows[:256]) == []
+
+
+def test_other_rows_do_not_matter() -> None:
+    for dtype in DTYPES:
+        _, _, rows, layer = make(100, 37, dtype)
+        others = rows.flip(0).clone()
+        others[500] = rows[20]
+        assert same_bits(layer(rows)[20], layer(others)[500])
+
+
+def test_negative_control_a_sum_that_follows_the_row_count_is_detected() -> None:
+    weight, _, rows, _ = make(256, 1000, torch.float32)
+
+    def split_by_rows(part: Tensor) -> Tensor:
+        """What a library does that sums in halves when there are few rows."""
+        if part.shape[0] >= 16:
+            return functional.linear(part, weight)
+        low, high = (functional.linear(part[:, i::2], weight[:, i::2]) for i in (0, 1))
+        return low + high
+
+    failed = differing(split_by_rows, rows)
+    assert {(0, count) for count in (1, 2, 3, 5, 8, 15)} <= set(failed)
+
+
+@pytest.mark.usefixtures("_threads_restored")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    for in_features, out_features in ((704, 256), (33, 65)):
+        _, _, rows, layer = make(in_features, out_features, dtype)
+        outputs = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            outputs.append([layer(rows[:count]) for count in (1, 4, 64, 512)])
+        assert all(same_bits(one, two) for one, two in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes_and_strides(dtype: torch.dtype) -> None:
+    _, _, rows, layer = make(100, 37, dtype)
+    whole = layer(rows[:12])
+    assert layer(rows[0]).shape == (37,)
+    assert same_bits(layer(rows[:12].view(3, 4, 100)), whole.view(3, 4, 37))
+    assert layer(rows[:0]).shape == (0, 37)
+    assert whole.is_contiguous()
+    strided = rows[:24:2]
+    assert same_bits(layer(strided), layer(strided.contiguous()))
+    without = pack_linear(torch.randn(37, 100).to(dtype))
+    assert without(rows[:3]).shape == (3, 37)
+
+
+def test_packing_keeps_no_second_copy() -> None:
+    weight = torch.randn(64, 64)
+    layer = pack_linear(weight)
+    assert layer.packed
+    assert list(layer.parameters()) == []
+    assert "64, 64" in repr(layer)
+    expected = layer(torch.ones(2, 64))
+    weight.zero_()
+    assert same_bits(layer(torch.ones(2, 64)), expected)
+
+
+def test_refuses_bad_input() -> None:
+    weight = torch.randn(5, 7)
+    for bad, bias in (
+        (weight[0], None),
+        (weight[:0], None),
+        (weight.int(), None),
+        (weight, torch.randn(4)),
+        (weight, torch.randn(5).double()),
+    ):
+        with pytest.raises(KernelInputError):
+            pack_linear(bad, bias)
+    layer = pack_linear(weight)
+    for rows in (torch.randn(3, 6), torch.randn(3, 7).double()):
+        with pytest.raises(KernelInputError, match="linear takes"):
+            layer(rows)
