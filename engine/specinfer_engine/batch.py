@@ -140,9 +140,7 @@ def build_batch(
     return ForwardBatch(
         input_ids=_tensor(tokens, device).unsqueeze(0),
         position_ids=_tensor(context_of_row + depths, device).unsqueeze(0),
-        slot_mapping=_tensor(
-            _slots(rows, tables, owner, context_of_row + nodes, block_size), device
-        ),
+        slot_mapping=_tensor(slots, device),
         layout=layout,
         logit_index=_tensor(np.array(wanted, np.int64), device),
         logit_counts=tuple(len(part.logit_rows) for part in rows),

@@ -28,9 +28,11 @@ from specinfer_engine.probe import (
     rows_are_invariant,
     stock_logits,
 )
+from specinfer_engine.rowwise import make_elementwise_invariant
 
 __all__ = ["LoadedModel", "load_model"]
 
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -51,7 +53,7 @@ def load_model(
     config = _read_config(checkpoint)
     model = _read_weights(checkpoint, config, DTYPES[dtype], torch.device(device))
     try:
-        return _put_on_pages(checkpoint, model, name or checkpoint.folder.resolve().name)
+        return _put_on_pages(checkpoint, model, DTYPES[dtype], name)
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{checkpoint.folder}: {error.message}") from error
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
@@ -60,7 +62,9 @@ def load_model(
         ) from error
 
 
-def _put_on_pages(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> LoadedModel:
+def _put_on_pages(
+    checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, name: str | None
+) -> LoadedModel:
     """Replace attention and products of a stock model, and compare it with what it said before."""
     text = model.config.get_text_config()
     vocab_size, max_model_len = _limits(checkpoint, text)
@@ -68,9 +72,10 @@ def _put_on_pages(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> 
     expected = stock_logits(model, token_ids)
     calls = attention_calls(model, text.num_hidden_layers)
     make_row_invariant(model)
+    make_elementwise_invariant(model, max_model_len)
     loaded = LoadedModel(
         model=model,
-        name=name,
+        name=name or checkpoint.folder.resolve().name,
         num_layers=len(calls),
         num_heads=calls[0].num_heads,
         num_kv_heads=calls[0].num_kv_heads,
@@ -78,11 +83,12 @@ def _put_on_pages(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> 
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=checkpoint.eos_token_ids,
-        dtype=model.dtype,
+        dtype=dtype,
         device=model.device,
         model_hash=checkpoint.model_hash,
         tokenizer_hash=checkpoint.tokenizer_hash,
         tokenizer_files=checkpoint.tokenizer_files,
+        final_softcap=_take_final_softcap(model.config),
         sliding_windows=tuple(call.sliding_window for call in calls),
     )
     check_logits(loaded, token_ids, expected)
@@ -126,7 +132,29 @@ def _limits(checkpoint: Checkpoint, text: PreTrainedConfig) -> tuple[int, int]:
         raise InvalidCheckpoint(
             f"the tokenizer has {known} ids, the model's vocabulary {vocab_size}"
         )
-    return vocab_size, max_model_len
+    limit = _length_limit(text)
+    return vocab_size, max_model_len if limit is None else min(limit, max_model_len)
+
+
+def _length_limit(text: PreTrainedConfig) -> int | None:
+    """Where rotary frequencies that depend on the length of the pass would start to change."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    by_layer = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    limits = [
+        entry.get("original_max_position_embeddings")
+        for entry in by_layer or [parameters]
+        if entry.get("rope_type") in _LENGTH_DEPENDENT_ROPE
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _take_final_softcap(config: PreTrainedConfig) -> float | None:
+    """The cap on the logits, taken over from the model: its own depends on a logit's neighbours."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is None:
+        return None
+    config.final_logit_softcapping = None
+    return float(cap)
 
 
 def _read_weights(
@@ -140,6 +168,7 @@ def _read_weights(
                 config=config,
                 dtype=dtype,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

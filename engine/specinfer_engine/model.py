@@ -50,6 +50,7 @@ class LoadedModel:
         tokenizer_files: what a router needs.
         row_invariant: whether a row's bits never depend on the rows that share its pass, as a
             probe at load found.
+        final_softcap: cap on the logits that the runner applies in place of the model, or None.
         sliding_windows: window of each layer in keys, None for all keys.
     """
 
@@ -68,6 +69,7 @@ class LoadedModel:
     tokenizer_hash: str
     tokenizer_files: TokenizerFiles = field(repr=False)
     row_invariant: bool = False
+    final_softcap: float | None = None
     sliding_windows: tuple[int | None, ...] = ()
 
     @property

@@ -18,6 +18,7 @@ from specinfer.messages import StepCost
 from specinfer_engine.attention import PASS_ARGUMENT, PagedPass, layer_caches
 from specinfer_engine.batch import ForwardBatch, SequenceRows, build_batch
 from specinfer_engine.model import LoadedModel
+from specinfer_engine.rowwise import capped
 from specinfer_kernels import compact_kv, copy_blocks
 
 _MEASURED_PASSES = 3
@@ -66,7 +67,10 @@ class Runner:
             **arguments,
         )
         logits: Tensor = output.logits[0]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        cap = self.loaded.final_softcap
+        return logits if cap is None else capped(logits, cap)
 
     def compact(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Move the keys and values of slots `sources` to slots `targets`, in every layer."""
