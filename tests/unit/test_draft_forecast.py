@@ -1,0 +1,128 @@
+"""Forecasts of the target's draws against the target's own pipeline."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from specinfer_kernels import gumbel_noise
+
+from specinfer.errors import InvalidRequest
+from specinfer.sampling import SamplingParams
+from specinfer_draft.drafters.forecast import DrawForecast, rank
+from specinfer_engine.acceptance import draw_token
+from specinfer_engine.logits import process_logits
+
+VOCAB = 300
+PROMPT = [5, 6, 7, 5, 8]
+OUTPUT = [9, 9, 10]
+PATHS = [[], [9], [9, 11], [12, 12]]
+DEPTHS = [0, 1, 2, 2]
+
+SAMPLINGS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0, seed=1),
+    SamplingParams(temperature=0.7, seed=2**62),
+    SamplingParams(temperature=1.3, top_k=7, seed=3),
+    SamplingParams(temperature=0.9, top_p=0.6, seed=4),
+    SamplingParams(temperature=2.0, min_p=0.05, seed=5),
+    SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, seed=6),
+    SamplingParams(temperature=1.0, repetition_penalty=1.7, seed=7),
+    SamplingParams(temperature=0.0, presence_penalty=1.5, frequency_penalty=0.8),
+    SamplingParams(temperature=1.0, logit_bias={3: 4.0, 200: -50.0}, seed=8),
+]
+
+
+def logits(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(PATHS), VOCAB, generator=generator) * 3.0
+
+
+def forecast_of(sampling: SamplingParams) -> DrawForecast:
+    forecast = DrawForecast(sampling, VOCAB, len(PROMPT))
+    forecast.begin(PROMPT + OUTPUT)
+    return forecast
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=range(len(SAMPLINGS)))
+@pytest.mark.parametrize("seed", range(5))
+def test_with_the_targets_logits_the_best_forecast_is_the_targets_draw(
+    sampling: SamplingParams, seed: int
+) -> None:
+    rows = logits(seed)
+    positions = [len(PROMPT + OUTPUT) + depth for depth in DEPTHS]
+    z = forecast_of(sampling).forecast(rows, PATHS, positions)
+    best = [candidates.token_ids[0] for candidates in rank(z, 1, 1.0)]
+    for row, path, position, token_id in zip(rows, PATHS, positions, best, strict=True):
+        law = process_logits(row, sampling, PROMPT, OUTPUT + path)
+        assert token_id == draw_token(law, sampling.seed, position, greedy=sampling.greedy)
+        allowed = set(torch.nonzero(law > -math.inf).flatten().tolist())
+        assert set(torch.nonzero(z[PATHS.index(path)] > -math.inf).flatten().tolist()) == allowed
+
+
+def test_another_position_has_another_draw() -> None:
+    """Negative control: the noise of the wrong position forecasts something else."""
+    rows = torch.zeros(1, VOCAB)
+    forecast = forecast_of(SamplingParams(seed=9))
+    draws = [rank(forecast.forecast(rows, [[]], [t]), 1, 1.0)[0].token_ids[0] for t in range(8, 28)]
+    assert len(set(draws)) > 15
+
+
+def test_siblings_share_their_noise_and_depths_do_not() -> None:
+    rows = torch.zeros(3, VOCAB)
+    z = forecast_of(SamplingParams(seed=9)).forecast(rows, [[], [], []], [8, 9, 9])
+    assert torch.equal(z[1], z[2])
+    assert not torch.equal(z[0], z[1])
+    seeds, positions = torch.tensor([9, 9]), torch.tensor([8, 9])
+    assert torch.equal(z[:2], gumbel_noise(seeds, positions, VOCAB).float())
+
+
+def test_noise_of_committed_positions_is_dropped() -> None:
+    forecast = forecast_of(SamplingParams(seed=9))
+    for length in range(8, 60, 3):
+        forecast.begin([1] * length)
+        forecast.forecast(torch.zeros(1, VOCAB), [[]], [length])
+        forecast.forecast(torch.zeros(1, VOCAB), [[2]], [length + 1])
+    assert len(forecast._noise) <= 2
+
+
+def test_greedy_scores_are_the_drafters_own_log_probabilities() -> None:
+    rows = logits(0)
+    z = forecast_of(SamplingParams(temperature=0.0)).forecast(rows, PATHS, [8, 9, 10, 10])
+    expected = torch.log_softmax(rows, 1)
+    for row, candidates in enumerate(rank(z, 5, 1.0)):
+        assert list(candidates.log_scores) == sorted(candidates.log_scores, reverse=True)
+        for token_id, score in zip(candidates.token_ids, candidates.log_scores, strict=True):
+            assert score == pytest.approx(float(expected[row, token_id]), abs=1e-5)
+
+
+def test_scores_are_the_chances_of_being_picked_when_models_differ_by_gumbel_noise() -> None:
+    """The statement of the module's docstring, by simulation: 20,000 targets near one drafter."""
+    spread, num_trials = 0.7, 20_000
+    drafter = torch.tensor([[1.0, 0.4, 0.0, -1.0]])
+    sampling = SamplingParams(temperature=0.8, seed=3)
+    z = DrawForecast(sampling, 4, 1).forecast(drafter, [[]], [17])
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(num_trials, 4, generator=generator, dtype=torch.float64)
+    targets = drafter - spread * torch.log(-torch.log(uniform))
+    noise = gumbel_noise(torch.tensor([3]), torch.tensor([17]), 4)
+    picks = (targets / sampling.temperature + noise).argmax(1)
+    share = torch.bincount(picks, minlength=4) / num_trials
+    candidates = rank(z, 4, spread)[0]
+    for token_id, score in zip(candidates.token_ids, candidates.log_scores, strict=True):
+        # Four standard deviations of a share of 20,000 trials are at most 0.0142.
+        assert math.exp(score) == pytest.approx(float(share[token_id]), abs=0.0142)
+
+
+def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        DrawForecast(SamplingParams(logit_bias={VOCAB: 1.0}), VOCAB, 1)
+    assert caught.value.field == "logit_bias"
+
+
+def test_a_flat_law_is_not_cut_where_the_shortcut_cannot_see_its_mass() -> None:
+    """top-p looks at 256 tokens; 1,000 equal ones hold too little there, so all of them stay."""
+    sampling = SamplingParams(temperature=1.0, top_p=0.9)
+    z = DrawForecast(sampling, 1000, 1).forecast(torch.zeros(1, 1000), [[]], [1])
+    assert bool((z > -math.inf).all())
