@@ -1,0 +1,1 @@
+"""The `specinfer` command. Importing this package loads neither rich, typer nor torch."""

@@ -1,0 +1,44 @@
+"""The `specinfer` command: which commands there are and how they are grouped."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from specinfer import __version__
+from specinfer_cli.bench import bench
+from specinfer_cli.chat import chat
+from specinfer_cli.generate import generate
+from specinfer_cli.lossless import lossless
+from specinfer_cli.services import PASS_ON, draft, router, verify
+from specinfer_cli.up import up
+
+app = typer.Typer(
+    help="Lossless speculative decoding, served as a gRPC cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"specinfer {__version__}")
+        raise typer.Exit
+
+
+_Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+]
+
+
+@app.callback()
+def _options(version: _Version = False) -> None:
+    """Lossless speculative decoding, served as a gRPC cluster."""
+
+
+for _command in (up, generate, chat, lossless, bench):
+    app.command()(_command)
+for _service in (router, draft, verify):
+    app.command(rich_help_panel="Services, for hand use", **PASS_ON)(_service)

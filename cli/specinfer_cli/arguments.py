@@ -1,0 +1,92 @@
+"""Options that several commands share, spelled once, with help that is true everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specinfer.client import DEFAULT_ADDRESS
+from specinfer.messages import SpeculationOptions
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def check_dtype(value: str) -> str:
+    """The number format itself; raises typer.BadParameter when there is no such format."""
+    if value not in DTYPES:
+        raise typer.BadParameter(f"one of {', '.join(DTYPES)}")
+    return value
+
+
+Router = Annotated[
+    str,
+    typer.Option(
+        "--router", metavar="ADDR", envvar="SPECINFER_ROUTER", help="Address of the router."
+    ),
+]
+AnyRouter = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        metavar="ADDR",
+        help="Address of a running router; without it a local cluster is started for the run.",
+    ),
+]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", metavar="FOLDER", help="Target model's folder; default: the demo pair's."
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="FOLDER",
+        help="Drafter's folder, or 'none'; default: the demo pair's, none beside another --model.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", callback=check_dtype, help=f"Number format of the weights: {', '.join(DTYPES)}."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Most tokens to generate; default: the model's length."),
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="0 takes the most probable token each time.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the k most probable tokens; 0 keeps all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Keep the smallest set of tokens with this mass.")
+]
+MinP = Annotated[
+    float,
+    typer.Option("--min-p", help="Drop tokens less probable than this share of the best one."),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Decides all noise; default: the router chooses.")
+]
+NoSpeculation = Annotated[
+    bool, typer.Option("--no-speculation", help="Decode one token a round; changes no token.")
+]
+MaxNodes = Annotated[
+    int | None, typer.Option("--max-nodes", help="Most guessed tokens a round.", min=0)
+]
+MaxDepth = Annotated[int | None, typer.Option("--max-depth", help="Deepest guess.", min=0)]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds for the whole call.")]
+
+__all__ = ["DEFAULT_ADDRESS", "DTYPES"]
+
+
+def speculation_options(
+    no_speculation: bool, max_nodes: int | None, max_depth: int | None
+) -> SpeculationOptions:
+    """How to speculate, from the flags of a command."""
+    return SpeculationOptions(enabled=not no_speculation, max_nodes=max_nodes, max_depth=max_depth)

@@ -1,0 +1,117 @@
+"""`specinfer bench`: speculation on against off; the work is done by `specinfer_bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specinfer_bench.options import GROWN_PRESETS, BenchOptions
+from specinfer_bench.report import BenchReport
+from specinfer_cli import arguments
+from specinfer_cli.console import friendly, import_extra, output, print_json
+
+_Grow = Annotated[
+    str | None,
+    typer.Option(
+        "--grow",
+        metavar="|".join(GROWN_PRESETS),
+        help="Grow the local cluster's target to this size first; its outputs stay the same.",
+    ),
+]
+_DraftFolder = Annotated[
+    Path | None,
+    typer.Option("--draft", metavar="FOLDER", help="Drafter's folder; default: the demo pair's."),
+]
+_Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='JSON lines with a "prompt" or "turns" each; default: the demo questions.',
+    ),
+]
+_NumPrompts = Annotated[int, typer.Option("--num-prompts", min=1, help="How many prompts to run.")]
+_MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens for a prompt.")]
+_Repeats = Annotated[
+    int,
+    typer.Option("--repeats", min=1, help="Runs of every prompt in every arm, interleaved."),
+]
+_Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first prompt.")]
+_InProcess = Annotated[
+    bool,
+    typer.Option("--in-process", help="Also run the same loop in one process, without gRPC."),
+]
+
+
+@friendly
+def bench(
+    router: arguments.AnyRouter = None,
+    grow: _Grow = None,
+    dtype: arguments.Dtype = BenchOptions.dtype,
+    model: arguments.Model = None,
+    draft: _DraftFolder = None,
+    prompts: _Prompts = None,
+    num_prompts: _NumPrompts = BenchOptions.num_prompts,
+    max_tokens: _MaxTokens = BenchOptions.max_tokens,
+    temperature: arguments.Temperature = BenchOptions.temperature,
+    repeats: _Repeats = BenchOptions.repeats,
+    seed: _Seed = BenchOptions.seed,
+    in_process: _InProcess = False,
+    json: arguments.Json = False,
+) -> None:
+    """Time prompts with speculation on and off, interleaved, and compare their outputs.
+
+    Exits 1 when an output differs.
+    """
+    options = BenchOptions(
+        router=router,
+        grow=grow,
+        dtype=dtype,
+        model=model,
+        draft=draft,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        repeats=repeats,
+        seed=seed,
+        in_process=in_process,
+    )
+    report: BenchReport = import_extra("specinfer_bench").run_bench(options)
+    if json:
+        print_json(report.as_dict())
+    else:
+        _print(output(), report)
+    if not report.identical:
+        raise typer.Exit(1)
+
+
+def _print(console: Console, report: BenchReport) -> None:
+    table = Table("", "tokens/s", "first token, ms", "tokens a round")
+    for name, arm in report.arms.items():
+        table.add_row(
+            name.replace("_", " "),
+            f"{arm.tokens_per_second:.1f}",
+            f"{arm.first_token_ms:.1f}",
+            f"{arm.tokens_per_round:.2f}",
+        )
+    console.print(table)
+    for name, arm in report.arms.items():
+        places = "  ".join(f"{place} {value:.2f}" for place, value in arm.round_ms.items())
+        console.print(f"round, ms, {name.replace('_', ' ')}: {places}", soft_wrap=True)
+    depths = "  ".join(f"{share:.0%}" for share in report.accepted_by_depth)
+    lines = [
+        f"{report.num_prompts} prompts, {report.num_tokens} tokens",
+        f"speculation on against off: {report.speedup:.2f} "
+        f"({report.speedup_min:.2f} to {report.speedup_max:.2f})",
+        f"confirmed by depth: {depths or 'no guesses'}",
+        f"outputs identical: {'yes' if report.identical else 'NO'}",
+    ]
+    if report.cluster_overhead is not None:
+        lines.append(f"cluster against one process: {report.cluster_overhead:+.1%} time")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,228 @@
+"""A cluster on this machine as child processes: verify workers, draft workers and a router.
+
+`running_cluster` is what `up`, `lossless` and `bench` stand on, and what a test can use. It speaks
+to the services by their flags alone and knows nothing of models or requests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from specinfer.errors import InvalidRequest, Unavailable
+from specinfer_cli.processes import (
+    Child,
+    claim_address,
+    free_port,
+    start_child,
+    stop_children,
+    wait_healthy,
+)
+
+WATCH_SECONDS = 0.3
+WORKER_DRAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """What to start.
+
+    Attributes:
+        model: the target's folder.
+        draft: the drafter's folder, or None to decode without guesses.
+        name: what clients call the model; "" is the target folder's name.
+        num_drafters: draft workers; ignored without a drafter.
+        num_verifiers: verify workers.
+        redis: URL of the store, or None to keep sessions in the router's memory.
+        grpc_address: where the router listens; port 0 takes a free one.
+        gateway_address: where its HTTP gateway listens, or None for none.
+        dtype: number format of the target and the drafter.
+        num_threads: compute threads of each worker; None shares the machine's cores out.
+        logs: folder for the children's logs; None uses a temporary one.
+        startup_seconds: how long the workers may take to load.
+        grace_seconds: how long running streams may take to finish at the end.
+
+    Raises:
+        InvalidRequest: naming the option that is out of its range.
+    """
+
+    model: Path
+    draft: Path | None = None
+    name: str = ""
+    num_drafters: int = 1
+    num_verifiers: int = 1
+    redis: str | None = None
+    grpc_address: str = "127.0.0.1:0"
+    gateway_address: str | None = None
+    dtype: str = "float32"
+    num_threads: int | None = None
+    logs: Path | None = None
+    startup_seconds: float = 300.0
+    grace_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_drafters", "num_verifiers"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} is at least 1", field=name)
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InvalidRequest("num_threads is at least 1", field="num_threads")
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """A cluster that serves.
+
+    Attributes:
+        router: gRPC address for clients.
+        gateway: address of the HTTP gateway, or None.
+        verifiers, drafters: gRPC addresses of the workers.
+        children: the processes, the router last.
+    """
+
+    router: str
+    gateway: str | None
+    verifiers: tuple[str, ...]
+    drafters: tuple[str, ...]
+    children: tuple[Child, ...]
+
+    def watch(self, interrupted: Callable[[], bool], died: Callable[[Child], None]) -> None:
+        """Wait until `interrupted`, and report each child that ends before, once.
+
+        Raises:
+            Unavailable: when the router or the last verify worker has ended.
+        """
+        reported: set[str] = set()
+        while not interrupted():
+            for child in self.children:
+                if not child.running and child.name not in reported:
+                    reported.add(child.name)
+                    died(child)
+            self._check_alive()
+            time.sleep(WATCH_SECONDS)
+
+    def _check_alive(self) -> None:
+        if not self.children[-1].running:
+            raise Unavailable("the router has ended")
+        verifiers = [child for child in self.children if child.address in self.verifiers]
+        if not any(child.running for child in verifiers):
+            raise Unavailable("no verify worker is left")
+
+
+def _never() -> bool:
+    return False
+
+
+@contextmanager
+def running_cluster(
+    settings: ClusterSettings, interrupted: Callable[[], bool] = _never
+) -> Iterator[RunningCluster]:
+    """Start a cluster, wait until it is healthy, and end every process with the block.
+
+    Args:
+        settings: what to start.
+        interrupted: looked at while waiting; True gives the start up.
+
+    Raises:
+        InvalidRequest: when an address is in use.
+        SpecinferError: when a child ends during the start, with the last lines of its log.
+        Unavailable: when the cluster is not healthy in time.
+        KeyboardInterrupt: when interrupted.
+    """
+    router = claim_address("--grpc", settings.grpc_address)
+    gateway = settings.gateway_address and claim_address("--gateway", settings.gateway_address)
+    children: list[Child] = []
+    with tempfile.TemporaryDirectory(prefix="specinfer-") as temporary:
+        folder = settings.logs or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            verifiers, drafters = _start_workers(settings, folder, children)
+            deadline = time.monotonic() + settings.startup_seconds
+            wait_healthy(children, deadline, interrupted)
+            flags = _router_flags(settings, router, gateway, verifiers, drafters)
+            children.append(
+                start_child("router", "specinfer_router", flags, address=router, folder=folder)
+            )
+            wait_healthy(children, deadline, interrupted)
+            yield RunningCluster(router, gateway, verifiers, drafters, tuple(children))
+        finally:
+            # The router first: its streams need the workers to finish.
+            stop_children(children[-1:], settings.grace_seconds)
+            stop_children(children[:-1], settings.grace_seconds)
+
+
+def _start_workers(
+    settings: ClusterSettings, folder: Path, children: list[Child]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Start all workers at once; returns the addresses of the verifiers and of the drafters."""
+    kinds = [("verify", settings.model)] * settings.num_verifiers
+    if settings.draft is not None:
+        kinds += [("draft", settings.draft)] * settings.num_drafters
+    addresses: dict[str, list[str]] = {"verify": [], "draft": []}
+    for kind, model in kinds:
+        address = f"127.0.0.1:{free_port()}"
+        addresses[kind].append(address)
+        children.append(
+            start_child(
+                f"{kind} {len(addresses[kind])}",
+                f"specinfer_{kind}",
+                _worker_flags(settings, address, model),
+                address=address,
+                folder=folder,
+            )
+        )
+    return tuple(addresses["verify"]), tuple(addresses["draft"])
+
+
+def _worker_flags(settings: ClusterSettings, address: str, model: Path) -> list[str]:
+    cores = os.cpu_count() or 1
+    threads = settings.num_threads or max(1, cores // settings.num_verifiers)
+    return [
+        *("--address", address),
+        *("--model", str(model)),
+        *("--name", settings.name or settings.model.name),
+        *("--dtype", settings.dtype),
+        *("--threads", str(threads)),
+        # The router has drained before the workers are asked to end.
+        *("--drain-seconds", str(WORKER_DRAIN_SECONDS)),
+    ]
+
+
+def _router_flags(
+    settings: ClusterSettings,
+    router: str,
+    gateway: str | None,
+    verifiers: tuple[str, ...],
+    drafters: tuple[str, ...],
+) -> list[str]:
+    flags = ["--address", router]
+    for address in verifiers:
+        flags += ["--verifiers", address]
+    for address in drafters:
+        flags += ["--drafters", address]
+    if gateway is not None:
+        flags += ["--gateway-address", gateway]
+    if settings.redis is not None:
+        flags += ["--redis-url", settings.redis]
+    return flags
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set instead of ending the process; main thread only."""
+    event = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: event.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

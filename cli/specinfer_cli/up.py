@@ -1,0 +1,122 @@
+"""`specinfer up`: a whole cluster on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.panel import Panel
+
+from specinfer import Capabilities, Client
+from specinfer_cli import arguments
+from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster, stop_signals
+from specinfer_cli.console import friendly, import_extra, messages, output, print_json
+from specinfer_cli.models import choose_models
+from specinfer_cli.processes import Child
+
+CAPABILITY_TIMEOUT_SECONDS = 20.0
+
+_Drafts = Annotated[int, typer.Option("--drafts", min=1, max=64, help="Draft workers.")]
+_Verifiers = Annotated[int, typer.Option("--verifiers", min=1, max=64, help="Verify workers.")]
+_Redis = Annotated[
+    str | None,
+    typer.Option("--redis", metavar="URL", help="Keep sessions in Redis; default: in memory."),
+]
+_Grpc = Annotated[
+    str,
+    typer.Option("--grpc", metavar="ADDR", help="Where the router listens; port 0 is any."),
+]
+_Gateway = Annotated[
+    str, typer.Option("--gateway", metavar="ADDR", help="Where the HTTP gateway listens.")
+]
+_Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Compute threads of each worker; default: all cores."),
+]
+_Logs = Annotated[
+    Path | None,
+    typer.Option("--logs", metavar="FOLDER", help="Keep the processes' logs in this folder."),
+]
+
+
+@friendly
+def up(
+    model: arguments.Model = None,
+    draft: arguments.Draft = None,
+    drafts: _Drafts = 1,
+    verifiers: _Verifiers = 1,
+    redis: _Redis = None,
+    grpc: _Grpc = arguments.DEFAULT_ADDRESS,
+    gateway: _Gateway = "127.0.0.1:8000",
+    dtype: arguments.Dtype = "float32",
+    threads: _Threads = None,
+    logs: _Logs = None,
+    json: arguments.Json = False,
+) -> None:
+    """Start verify workers, draft workers and a router here; Ctrl-C ends them all.
+
+    Prints the endpoints once every process is healthy.
+    """
+    for service in ("verify", "draft", "router"):
+        import_extra(f"specinfer_{service}")
+    target, drafter = choose_models(model, draft)
+    settings = ClusterSettings(
+        model=target,
+        draft=drafter,
+        num_drafters=drafts,
+        num_verifiers=verifiers,
+        redis=redis,
+        grpc_address=grpc,
+        gateway_address=gateway,
+        dtype=dtype,
+        num_threads=threads,
+        logs=logs,
+    )
+    console = messages()
+    with stop_signals() as stopped:
+        console.print(f"starting {target.name}, {dtype} ...", style="dim", markup=False)
+        with running_cluster(settings, stopped.is_set) as cluster:
+            _announce(cluster, json=json)
+            cluster.watch(stopped.is_set, _report_death)
+            console.print("stopping ...", style="dim")
+
+
+def _announce(cluster: RunningCluster, *, json: bool) -> None:
+    with Client(cluster.router, timeout=CAPABILITY_TIMEOUT_SECONDS) as client:
+        capabilities = client.capabilities()
+    if json:
+        print_json(_facts(cluster, capabilities))
+        return
+    workers = f"{len(cluster.verifiers)} verify, {len(cluster.drafters)} draft"
+    rows = [f"gRPC      {cluster.router}"]
+    if cluster.gateway is not None:
+        rows.append(f"gateway   http://{cluster.gateway}")
+    rows += [
+        f"model     {capabilities.model}, {capabilities.dtype}, "
+        f"{capabilities.max_model_len} tokens",
+        f"workers   {workers}",
+        "",
+        f'try       specinfer generate "What does textwrap.dedent do?" --router {cluster.router}',
+        "stop      Ctrl-C",
+    ]
+    output().print(Panel("\n".join(rows), title="specinfer is up", expand=False))
+
+
+def _facts(cluster: RunningCluster, capabilities: Capabilities) -> dict[str, Any]:
+    return {
+        "router": cluster.router,
+        "gateway": cluster.gateway,
+        "verifiers": list(cluster.verifiers),
+        "drafters": list(cluster.drafters),
+        "model": capabilities.model,
+        "model_hash": capabilities.model_hash,
+        "dtype": capabilities.dtype,
+        "launcher_pid": os.getpid(),
+        "pids": {child.name: child.process.pid for child in cluster.children},
+    }
+
+
+def _report_death(child: Child) -> None:
+    messages().print(child.obituary(), style="red", markup=False, soft_wrap=True)

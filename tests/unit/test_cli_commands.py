@@ -1,0 +1,304 @@
+"""The commands that talk to a cluster, against a scripted router."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from specinfer.errors import ResourceExhausted
+from specinfer.messages import ChatMessage, GenerateEvent, GenerateRequest
+from specinfer_cli.app import app
+from tests.kit.fake_router import (
+    FakeRouter,
+    capabilities,
+    fake_tokens,
+    finished_event,
+    running,
+    started_event,
+    tokens_event,
+)
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    with running(FakeRouter()) as started:
+        yield started
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n\n{"turns": ["two", "three"]}\n')
+    return path
+
+
+def run(*arguments: str, text: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=text)
+
+
+def text_of(request: GenerateRequest, count: int = 9) -> str:
+    return "".join(f" w{token}" for token in fake_tokens(request, count))
+
+
+def test_generate_streams_the_answer(router: FakeRouter) -> None:
+    result = run("generate", "hello", "--router", router.address, "--system", "short")
+    assert result.exit_code == 0, result.output
+    request = router.requests[0]
+    assert request.messages == (ChatMessage("system", "short"), ChatMessage("user", "hello"))
+    assert request.sampling.greedy
+    assert result.stdout == text_of(request) + "\n"
+    assert result.stderr == ""
+
+
+def test_generate_raw_from_stdin_with_all_options(router: FakeRouter) -> None:
+    options = "--raw --max-tokens 4 --temperature 0.7 --top-k 9 --top-p 0.9 --min-p 0.1 --seed 3"
+    shape = "--stop END --max-nodes 5 --max-depth 2"
+    result = run(
+        *["generate", "-", "--router", router.address, *options.split(), *shape.split()],
+        text="def f():\n",
+    )
+    assert result.exit_code == 0, result.output
+    request = router.requests[0]
+    assert (request.prompt, request.messages) == ("def f():\n", None)
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 9, 0.9)
+    assert (sampling.min_p, sampling.seed, request.random_seed) == (0.1, 3, False)
+    assert (request.stop.max_tokens, request.stop.stop) == (4, ("END",))
+    assert (request.speculation.max_nodes, request.speculation.max_depth) == (5, 2)
+
+
+def test_generate_without_a_chat_template_is_raw(router: FakeRouter) -> None:
+    router.capabilities = capabilities(chat=False)
+    assert run("generate", "hello", "--router", router.address).exit_code == 0
+    assert router.requests[0].prompt == "hello"
+    refused = run("generate", "hello", "--router", router.address, "--system", "short")
+    assert refused.exit_code == 2
+    assert "chat template" in refused.stderr
+
+
+def test_generate_json_and_stats(router: FakeRouter) -> None:
+    result = run(
+        *["generate", "hello", "--router", router.address, "--json", "--stats"],
+        *["--no-speculation", "--seed", "5", "--temperature", "1"],
+    )
+    answer = json.loads(result.stdout)
+    request = router.requests[0]
+    assert not request.speculation.enabled
+    assert answer["text"] == text_of(request)
+    assert answer["token_ids"] == fake_tokens(request, 9)
+    assert (answer["seed"], answer["finish_reason"], answer["model"]) == (5, "length", "fake")
+    assert answer["usage"]["num_cached_tokens"] == 2
+    assert answer["statistics"]["num_rounds"] == 9
+    assert answer["statistics"]["verify_seconds"] == pytest.approx(0.018)
+    assert "9 rounds, 1.00 tokens a round" in result.stderr
+    assert "seed 5" in result.stderr
+
+
+def test_bad_arguments_exit_with_2(router: FakeRouter) -> None:
+    for arguments, reason in (
+        (["generate", ""], "prompt is empty"),
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--max-tokens", "0"], "max_tokens"),
+        (["lossless", "--prompts", "/nowhere.jsonl"], "cannot read"),
+        (["lossless", "--dtype", "int8"], "float32, bfloat16, float64"),
+    ):
+        result = run(*arguments, "--router", router.address)
+        assert result.exit_code == 2, result.output
+        assert reason in result.stderr
+        assert "Traceback" not in result.output
+    assert router.requests == []
+
+
+def test_no_cluster_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("SPECINFER_ROUTER", f"127.0.0.1:{probe.getsockname()[1]}")
+        result = run("generate", "hello")
+    assert result.exit_code == 1
+    assert "specinfer up" in result.stderr
+
+
+def test_errors_name_the_request(router: FakeRouter) -> None:
+    async def refuse(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        yield started_event(request)
+        raise ResourceExhausted("full")
+
+    router.script = refuse
+    result = run("generate", "hello", "--router", router.address)
+    assert result.exit_code == 1
+    assert "error: full" in result.stderr
+    assert f"request id: {router.requests[0].request_id}" in result.stderr
+
+
+def test_chat_keeps_the_conversation(router: FakeRouter) -> None:
+    lines = "first\n\nsecond\n/stats\n/reset\nthird\n/nonsense\n/quit\nnever\n"
+    result = run("chat", "--router", router.address, "--system", "short", text=lines)
+    assert result.exit_code == 0, result.output
+    first, second, third = router.requests
+    assert first.messages == (ChatMessage("system", "short"), ChatMessage("user", "first"))
+    assert second.messages == (
+        *first.messages,
+        ChatMessage("assistant", text_of(first)),
+        ChatMessage("user", "second"),
+    )
+    assert third.messages == (ChatMessage("system", "short"), ChatMessage("user", "third"))
+    assert result.stdout == "".join(text_of(request) + "\n" for request in router.requests)
+    assert "18 tokens" in result.stderr
+    assert "6 rounds, 3.00 tokens a round, 12 of 12 guesses confirmed" in result.stderr
+    assert "confirmed by depth: 200%" in result.stderr
+    assert "unknown command /nonsense" in result.stderr
+
+
+def test_chat_ends_with_its_input_and_with_an_error(router: FakeRouter) -> None:
+    async def refuse(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        yield started_event(request)
+        raise ResourceExhausted("full")
+
+    assert run("chat", "--router", router.address, text="hello").exit_code == 0
+    router.script = refuse
+    result = run("chat", "--router", router.address, text="hello\nagain\n")
+    assert result.exit_code == 1
+    assert "full" in result.stderr
+    router.capabilities = capabilities(chat=False)
+    refused = run("chat", "--router", router.address, text="hello\n")
+    assert refused.exit_code == 2
+
+
+def lossless(router: FakeRouter, prompts: Path, *more: str) -> Result:
+    return run(
+        *["lossless", "--router", router.address, "--prompts", str(prompts)],
+        *["--samples", "2", "--max-tokens", "8", *more],
+    )
+
+
+def test_lossless_counts_equal_runs(router: FakeRouter, prompts: Path) -> None:
+    result = lossless(router, prompts, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    # Two greedy settings once and six sampled ones twice, for two prompts.
+    assert report["num_cases"] == 2 * (2 + 2 * 6)
+    assert report["num_comparisons"] == 3 * report["num_cases"]
+    assert report["num_tokens"] == 8 * report["num_comparisons"]
+    assert report["lossless"] is True
+    assert (report["num_divergences"], report["num_errors"]) == (0, 0)
+    assert len(router.requests) == 4 * report["num_cases"]
+    assert {r.messages for r in router.requests} == {
+        (ChatMessage("user", text),) for text in ("one", "two")
+    }
+    plain = [r for r in router.requests if not r.speculation.enabled]
+    assert len(plain) == report["num_cases"]
+    sampled = {(r.sampling.seed, r.messages) for r in plain if not r.sampling.greedy}
+    assert len(sampled) == 4
+    assert any(r.sampling.penalised for r in plain)
+
+
+def test_lossless_prints_counts(router: FakeRouter, prompts: Path) -> None:
+    result = lossless(router, prompts, "--num-prompts", "1", "--raw")
+    assert result.exit_code == 0, result.output
+    assert "1 prompts, 8 settings, 3 tree shapes" in result.stdout
+    assert "14 cases, 42 comparisons, 336 tokens" in result.stdout
+    assert "lossless: the same tokens" in result.stdout
+    assert {request.prompt for request in router.requests} == {"one"}
+
+
+def test_lossless_reports_a_divergence(router: FakeRouter, prompts: Path) -> None:
+    async def wrong(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        token_ids = fake_tokens(request, 8)
+        bad = request.speculation.widths and request.sampling.top_k == 20
+        if bad and request.sampling.seed == 3:
+            token_ids[5] += 1
+        yield started_event(request)
+        yield tokens_event(request, 0, token_ids)
+        yield finished_event(8, 1)
+
+    router.script = wrong
+    result = lossless(router, prompts, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["lossless"] is False
+    assert report["num_divergences"] == 2
+    for divergence in report["divergences"]:
+        plain, speculated = divergence["token_ids"]
+        assert speculated == plain + 1
+        assert (divergence["prompt"], divergence["seed"]) == (1, 3)
+        assert (divergence["position"], divergence["setting"]) == (5, "top-k 20")
+        assert divergence["reproduced"] is True
+        # The fake gives a token -0.5 and the token after it -1.5.
+        assert divergence["plain_logprobs"] == [-0.5, -1.5]
+        assert divergence["speculated_logprobs"] == [None, -0.5]
+    told = lossless(router, prompts).stdout
+    assert "differs at token 5" in told
+    assert "NOT lossless" in told
+
+
+def test_lossless_reports_a_shorter_run(router: FakeRouter, prompts: Path) -> None:
+    async def cut(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        count = 7 if request.speculation.enabled else 8
+        yield started_event(request)
+        yield tokens_event(request, 0, fake_tokens(request, 8)[:count])
+        yield finished_event(count, 1)
+
+    router.script = cut
+    report = json.loads(lossless(router, prompts, "--json").stdout)
+    assert report["num_divergences"] == report["num_comparisons"]
+    assert len(report["divergences"]) == 84
+    assert report["divergences"][0]["position"] == 7
+    assert report["divergences"][0]["token_ids"][1] is None
+
+
+def test_lossless_fails_when_nothing_was_put_to_the_test(router: FakeRouter, prompts: Path) -> None:
+    async def plain(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        yield started_event(request)
+        yield tokens_event(request, 0, [1])
+        yield finished_event(1, 1)
+
+    router.script = plain
+    result = lossless(router, prompts)
+    assert result.exit_code == 1
+    assert "nothing was tested" in result.stdout
+
+
+def test_lossless_counts_failed_calls(router: FakeRouter, prompts: Path) -> None:
+    async def full(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        yield started_event(request)
+        raise ResourceExhausted("full")
+
+    router.script = full
+    report = json.loads(lossless(router, prompts, "--json").stdout)
+    assert report["lossless"] is False
+    assert report["num_errors"] == report["num_cases"] == 28
+    assert report["errors"][0].endswith("RESOURCE_EXHAUSTED: full")
+
+
+def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, prompts: Path) -> None:
+    import specinfer_bench
+
+    seen: list[Any] = []
+
+    class Report:
+        identical = False
+
+        def as_dict(self) -> dict[str, object]:
+            return {"speedup": 2.0}
+
+    def run_bench(options: Any) -> Report:
+        seen.append(options)
+        return Report()
+
+    monkeypatch.setattr(specinfer_bench, "run_bench", run_bench, raising=False)
+    options = "--grow 200m --dtype float32 --num-prompts 3 --max-tokens 5 --temperature 0.8"
+    result = run("bench", "--json", "--prompts", str(prompts), *options.split())
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {"speedup": 2.0}
+    chosen = seen[0]
+    assert (chosen.grow, chosen.dtype, chosen.num_prompts) == ("200m", "float32", 3)
+    assert (chosen.max_tokens, chosen.temperature, chosen.prompts) == (5, 0.8, prompts)
+    refused = run("bench", "--grow", "7b")
+    assert refused.exit_code == 2
+    assert "200m" in refused.stderr
