@@ -36,6 +36,7 @@ class EngineThread:
         max_pending: most items submitted and not yet completed.
         idle_seconds: how long the thread sleeps at most between looks for work that only time
             brings, such as the eviction of idle sessions.
+        on_failure: called on the thread, once, when a step has failed.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class EngineThread:
         *,
         max_pending: int = 4096,
         idle_seconds: float = 1.0,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         self._step = step
         self._max_pending = max_pending
         self._idle_seconds = idle_seconds
+        self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[tuple[Handle, Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Condition()
         self._pending: set[Future[Any]] = set()
@@ -120,6 +123,8 @@ class EngineThread:
             with self._lock:
                 self._failure = error
             self._fail_pending(InternalError(f"the engine has failed: {error}"))
+            if self._on_failure is not None:
+                self._on_failure()
 
     def _take_items(self, *, wait: bool) -> None:
         """Handle everything in the inbox; wait for the first item when there is no work."""

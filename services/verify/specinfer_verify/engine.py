@@ -28,6 +28,9 @@ from specinfer_verify.scheduler import ScheduledRows, Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
 from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
 
+# How soon blocks that idle sessions have to yield are noticed.
+IDLE_SECONDS = 0.05
+
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +58,7 @@ class VerifyEngine:
         blocks: the pool's bookkeeping; num_blocks and block_size are the runner's.
         limits: what a session may be.
         clock: seconds, for queue times and idle sessions.
+        on_failure: called on the engine's thread when a pass has failed.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class VerifyEngine:
         limits: Limits,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits.within_pool(blocks)
         self._runner = runner
@@ -80,7 +85,9 @@ class VerifyEngine:
         self._next_sweep = 0.0
         self._empty = threading.Event()
         self._empty.set()
-        self._thread = EngineThread("verify-engine", self.run_pass, idle_seconds=0.05)
+        self._thread = EngineThread(
+            "verify-engine", self.run_pass, idle_seconds=IDLE_SECONDS, on_failure=on_failure
+        )
 
     def start(self) -> None:
         """Start the engine's thread."""
