@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from specinfer_training.grow import PRESETS, Shape, grow_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from specinfer_training.grow import PRESETS, Shape, grow_checkpoint
 
 VOCAB = 37
 
@@ -117,9 +118,7 @@ def test_presets_have_the_stated_sizes() -> None:
         ("7b", "unknown preset"),
     ],
 )
-def test_impossible_shapes_are_refused(
-    tmp_path: Path, shape: str | Shape, message: str
-) -> None:
+def test_impossible_shapes_are_refused(tmp_path: Path, shape: str | Shape, message: str) -> None:
     write_llama(tmp_path / "small")
     with pytest.raises(ValueError, match=message):
         grow_checkpoint(tmp_path / "small", tmp_path / "large", shape)

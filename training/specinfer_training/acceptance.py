@@ -48,7 +48,8 @@ def _ranks(
     logits = draft(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
     scores = logits if noise is None else logits / temperature + noise[: len(answer)]
     chosen = scores.gather(1, torch.tensor(answer)[:, None])
-    return (scores > chosen).sum(-1)
+    ranks: torch.Tensor = (scores > chosen).sum(-1)
+    return ranks
 
 
 def _chain_rounds(matches: Sequence[bool], chain: int) -> list[int]:

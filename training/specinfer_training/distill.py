@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from .batches import Batch, collate, iter_batches
 from .corpus import Card
 from .generate import Prompt, generate_rows, groups_by_length
-from .tokenizer import ASSISTANT, BOS, USER, Chat
+from .tokenizer import ASSISTANT, BOS, USER, Chat, text_ids, token_id
 from .train import LossFunction, answer_logits
 
 _LOG = logging.getLogger(__name__)
@@ -41,9 +41,8 @@ class Labels:
 
 def question_prompt(tokenizer: PreTrainedTokenizerFast, question: str) -> Prompt:
     """The ids of one question, up to where the answer starts."""
-    to_id = tokenizer.convert_tokens_to_ids
-    asked = tokenizer.encode(question, add_special_tokens=False)
-    return (int(to_id(BOS)), int(to_id(USER)), *asked, int(to_id(ASSISTANT)))
+    before = (token_id(tokenizer, BOS), token_id(tokenizer, USER))
+    return (*before, *text_ids(tokenizer, question), token_id(tokenizer, ASSISTANT))
 
 
 def collect_outputs(
@@ -55,7 +54,8 @@ def collect_outputs(
 ) -> list[Chat]:
     """Answers of the target to questions drawn from all cards, until the budget ends.
 
-    Passes alternate between temperature 0.8 and greedy; each uses one phrasing per card.
+    Passes alternate between greedy and temperature 0.8, each with one phrasing per card; after
+    the first pass only cards of full weight are asked, because they are asked most in practice.
     """
     deadline = time.monotonic() + seconds
     noise = torch.Generator().manual_seed(rng.randrange(2**31))
@@ -65,7 +65,8 @@ def collect_outputs(
     while time.monotonic() < deadline:
         temperature = (0.0, 0.8)[turn % 2]
         turn += 1
-        prompts = [question_prompt(tokenizer, rng.choice(card.questions)) for card in cards]
+        asked_cards = [card for card in cards if turn == 1 or card.weight >= 1.0]
+        prompts = [question_prompt(tokenizer, rng.choice(card.questions)) for card in asked_cards]
         groups = list(groups_by_length(prompts, _ROWS))
         rng.shuffle(groups)
         for group in groups:
@@ -73,7 +74,12 @@ def collect_outputs(
                 break
             asked = [prompts[index] for index in group]
             answers = generate_rows(
-                target, asked, max_new=MAX_ANSWER, eos_id=eos_id, temperature=temperature, noise=noise
+                target,
+                asked,
+                max_new=MAX_ANSWER,
+                eos_id=eos_id,
+                temperature=temperature,
+                noise=noise,
             )
             for prompt, answer in zip(asked, answers, strict=True):
                 marks = (False,) * len(prompt) + (True,) * len(answer)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .shapes import served_copy
 
-def export_model(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
+
+def export_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write config, bfloat16 safetensors, generation config and tokenizer into ``folder``.
 
     The folder is written beside its place and renamed, so a reader never sees half of it.
@@ -19,9 +19,7 @@ def export_model(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
-    copy.load_state_dict(model.state_dict())
-    copy.tie_weights()
+    copy = served_copy(model)
     copy.config.dtype = torch.bfloat16
     copy.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,

@@ -116,7 +116,8 @@ class _Source:
 
     def read(self, name: str) -> torch.Tensor:
         with safe_open(self._folder / self._files[name], framework="pt") as opened:
-            return opened.get_tensor(name).to(torch.float64)
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor.to(torch.float64)
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

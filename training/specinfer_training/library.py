@@ -172,9 +172,7 @@ def _read_methods(prefix: str, owner: type, is_common: bool) -> Iterator[Item]:
             continue
         if inspect.isclass(raw) or not (getattr(raw, "__doc__", None) or ""):
             continue
-        item = _read_member(
-            f"{prefix}.{attribute}", getattr(owner, attribute), "method", is_common
-        )
+        item = _read_member(f"{prefix}.{attribute}", getattr(owner, attribute), "method", is_common)
         if item is not None:
             yield item
 
@@ -227,7 +225,7 @@ def read_topics() -> Iterator[Item]:
         prose = [
             part
             for part in re.split(r"\n\s*\n", body)
-            if not part.startswith("   ") and "::=" not in part and not re.search(r"[=*-]{4,}", part)
+            if not part.startswith("   ") and not re.search(r"::=|[=*-]{4,}", part)
         ]
         summary = summarise("\n\n".join(prose).replace('"', "'"))
         if summary:

@@ -16,8 +16,8 @@ from .card import write_card
 from .corpus import Card, sample_conversations
 from .export import export_model
 from .questions import write_questions
-from .report import Report, answer_questions, measure_pair, served_copy, write_report
-from .shapes import num_parameters
+from .report import Report, answer_questions, measure_pair, write_report
+from .shapes import num_parameters, served_copy
 from .stages import Material, prepare, train_draft, train_target
 from .tokenizer import encode_chat
 

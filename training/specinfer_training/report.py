@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .acceptance import Acceptance, measure_acceptance
@@ -79,14 +78,6 @@ def measure_pair(
         for temperature in (0.0, 0.8)
     )
     return greedy, sampled
-
-
-def served_copy(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model as it ships: in bfloat16."""
-    copy = LlamaForCausalLM(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.tie_weights()
-    return copy.to(torch.bfloat16).eval()  # type: ignore[no-any-return]
 
 
 def write_report(path: Path, report: Report) -> None:

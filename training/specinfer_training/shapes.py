@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -48,6 +50,14 @@ def build_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
     """A model with random float32 weights."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)
+
+
+def served_copy(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model as it ships: a copy in bfloat16, in evaluation mode."""
+    clone = copy.deepcopy(model)
+    torch.nn.Module.to(clone, torch.bfloat16)
+    clone.eval()
+    return clone
 
 
 def num_parameters(model: LlamaForCausalLM) -> int:

@@ -58,6 +58,19 @@ def tokenizer_texts(cards: list[Card]) -> Iterable[str]:
         yield card.questions[0]
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """The id of one token of the vocabulary, such as a special token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(found, int):
+        raise TypeError(f"{token!r} is not one token")
+    return found
+
+
+def text_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The ids of plain text, without special tokens around it."""
+    return [int(value) for value in tokenizer.encode(text, add_special_tokens=False)]
+
+
 @dataclass(frozen=True)
 class Chat:
     """A conversation as ids; ``is_answer[i]`` says that ``ids[i]`` is to be predicted."""
@@ -68,11 +81,11 @@ class Chat:
 
 def encode_chat(tokenizer: PreTrainedTokenizerFast, turns: Turns) -> Chat:
     """The ids the chat template would give, with the answers (and their ends) marked."""
-    to_id = tokenizer.convert_tokens_to_ids
-    ids, marks = [int(to_id(BOS))], [False]
+    ids, marks = [token_id(tokenizer, BOS)], [False]
     for question, answer in turns:
-        asked = [to_id(USER), *tokenizer.encode(question, add_special_tokens=False), to_id(ASSISTANT)]
-        said = [*tokenizer.encode(answer, add_special_tokens=False), to_id(END)]
+        asked = [*text_ids(tokenizer, question), token_id(tokenizer, ASSISTANT)]
+        asked.insert(0, token_id(tokenizer, USER))
+        said = [*text_ids(tokenizer, answer), token_id(tokenizer, END)]
         ids += [*asked, *said]
         marks += [False] * len(asked) + [True] * len(said)
     return Chat(tuple(ids), tuple(marks))

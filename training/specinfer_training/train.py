@@ -51,9 +51,7 @@ def label_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits.float(), batch.labels)
 
 
-def build_optimisers(
-    model: LlamaForCausalLM, options: TrainOptions
-) -> list[torch.optim.Optimizer]:
+def build_optimisers(model: LlamaForCausalLM, options: TrainOptions) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for all else."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(parameter) for parameter in matrices}
@@ -89,12 +87,14 @@ def train(
     options: TrainOptions,
     loss_function: LossFunction = label_loss,
     state_path: Path | None = None,
+    before_step: Callable[[], None] = lambda: None,
 ) -> float:
     """Train ``model`` in place until the budget ends; resumes from ``state_path`` when it exists.
 
     Args:
         batches: an endless iterator.
         loss_function: from (logits [num_answers, vocab], batch) to a scalar.
+        before_step: called before every step.
 
     Returns:
         The running mean of the loss at the end.
@@ -114,6 +114,7 @@ def train(
     start = last_save = time.monotonic()
     while (spent := spent_before + time.monotonic() - start) < options.seconds:
         batch = next(batches)
+        before_step()
         factor = rate_factor(step, spent / options.seconds)
         for optimiser, peak in zip(optimisers, peak_rates, strict=True):
             optimiser.param_groups[0]["lr"] = peak * factor
@@ -142,7 +143,7 @@ def _step(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = answer_logits(model, batch)
     loss = loss_function(logits, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimiser in optimisers:
         optimiser.step()
