@@ -1,0 +1,151 @@
+"""`python -m specinfer_router`: read the settings, build in order, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from importlib.metadata import PackageNotFoundError, version
+
+from prometheus_client import CollectorRegistry
+
+from specinfer.errors import SpecinferError
+from specinfer.metrics import RouterMetrics
+from specinfer.server import build_server, serve_until_signal
+from specinfer.settings import read_settings
+from specinfer.telemetry import Telemetry, set_up
+from specinfer_router.gateway import Gateway, operator_routes
+from specinfer_router.pool import Cluster
+from specinfer_router.router import Router
+from specinfer_router.servicer import SERVICE, add_generation
+from specinfer_router.settings import RouterSettings
+from specinfer_router.store import MemoryStore, RedisStore, SessionStore
+from specinfer_router.tokenizer import ServedTokenizer
+
+log = logging.getLogger("specinfer_router")
+
+
+async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
+    """Run a router until SIGTERM or SIGINT; raises SpecinferError when it cannot start."""
+    routers: list[Router] = []
+
+    def not_ready_reason() -> str:
+        return routers[0].not_ready_reason if routers else "starting"
+
+    async with AsyncExitStack() as stack:
+        # Both ports first: one in use is told before anybody waits for workers.
+        server = build_server(
+            settings.grpc,
+            [SERVICE],
+            tls=settings.tls,
+            insecure_bind=settings.insecure_bind,
+            enable_reflection=settings.reflection,
+        )
+        stack.push_async_callback(server.server.stop, 0)
+        registry = CollectorRegistry()
+        gateway = Gateway(
+            settings.gateway,
+            operator_routes(not_ready_reason, registry),
+            insecure_bind=settings.insecure_bind,
+        )
+        stack.push_async_callback(gateway.stop)
+        await gateway.start()
+        router = await build_router(settings, telemetry, registry, stack)
+        routers.append(router)
+        add_generation(server, router)
+        await server.start()
+        log.info("serving", extra={"grpc_port": server.port, "gateway_port": gateway.port})
+        await serve_until_signal(
+            server, grace_seconds=settings.drain_seconds, on_drain=router.drain
+        )
+
+
+async def build_router(
+    settings: RouterSettings,
+    telemetry: Telemetry,
+    registry: CollectorRegistry,
+    stack: AsyncExitStack,
+) -> Router:
+    """A router with its store and its workers connected; `stack` closes them."""
+    store = build_store(settings)
+    stack.push_async_callback(store.close)
+    await store.check()
+    cluster = Cluster(settings.verify, settings.draft, tls=settings.worker_tls)
+    stack.push_async_callback(cluster.close)
+    await cluster.start(seconds=settings.start_seconds)
+    metrics = RouterMetrics(registry, cluster.target.model_name)
+    metrics.watch_workers("verify", lambda: cluster.verifiers.num_ready)
+    metrics.watch_workers("draft", lambda: cluster.drafters.num_ready)
+    return Router(
+        cluster,
+        store=store,
+        tokenizer=await load_tokenizer(cluster, settings.max_prompt_characters),
+        policy=settings.shape_policy(cluster.target.step_costs),
+        metrics=metrics,
+        version=own_version(),
+        limits=settings.limits(cluster.target.step_costs),
+        telemetry=telemetry,
+    )
+
+
+def build_store(settings: RouterSettings) -> SessionStore:
+    """The session store that the settings name."""
+    if settings.redis:
+        return RedisStore(settings.redis, ttl_seconds=settings.session_seconds)
+    return MemoryStore(max_sessions=settings.max_sessions, ttl_seconds=settings.session_seconds)
+
+
+async def load_tokenizer(cluster: Cluster, max_prompt_characters: int) -> ServedTokenizer:
+    """The target's tokenizer, from whichever verify worker is ready."""
+    link = await cluster.verifiers.wait(seconds=5.0)
+    files = await link.fetch_tokenizer()
+    return await asyncio.to_thread(
+        ServedTokenizer,
+        files.tokenizer_json,
+        chat_template=files.chat_template,
+        eos_token_ids=files.eos_token_ids,
+        bos_token=files.bos_token,
+        eos_token=files.eos_token,
+        max_prompt_characters=max_prompt_characters,
+    )
+
+
+def own_version() -> str:
+    """Version of the installed distribution."""
+    try:
+        return version("specinfer")
+    except PackageNotFoundError:
+        return "0"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a router; 0 after an orderly end, 1 with a message when it cannot serve."""
+    telemetry = Telemetry()
+    try:
+        settings = read_settings(
+            RouterSettings,
+            program="specinfer-router",
+            description="Serves generations: holds sessions, asks drafters, has targets verify.",
+            prefix="SPECINFER_ROUTER",
+            arguments=sys.argv[1:] if arguments is None else arguments,
+            environment=os.environ,
+        )
+        telemetry = set_up(
+            "specinfer-router", level=settings.log_level, otlp_endpoint=settings.otlp_endpoint
+        )
+        asyncio.run(serve(settings, telemetry))
+    except SpecinferError as error:
+        print(f"specinfer-router: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        telemetry.shut_down()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

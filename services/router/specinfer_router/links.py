@@ -1,0 +1,300 @@
+"""One long-lived stream to each worker: frames of items out, one result for each item back.
+
+Items queued in the same turn of the event loop leave in one frame. A malformed result fails its own
+item; a broken stream fails all that wait, and the link connects again by itself, with growing and
+jittered pauses. This module knows nothing of rounds, retries or which worker is chosen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from specinfer.convert import load_from_wire, status_error
+from specinfer.errors import (
+    InternalError,
+    InvalidRequest,
+    ResourceExhausted,
+    SpecinferError,
+    Unavailable,
+)
+from specinfer.messages import WorkerInfo, WorkerLoad
+from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
+
+log = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT", bound=Message)
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True)
+class LinkLimits:
+    """Bounds of one link.
+
+    Attributes:
+        max_frame_items: most items in one frame.
+        max_frame_bytes: most bytes in one frame; a larger item is refused.
+        max_pending: most items without a result.
+        connect_timeout: seconds for one attempt to connect.
+        min_backoff: seconds before the first new attempt.
+        max_backoff: most seconds between attempts.
+    """
+
+    max_frame_items: int = 256
+    max_frame_bytes: int = 4 * 1024 * 1024
+    max_pending: int = 4096
+    connect_timeout: float = 5.0
+    min_backoff: float = 0.05
+    max_backoff: float = 2.0
+
+
+@dataclass(frozen=True)
+class _Pending:
+    session_id: str
+    answer: asyncio.Future[Any]
+    convert: Callable[[Any], Any]
+
+
+class WorkerLink(ABC, Generic[ItemT]):
+    """What draft and verify links share: connecting, frames, and results by item.
+
+    Attributes:
+        address: where the worker listens.
+        info: what the worker said it is, or None before the first connection.
+        load: what the worker said last.
+        refusal: why the worker may not serve here, or None.
+        generation: connections so far; a worker forgets its sessions between two.
+        num_seats: sessions of ours that use this worker.
+        attempted: set after the first attempt to connect, however it went.
+    """
+
+    tier = "worker"
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        check: Callable[[WorkerInfo], None],
+        on_ready: Callable[[], None],
+        limits: LinkLimits,
+        tls: TlsSettings | None = None,
+    ) -> None:
+        """Take down whom to connect to.
+
+        Args:
+            address: host and port of the worker.
+            check: raises when the worker does not fit into this cluster.
+            on_ready: called after each connection.
+            limits: bounds of the link.
+            tls: certificates; None speaks plain text.
+        """
+        self.address = address
+        self.info: WorkerInfo | None = None
+        self.load = WorkerLoad()
+        self.refusal: SpecinferError | None = None
+        self.generation = 0
+        self.num_seats = 0
+        self.attempted = asyncio.Event()
+        self._check = check
+        self._on_ready = on_ready
+        self._limits = limits
+        self._channel = open_channel(address, tls=tls)
+        self._connected = False
+        self._failures = 0
+        self._next_item_id = 1
+        self._outbox: deque[ItemT] = deque()
+        self._wake = asyncio.Event()
+        self._pending: dict[int, _Pending] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether items can be sent."""
+        return self._connected
+
+    @property
+    def ready(self) -> bool:
+        """Whether new sessions may be brought here."""
+        return self._connected and not self.load.draining
+
+    def start(self) -> None:
+        """Connect, and again whenever the connection breaks, until `close`."""
+        self._task = asyncio.create_task(self._run(), name=f"{self.tier} link {self.address}")
+
+    async def close(self) -> None:
+        """End the stream; everything that waits fails with Unavailable."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._channel.close()
+
+    @abstractmethod
+    async def _fetch_info(self, seconds: float) -> WorkerInfo:
+        """Ask the worker what it is."""
+
+    @abstractmethod
+    def _open_stream(self) -> grpc.aio.StreamStreamCall[Any, Any]:
+        """Begin the stream."""
+
+    @abstractmethod
+    def _frame(self, items: list[ItemT]) -> Message:
+        """The frame that carries these items."""
+
+    def _item_id(self) -> int:
+        self._next_item_id += 1
+        return self._next_item_id - 1
+
+    def _send(
+        self, item: ItemT, item_id: int, session_id: str, convert: Callable[[Any], _Answer]
+    ) -> asyncio.Future[_Answer]:
+        """Queue an item for the next frame; the future ends with its result or a typed error.
+
+        Raises:
+            Unavailable: there is no connection.
+            ResourceExhausted: too many items wait already.
+            InvalidRequest: the item is larger than a frame may be.
+        """
+        if not self._connected:
+            raise Unavailable(f"no connection to the {self.tier} worker at {self.address}")
+        if len(self._pending) >= self._limits.max_pending:
+            raise ResourceExhausted(
+                f"{len(self._pending)} items wait for the {self.tier} worker at {self.address}",
+                retry_after=1.0,
+            )
+        if item.ByteSize() > self._limits.max_frame_bytes:
+            raise InvalidRequest(
+                f"an item of {item.ByteSize()} bytes is larger than a frame may be "
+                f"({self._limits.max_frame_bytes})"
+            )
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(_mark_retrieved)
+        self._pending[item_id] = _Pending(session_id, answer, convert)
+        self._outbox.append(item)
+        self._wake.set()
+        return answer
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._connect()
+                await self._exchange()
+            except (grpc.aio.AioRpcError, SpecinferError) as error:
+                self._log_failure(error)
+            finally:
+                self.attempted.set()
+            pause = min(self._limits.max_backoff, self._limits.min_backoff * 2**self._failures)
+            self._failures = min(self._failures + 1, 16)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+
+    async def _connect(self) -> None:
+        info = await self._fetch_info(self._limits.connect_timeout)
+        try:
+            self._check(info)
+        except SpecinferError as error:
+            self.refusal = error
+            raise
+        self.refusal = None
+        self.info = info
+
+    async def _exchange(self) -> None:
+        """Carry frames both ways until the stream breaks, which is always an error."""
+        call = self._open_stream()
+        self._begin()
+        tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            self._connected = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            call.cancel()
+            self._fail_pending()
+
+    def _begin(self) -> None:
+        self.load = WorkerLoad()
+        self.generation += 1
+        self._outbox.clear()
+        self._connected = True
+        log.info("%s worker at %s connected", self.tier, self.address)
+        self.attempted.set()
+        self._on_ready()
+
+    async def _read(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        while True:
+            frame = cast(Any, await call.read())
+            if frame is grpc.aio.EOF:
+                raise Unavailable(f"the {self.tier} worker at {self.address} ended the stream")
+            self._failures = 0
+            self.load = load_from_wire(frame.load)
+            for result in frame.results:
+                self._settle(result)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._outbox:
+                try:
+                    await call.write(self._frame(self._take_items()))
+                except asyncio.InvalidStateError as error:
+                    raise Unavailable(f"the stream to {self.address} broke") from error
+
+    def _take_items(self) -> list[ItemT]:
+        """Items for one frame, in order, within its bounds; at least one."""
+        items = [self._outbox.popleft()]
+        num_bytes = items[0].ByteSize()
+        while self._outbox and len(items) < self._limits.max_frame_items:
+            num_bytes += self._outbox[0].ByteSize()
+            if num_bytes > self._limits.max_frame_bytes:
+                break
+            items.append(self._outbox.popleft())
+        return items
+
+    def _settle(self, result: Any) -> None:
+        pending = self._pending.pop(result.item_id, None)
+        if pending is None:
+            log.warning("%s worker at %s answered an unknown item", self.tier, self.address)
+            return
+        if pending.answer.done():
+            return
+        try:
+            if result.session_id != pending.session_id:
+                raise InternalError("a result for another session than its item's")
+            error = status_error(result.status)
+            if error is not None:
+                raise error
+            pending.answer.set_result(pending.convert(result))
+        except SpecinferError as failure:
+            pending.answer.set_exception(failure)
+
+    def _fail_pending(self) -> None:
+        pending, self._pending = self._pending, {}
+        for item in pending.values():
+            if not item.answer.done():
+                item.answer.set_exception(
+                    Unavailable(f"the stream to the {self.tier} worker at {self.address} broke")
+                )
+
+    def _log_failure(self, error: grpc.aio.AioRpcError | SpecinferError) -> None:
+        told = error if isinstance(error, SpecinferError) else error_from_rpc(error)
+        # A worker that is not up yet is asked again and again; once is enough to say so.
+        level = logging.DEBUG if self._failures else logging.WARNING
+        log.log(level, "%s worker at %s: %s", self.tier, self.address, told.message)
+
+
+def _mark_retrieved(answer: asyncio.Future[Any]) -> None:
+    """Nobody may be left to look at an answer; asyncio is not to complain about that."""
+    if not answer.cancelled():
+        answer.exception()

@@ -1,0 +1,51 @@
+"""The public gRPC service: checks, calls, translates.
+
+Everything else happens in `router.py`. This module knows nothing of workers, trees or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from specinfer.convert import capabilities_to_wire, event_to_wire, request_from_wire
+from specinfer.errors import SpecinferError
+from specinfer.server import RpcServer
+from specinfer.v1 import router_pb2, router_pb2_grpc
+from specinfer_router.router import Router
+
+SERVICE = router_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+
+class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
+    """Streams generations to users."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: Any
+    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
+        """Stream one request's events; the caller's leaving cancels it."""
+        try:
+            parsed = request_from_wire(request)
+        except SpecinferError as error:
+            error.request_id = request.request_id
+            raise
+        async with aclosing(self._router.generate(parsed)) as events:
+            async for event in events:
+                yield event_to_wire(event)
+
+    async def GetCapabilities(
+        self, request: router_pb2.GetCapabilitiesRequest, context: Any
+    ) -> router_pb2.GetCapabilitiesResponse:
+        """Say what this cluster accepts."""
+        return capabilities_to_wire(self._router.capabilities())
+
+
+def add_generation(server: RpcServer, router: Router) -> None:
+    """Let a server answer for a router."""
+    router_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationServicer(router), server.server
+    )

@@ -1,0 +1,126 @@
+"""Settings of a router process, read once from flags and environment.
+
+This module knows nothing of what is built from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from specinfer.errors import InvalidRequest
+from specinfer.messages import ShapeQuery, StepCost
+from specinfer.rpc import TlsSettings
+from specinfer.settings import setting
+from specinfer_router.policy import (
+    AdaptiveShape,
+    StaticShape,
+    StepCurve,
+    TreeShapePolicy,
+    num_nodes,
+)
+from specinfer_router.router import RouterLimits
+
+MIN_PROPOSE_SECONDS = 0.1
+PROPOSE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """What a router is told at its start."""
+
+    grpc: str = setting("127.0.0.1:50051", "address of the gRPC service; port 0 takes a free one")
+    gateway: str = setting("127.0.0.1:8000", "address of health and metrics over HTTP")
+    verify: tuple[str, ...] = setting((), "address of a verify worker; repeat for more")
+    draft: tuple[str, ...] = setting((), "address of a draft worker; repeat for more")
+    redis: str = setting("", "URL of a Redis that keeps sessions; empty keeps them in memory")
+    session_seconds: float = setting(3600.0, "how long a session is kept after its last change")
+    max_sessions: int = setting(10_000, "most sessions kept in memory")
+    policy: str = setting("static", "static: one shape for all rounds; adaptive: by goodput")
+    draft_nodes: int = setting(8, "guessed tokens a round; 0 turns speculation off")
+    draft_depth: int = setting(8, "deepest guess")
+    widths: str = setting("", "children for each node of a level, such as 3,2,1; empty: best-first")
+    max_tree_nodes: int = setting(64, "largest tree that a request may ask for, root included")
+    propose_deadline: float = setting(
+        0.0, "seconds to wait for a drafter; 0 takes four measured target steps, at least 0.1"
+    )
+    step_deadline: float = setting(120.0, "seconds after which a verify worker counts as lost")
+    start_seconds: float = setting(120.0, "seconds to wait for a verify worker at start")
+    failover_seconds: float = setting(30.0, "seconds a session waits for a verify worker")
+    drain_seconds: float = setting(30.0, "seconds that running requests get at shutdown")
+    stall_seconds: float = setting(60.0, "a reader that takes nothing for so long is cut off")
+    max_streams: int = setting(256, "most requests at once")
+    max_prompt_characters: int = setting(2**21, "longest prompt in characters")
+    insecure_bind: bool = setting(False, "listen beyond this machine without TLS")
+    reflection: bool = setting(True, "let gRPC tools list the services")
+    tls_certificate: Path | None = setting(None, "certificate chain of the gRPC service, PEM")
+    tls_key: Path | None = setting(None, "its private key, PEM")
+    tls_ca: Path | None = setting(None, "certificates that clients have to show, PEM")
+    worker_tls_ca: Path | None = setting(None, "certificates that workers have to show, PEM")
+    worker_tls_certificate: Path | None = setting(None, "our certificate for workers, PEM")
+    worker_tls_key: Path | None = setting(None, "its private key, PEM")
+    log_level: str = setting("info", "debug, info, warning or error")
+    otlp_endpoint: str = setting("", "OTLP collector for traces, such as http://127.0.0.1:4317")
+
+    def __post_init__(self) -> None:
+        if not self.verify:
+            raise InvalidRequest("a router needs at least one --verify ADDRESS", field="verify")
+        if self.policy not in ("static", "adaptive"):
+            raise InvalidRequest("--policy is static or adaptive", field="policy")
+        for name in ("session_seconds", "start_seconds", "stall_seconds", "step_deadline"):
+            if getattr(self, name) <= 0:
+                raise InvalidRequest(f"--{name.replace('_', '-')} is more than 0", field=name)
+        for name in ("max_sessions", "max_tree_nodes", "max_streams", "max_prompt_characters"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"--{name.replace('_', '-')} is at least 1", field=name)
+        self.shape()
+
+    def shape(self) -> ShapeQuery:
+        """The tree asked for when a request does not say; raises InvalidRequest."""
+        if not 0 <= self.draft_nodes < self.max_tree_nodes or self.draft_depth < 0:
+            raise InvalidRequest(
+                "--draft-nodes is 0 or more and below --max-tree-nodes", field="draft_nodes"
+            )
+        if not self.widths:
+            return ShapeQuery(max_nodes=self.draft_nodes, max_depth=self.draft_depth)
+        try:
+            widths = tuple(int(width) for width in self.widths.split(","))
+        except ValueError as error:
+            raise InvalidRequest("--widths looks like 3,2,1", field="widths") from error
+        if min(widths) < 1 or num_nodes(widths) >= self.max_tree_nodes:
+            raise InvalidRequest(
+                "--widths are at least 1 and fit into --max-tree-nodes", field="widths"
+            )
+        return ShapeQuery(max_nodes=num_nodes(widths), max_depth=len(widths), widths=widths)
+
+    def shape_policy(self, costs: tuple[StepCost, ...]) -> TreeShapePolicy:
+        """The policy, given what the target's steps cost."""
+        if self.policy == "adaptive":
+            return AdaptiveShape(self.shape(), StepCurve(costs))
+        return StaticShape(self.shape())
+
+    def limits(self, costs: tuple[StepCost, ...]) -> RouterLimits:
+        """Bounds of the router, given what the target's steps cost."""
+        measured = PROPOSE_STEPS * StepCurve(costs).at(1) if costs else 0.0
+        return RouterLimits(
+            max_streams=self.max_streams,
+            max_tree_nodes=self.max_tree_nodes,
+            stall_seconds=self.stall_seconds,
+            propose_seconds=self.propose_deadline or max(MIN_PROPOSE_SECONDS, measured),
+            step_seconds=self.step_deadline,
+            failover_seconds=self.failover_seconds,
+        )
+
+    @property
+    def tls(self) -> TlsSettings | None:
+        """TLS of the gRPC service."""
+        if self.tls_certificate is None:
+            return None
+        return TlsSettings(self.tls_ca, self.tls_certificate, self.tls_key)
+
+    @property
+    def worker_tls(self) -> TlsSettings | None:
+        """TLS towards the workers."""
+        if self.worker_tls_ca is None and self.worker_tls_certificate is None:
+            return None
+        return TlsSettings(self.worker_tls_ca, self.worker_tls_certificate, self.worker_tls_key)

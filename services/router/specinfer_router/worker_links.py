@@ -1,0 +1,201 @@
+"""The two kinds of link: what a router asks of a draft worker and of a verify worker.
+
+Thin over `links.py`: each method builds one item of the wire. This module knows nothing of rounds,
+retries or which worker is chosen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from specinfer.convert import (
+    draft_result_from_wire,
+    sampling_to_wire,
+    shape_to_wire,
+    tree_to_wire,
+    verify_result_from_wire,
+    worker_info_from_wire,
+)
+from specinfer.errors import ResourceExhausted
+from specinfer.messages import DraftResult, ShapeQuery, VerifyResult, WorkerInfo
+from specinfer.rpc import error_from_rpc
+from specinfer.sampling import SamplingParams
+from specinfer.tree import TokenTree
+from specinfer.v1 import draft_pb2, draft_pb2_grpc, verify_pb2, verify_pb2_grpc
+from specinfer_router.links import WorkerLink
+
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a verify worker says of its tokenizer.
+
+    Attributes:
+        tokenizer_json: bytes of tokenizer.json.
+        chat_template: jinja2 template of a conversation, or "".
+        eos_token_ids: tokens that end a text.
+        bos_token: begin token's text, or "".
+        eos_token: end token's text, or "".
+    """
+
+    tokenizer_json: bytes
+    chat_template: str
+    eos_token_ids: tuple[int, ...]
+    bos_token: str
+    eos_token: str
+
+
+class DraftLink(WorkerLink[draft_pb2.DraftItem]):
+    """A stream to a draft worker. Methods raise as `WorkerLink._send` does."""
+
+    tier = "draft"
+
+    def open(
+        self, session_id: str, epoch: int, token_ids: Sequence[int], sampling: SamplingParams
+    ) -> asyncio.Future[None]:
+        """Let the worker follow a session whose last token is the root."""
+        item = draft_pb2.DraftItem(
+            item_id=self._item_id(),
+            session_id=session_id,
+            epoch=epoch,
+            open=draft_pb2.OpenDraft(token_ids=token_ids, sampling=sampling_to_wire(sampling)),
+        )
+        return self._send(item, item.item_id, session_id, _nothing)
+
+    def propose(
+        self,
+        session_id: str,
+        epoch: int,
+        known_len: int,
+        new_token_ids: Sequence[int],
+        shape: ShapeQuery,
+        deadline_seconds: float,
+    ) -> asyncio.Future[DraftResult]:
+        """Ask for a tree below the last of the new tokens, or of the known ones."""
+        item = draft_pb2.DraftItem(
+            item_id=self._item_id(),
+            session_id=session_id,
+            epoch=epoch,
+            propose=draft_pb2.ProposeTree(
+                known_len=known_len,
+                new_token_ids=new_token_ids,
+                shape=shape_to_wire(shape),
+                deadline_seconds=deadline_seconds,
+            ),
+        )
+        return self._send(item, item.item_id, session_id, draft_result_from_wire)
+
+    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+        """Let the worker drop a session."""
+        item = draft_pb2.DraftItem(
+            item_id=self._item_id(),
+            session_id=session_id,
+            epoch=epoch,
+            close=draft_pb2.CloseDraft(),
+        )
+        return self._send(item, item.item_id, session_id, _nothing)
+
+    async def _fetch_info(self, seconds: float) -> WorkerInfo:
+        stub = draft_pb2_grpc.DraftServiceStub(self._channel)
+        answer = await stub.GetInfo(draft_pb2.DraftServiceGetInfoRequest(), timeout=seconds)
+        return worker_info_from_wire(answer.info)
+
+    def _open_stream(self) -> grpc.aio.StreamStreamCall[Any, Any]:
+        return draft_pb2_grpc.DraftServiceStub(self._channel).Draft()
+
+    def _frame(self, items: list[draft_pb2.DraftItem]) -> draft_pb2.DraftRequest:
+        return draft_pb2.DraftRequest(items=items)
+
+
+class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
+    """A stream to a verify worker. Methods raise as `WorkerLink._send` does."""
+
+    tier = "verify"
+
+    def open(
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        sampling: SamplingParams,
+        num_logprobs: int | None,
+    ) -> asyncio.Future[None]:
+        """Bring a session to the worker; its last token is the root."""
+        item = verify_pb2.VerifyItem(
+            item_id=self._item_id(),
+            session_id=session_id,
+            epoch=epoch,
+            open=verify_pb2.OpenVerify(
+                token_ids=token_ids,
+                num_prompt_tokens=num_prompt_tokens,
+                sampling=sampling_to_wire(sampling),
+                num_logprobs=num_logprobs,
+            ),
+        )
+        return self._send(item, item.item_id, session_id, _nothing)
+
+    def step(self, session_id: str, epoch: int, tree: TokenTree) -> asyncio.Future[VerifyResult]:
+        """Have a tree checked and what it confirms committed to the worker's KV."""
+        item = verify_pb2.VerifyItem(
+            item_id=self._item_id(),
+            session_id=session_id,
+            epoch=epoch,
+            step=verify_pb2.VerifyStep(tree=tree_to_wire(tree)),
+        )
+        return self._send(item, item.item_id, session_id, verify_result_from_wire)
+
+    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+        """Let the worker give a session's KV up."""
+        item = verify_pb2.VerifyItem(
+            item_id=self._item_id(),
+            session_id=session_id,
+            epoch=epoch,
+            close=verify_pb2.CloseVerify(),
+        )
+        return self._send(item, item.item_id, session_id, _nothing)
+
+    async def fetch_tokenizer(self, seconds: float = 60.0) -> TokenizerFiles:
+        """The target's tokenizer; raises the worker's error, or ResourceExhausted if it is huge."""
+        stub = verify_pb2_grpc.VerifyServiceStub(self._channel)
+        pieces: list[verify_pb2.GetTokenizerResponse] = []
+        num_bytes = 0
+        try:
+            async for piece in stub.GetTokenizer(verify_pb2.GetTokenizerRequest(), timeout=seconds):
+                num_bytes += piece.ByteSize()
+                if num_bytes > MAX_TOKENIZER_BYTES:
+                    raise ResourceExhausted(
+                        f"the tokenizer at {self.address} exceeds {MAX_TOKENIZER_BYTES} bytes"
+                    )
+                pieces.append(piece)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        first = pieces[0] if pieces else verify_pb2.GetTokenizerResponse()
+        return TokenizerFiles(
+            tokenizer_json=b"".join(piece.tokenizer_json for piece in pieces),
+            chat_template=first.chat_template,
+            eos_token_ids=tuple(first.eos_token_ids),
+            bos_token=first.bos_token,
+            eos_token=first.eos_token,
+        )
+
+    async def _fetch_info(self, seconds: float) -> WorkerInfo:
+        stub = verify_pb2_grpc.VerifyServiceStub(self._channel)
+        answer = await stub.GetInfo(verify_pb2.VerifyServiceGetInfoRequest(), timeout=seconds)
+        return worker_info_from_wire(answer.info)
+
+    def _open_stream(self) -> grpc.aio.StreamStreamCall[Any, Any]:
+        return verify_pb2_grpc.VerifyServiceStub(self._channel).Verify()
+
+    def _frame(self, items: list[verify_pb2.VerifyItem]) -> verify_pb2.VerifyRequest:
+        return verify_pb2.VerifyRequest(items=items)
+
+
+def _nothing(result: Any) -> None:
+    """Opening and forgetting bring no value back."""
