@@ -39,7 +39,9 @@ def write_llama(folder: Path, *, kv_heads: int = 2, tied: bool = True) -> LlamaF
         initializer_range=0.5,
         tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config).to(torch.float64).eval()
+    model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, torch.float64)
+    model.eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -50,7 +52,8 @@ def write_llama(folder: Path, *, kv_heads: int = 2, tied: bool = True) -> LlamaF
 def logits_of(model: LlamaForCausalLM) -> torch.Tensor:
     tokens = torch.arange(15).reshape(1, 15) * 7 % VOCAB
     with torch.inference_mode():
-        return model(tokens).logits
+        logits: torch.Tensor = model(tokens).logits
+    return logits
 
 
 @pytest.mark.usefixtures("exact_norms")

@@ -38,7 +38,9 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         eos_token_id=END,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 def make_chats(count: int = 12) -> list[Chat]:
