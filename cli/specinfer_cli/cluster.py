@@ -42,7 +42,7 @@ class ClusterSettings:
         num_verifiers: verify workers.
         redis: URL of the store, or None to keep sessions in the router's memory.
         grpc_address: where the router listens; port 0 takes a free one.
-        gateway_address: where its HTTP gateway listens, or None for none.
+        gateway_address: where it answers health and metrics over HTTP.
         dtype: number format of the target and the drafter.
         num_threads: compute threads of each worker; None shares the machine's cores out.
         logs: folder for the children's logs; None uses a temporary one.
@@ -60,7 +60,7 @@ class ClusterSettings:
     num_verifiers: int = 1
     redis: str | None = None
     grpc_address: str = "127.0.0.1:0"
-    gateway_address: str | None = None
+    gateway_address: str = "127.0.0.1:0"
     dtype: str = "float32"
     num_threads: int | None = None
     logs: Path | None = None
@@ -81,13 +81,13 @@ class RunningCluster:
 
     Attributes:
         router: gRPC address for clients.
-        gateway: address of the HTTP gateway, or None.
+        gateway: its HTTP address for health and metrics.
         verifiers, drafters: gRPC addresses of the workers.
         children: the processes, the router last.
     """
 
     router: str
-    gateway: str | None
+    gateway: str
     verifiers: tuple[str, ...]
     drafters: tuple[str, ...]
     children: tuple[Child, ...]
@@ -136,7 +136,7 @@ def running_cluster(
         KeyboardInterrupt: when interrupted.
     """
     router = claim_address("--grpc", settings.grpc_address)
-    gateway = settings.gateway_address and claim_address("--gateway", settings.gateway_address)
+    gateway = claim_address("--gateway", settings.gateway_address)
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="specinfer-") as temporary:
         folder = settings.logs or Path(temporary)
@@ -197,19 +197,18 @@ def _worker_flags(settings: ClusterSettings, address: str, model: Path) -> list[
 def _router_flags(
     settings: ClusterSettings,
     router: str,
-    gateway: str | None,
+    gateway: str,
     verifiers: tuple[str, ...],
     drafters: tuple[str, ...],
 ) -> list[str]:
-    flags = ["--address", router]
+    flags = ["--grpc", router, "--gateway", gateway]
+    flags += ["--drain-seconds", str(settings.grace_seconds)]
     for address in verifiers:
-        flags += ["--verifiers", address]
+        flags += ["--verify", address]
     for address in drafters:
-        flags += ["--drafters", address]
-    if gateway is not None:
-        flags += ["--gateway-address", gateway]
+        flags += ["--draft", address]
     if settings.redis is not None:
-        flags += ["--redis-url", settings.redis]
+        flags += ["--redis", settings.redis]
     return flags
 
 

@@ -32,6 +32,7 @@ _EXTRA_OF = {
     "grpc_health": "serve",
     "grpc_reflection": "serve",
     "jinja2": "router",
+    "prometheus_client": "router",
     "redis": "router",
     "starlette": "router",
     "tokenizers": "router",

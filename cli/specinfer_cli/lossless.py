@@ -75,9 +75,7 @@ def lossless(
     began = time.perf_counter()
     with ExitStack() as stack:
         if router is None:
-            target, drafter = choose_models(model, draft)
-            settings = ClusterSettings(model=target, draft=drafter, dtype=dtype)
-            router = stack.enter_context(running_cluster(settings)).router
+            router = stack.enter_context(running_cluster(_cluster(model, draft, dtype))).router
         capabilities, tally = asyncio.run(
             _check(router, texts, samples, max_tokens, concurrency, raw)
         )
@@ -88,6 +86,11 @@ def lossless(
         _print(capabilities, tally, len(texts), seconds)
     if not tally.lossless:
         raise typer.Exit(1)
+
+
+def _cluster(model: Path | None, draft: str | None, dtype: str) -> ClusterSettings:
+    choice = choose_models(model, draft)
+    return ClusterSettings(name=choice.name, model=choice.target, draft=choice.draft, dtype=dtype)
 
 
 async def _check(

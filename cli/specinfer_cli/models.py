@@ -5,12 +5,14 @@ This module knows nothing of what is in the folders.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import specinfer
 from specinfer.errors import InvalidRequest
 
 NO_DRAFT = "none"
+DEMO_NAME = "demo"
 
 
 def demo_folder() -> Path:
@@ -31,8 +33,23 @@ def demo_folder() -> Path:
     )
 
 
-def choose_models(model: Path | None, draft: str | None) -> tuple[Path, Path | None]:
-    """Folders of the target and of the drafter, from the flags --model and --draft.
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which models a local cluster serves.
+
+    Attributes:
+        name: what clients call the target.
+        target: its folder.
+        draft: the drafter's folder, or None.
+    """
+
+    name: str
+    target: Path
+    draft: Path | None
+
+
+def choose_models(model: Path | None, draft: str | None) -> ModelChoice:
+    """The target and the drafter, from the flags --model and --draft.
 
     The demo drafter is the default beside the demo target alone: any other target has another
     tokenizer.
@@ -41,11 +58,12 @@ def choose_models(model: Path | None, draft: str | None) -> tuple[Path, Path | N
         InvalidRequest: when a folder does not exist.
     """
     target = _folder("--model", model) if model is not None else demo_folder() / "target"
+    name = target.name if model is not None else DEMO_NAME
     if draft == NO_DRAFT:
-        return target, None
+        return ModelChoice(name, target, None)
     if draft is not None:
-        return target, _folder("--draft", Path(draft))
-    return target, demo_folder() / "draft" if model is None else None
+        return ModelChoice(name, target, _folder("--draft", Path(draft)))
+    return ModelChoice(name, target, demo_folder() / "draft" if model is None else None)
 
 
 def prompt_file(given: Path | None) -> Path:

@@ -29,7 +29,7 @@ _Grpc = Annotated[
     typer.Option("--grpc", metavar="ADDR", help="Where the router listens; port 0 is any."),
 ]
 _Gateway = Annotated[
-    str, typer.Option("--gateway", metavar="ADDR", help="Where the HTTP gateway listens.")
+    str, typer.Option("--gateway", metavar="ADDR", help="Where health and metrics are over HTTP.")
 ]
 _Threads = Annotated[
     int | None,
@@ -61,10 +61,11 @@ def up(
     """
     for service in ("verify", "draft", "router"):
         import_extra(f"specinfer_{service}")
-    target, drafter = choose_models(model, draft)
+    choice = choose_models(model, draft)
     settings = ClusterSettings(
-        model=target,
-        draft=drafter,
+        name=choice.name,
+        model=choice.target,
+        draft=choice.draft,
         num_drafters=drafts,
         num_verifiers=verifiers,
         redis=redis,
@@ -76,7 +77,7 @@ def up(
     )
     console = messages()
     with stop_signals() as stopped:
-        console.print(f"starting {target.name}, {dtype} ...", style="dim", markup=False)
+        console.print(f"starting {choice.name}, {dtype} ...", style="dim", markup=False)
         with running_cluster(settings, stopped.is_set) as cluster:
             _announce(cluster, json=json)
             cluster.watch(stopped.is_set, _report_death)
@@ -90,10 +91,10 @@ def _announce(cluster: RunningCluster, *, json: bool) -> None:
         print_json(_facts(cluster, capabilities))
         return
     workers = f"{len(cluster.verifiers)} verify, {len(cluster.drafters)} draft"
-    rows = [f"gRPC      {cluster.router}"]
-    if cluster.gateway is not None:
-        rows.append(f"gateway   http://{cluster.gateway}")
-    rows += [
+    rows = [
+        f"gRPC      {cluster.router}",
+        f"health    http://{cluster.gateway}/health/ready",
+        f"metrics   http://{cluster.gateway}/metrics",
         f"model     {capabilities.model}, {capabilities.dtype}, "
         f"{capabilities.max_model_len} tokens",
         f"workers   {workers}",

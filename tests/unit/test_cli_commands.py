@@ -141,6 +141,7 @@ def test_chat_keeps_the_conversation(router: FakeRouter) -> None:
     result = run("chat", "--router", router.address, "--system", "short", text=lines)
     assert result.exit_code == 0, result.output
     first, second, third = router.requests
+    assert first.messages is not None
     assert first.messages == (ChatMessage("system", "short"), ChatMessage("user", "first"))
     assert second.messages == (
         *first.messages,

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from specinfer.errors import InvalidRequest, SpecinferError, Unavailable
 from specinfer_cli.app import app
 from specinfer_cli.cluster import ClusterSettings, RunningCluster
-from specinfer_cli.models import choose_models, demo_folder
+from specinfer_cli.models import ModelChoice, choose_models, demo_folder
 from specinfer_cli.processes import (
     Child,
     claim_address,
@@ -144,7 +144,7 @@ def test_a_dead_drafter_is_reported_once_and_a_dead_router_ends_it(tmp_path: Pat
     verify, draft, router = (sleeper(tmp_path) for _ in range(3))
     verify.address, draft.address, draft.name = "v", "d", "draft 1"
     verify.name, router.name = "verify 1", "router"
-    cluster = RunningCluster("r", None, ("v",), ("d",), (verify, draft, router))
+    cluster = RunningCluster("r", "g", ("v",), ("d",), (verify, draft, router))
     died: list[str] = []
     looks = iter([False, False, True])
     try:
@@ -191,9 +191,9 @@ def test_models_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     target, drafter = tmp_path / "target", tmp_path / "draft"
     target.mkdir()
     drafter.mkdir()
-    assert choose_models(target, None) == (target, None)
-    assert choose_models(target, "none") == (target, None)
-    assert choose_models(target, str(drafter)) == (target, drafter)
+    assert choose_models(target, None) == ModelChoice("target", target, None)
+    assert choose_models(target, "none") == ModelChoice("target", target, None)
+    assert choose_models(target, str(drafter)) == ModelChoice("target", target, drafter)
     with pytest.raises(InvalidRequest, match="--model"):
         choose_models(tmp_path / "nowhere", None)
     with pytest.raises(InvalidRequest, match="--draft"):
@@ -204,8 +204,8 @@ def test_models_are_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         demo_folder()
     demo = tmp_path / "models" / "demo"
     (demo / "target").mkdir(parents=True)
-    assert choose_models(None, None) == (demo / "target", demo / "draft")
-    assert choose_models(None, "none") == (demo / "target", None)
+    assert choose_models(None, None) == ModelChoice("demo", demo / "target", demo / "draft")
+    assert choose_models(None, "none") == ModelChoice("demo", demo / "target", None)
 
 
 @pytest.mark.parametrize("flag", ["--grpc", "--gateway"])
