@@ -48,7 +48,7 @@ class Shape:
 
 
 PRESETS = {
-    "200m": Shape(hidden=1024, layers=16, intermediate=2816, heads=16, kv_heads=4),
+    "200m": Shape(hidden=1024, layers=18, intermediate=2816, heads=16, kv_heads=4),
     "1b": Shape(hidden=2048, layers=22, intermediate=5632, heads=32, kv_heads=4),
 }
 
