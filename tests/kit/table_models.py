@@ -99,6 +99,14 @@ class TableRunner:
         ]
 
 
+def tree_laws(
+    model: TableModel, token_ids: Sequence[int], tree: TokenTree
+) -> Callable[[int], Tensor]:
+    """The model's logits at each node of a tree below the last of `token_ids`."""
+    before = tuple(token_ids[:-1])
+    return lambda node: model.logits([*before, *tree.path_token_ids(node)])
+
+
 def draft_nothing(token_ids: Sequence[int]) -> TokenTree:
     """Plain decoding."""
     return TokenTree.root_only(token_ids[-1])
