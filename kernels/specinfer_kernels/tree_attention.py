@@ -27,12 +27,41 @@ class AttentionLayout:
     ancestors: int64 [num_rows, num_words]; bit j of a row's 64-bit words is set when the row sees
         the j-th row of its sequence in this pass, itself included. The key and value of that j-th
         row lie at logical slot L + j. Parents come before children.
+
+    Shapes and dtypes are checked here, once for all layers of a pass: KernelInputError.
     """
 
     row_offsets: Tensor
     context_lens: Tensor
     block_tables: Tensor
     ancestors: Tensor
+
+    def __post_init__(self) -> None:
+        num_sequences = self.context_lens.numel()
+        expected = (
+            ("row_offsets", torch.int32, (num_sequences + 1,)),
+            ("context_lens", torch.int32, (num_sequences,)),
+            ("block_tables", torch.int32, (num_sequences, None)),
+            ("ancestors", torch.int64, (None, None)),
+        )
+        for name, dtype, shape in expected:
+            _check_tensor(name, getattr(self, name), dtype, shape)
+        if self.ancestors.shape[1] == 0:
+            raise KernelInputError("ancestors must have at least one word a row")
+        if len({getattr(self, name).device for name, _, _ in expected}) > 1:
+            raise KernelInputError("the tensors of a layout are on different devices")
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> None:
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        raise KernelInputError(f"{name} must be a contiguous {dtype}, got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(
+        wanted is not None and wanted != size
+        for wanted, size in zip(shape, tensor.shape, strict=True)
+    ):
+        raise KernelInputError(f"{name} must be {shape}, got {list(tensor.shape)}")
 
 
 def tree_attention(
@@ -111,27 +140,11 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Attent
         raise KernelInputError("the caches must be contiguous")
     if query.stride(2) != 1 and head_dim > 1:
         raise KernelInputError("the last dimension of query must be contiguous")
-    _check_layout(layout, num_rows)
-
-
-def _check_layout(layout: AttentionLayout, num_rows: int) -> None:
-    num_sequences = layout.context_lens.shape[0]
-    expected = (
-        ("row_offsets", layout.row_offsets, torch.int32, (num_sequences + 1,)),
-        ("context_lens", layout.context_lens, torch.int32, (num_sequences,)),
-        ("block_tables", layout.block_tables, torch.int32, (num_sequences, None)),
-        ("ancestors", layout.ancestors, torch.int64, (num_rows, None)),
-    )
-    for name, tensor, dtype, shape in expected:
-        if tensor.dtype != dtype or not tensor.is_contiguous():
-            raise KernelInputError(f"{name} must be a contiguous {dtype}, got {tensor.dtype}")
-        if len(tensor.shape) != len(shape) or any(
-            wanted is not None and wanted != size
-            for wanted, size in zip(shape, tensor.shape, strict=True)
-        ):
-            raise KernelInputError(f"{name} must be {shape}, got {list(tensor.shape)}")
-    if num_rows and layout.ancestors.shape[1] == 0:
-        raise KernelInputError("ancestors must have at least one word a row")
+    if layout.ancestors.shape[0] != num_rows or layout.ancestors.device != query.device:
+        raise KernelInputError(
+            f"ancestors are of {layout.ancestors.shape[0]} rows on {layout.ancestors.device}, "
+            f"query of {num_rows} on {query.device}"
+        )
 
 
 def _check_values(

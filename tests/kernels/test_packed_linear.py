@@ -1,6 +1,6 @@
 """Row-invariant linear layers: a row's bits are the same among 1 to 1,024 rows at any offset."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,13 +15,6 @@ SHAPES = [(64, 192), (256, 1000), (704, 256), (100, 37), (33, 65), (7, 5), (1, 3
 ROWS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100, 127, 256, 513, 1000, 1024)
 OFFSETS = (1, 2, 3, 5, 8, 13, 16, 30)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
-
-
-@pytest.fixture
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def make(
@@ -90,7 +83,6 @@ def test_negative_control_a_sum_that_follows_the_row_count_is_detected() -> None
     assert {(0, count) for count in (1, 2, 3, 5, 8, 15)} <= set(failed)
 
 
-@pytest.mark.usefixtures("_threads_restored")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     for in_features, out_features in ((704, 256), (33, 65)):
