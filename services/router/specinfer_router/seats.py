@@ -242,6 +242,7 @@ class VerifySeat:
                 if tree.num_draft_tokens == 0:
                     raise
                 tree = TokenTree.root_only(token_ids[-1])
+                continue
             except (Unavailable, NotFound, StaleEpoch, ResourceExhausted, InternalError) as error:
                 failed, lost = self._link, error
                 log.warning("round %d of %s failed: %s", epoch, self._session_id, error.message)
