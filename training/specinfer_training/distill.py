@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from .batches import Batch, collate, iter_batches
 from .corpus import Card
 from .generate import Prompt, generate_rows, groups_by_length
-from .tokenizer import ASSISTANT, BOS, USER, Chat, text_ids, token_id
+from .tokenizer import ASSISTANT, BOS, USER, Chat, single_turn, text_ids, token_id
 from .train import LossFunction, answer_logits
 
 _LOG = logging.getLogger(__name__)
@@ -82,8 +82,7 @@ def collect_outputs(
                 noise=noise,
             )
             for prompt, answer in zip(asked, answers, strict=True):
-                marks = (False,) * len(prompt) + (True,) * len(answer)
-                chats.append(Chat(prompt + answer, marks))
+                chats.append(single_turn(prompt + answer, len(prompt)))
         _LOG.info("%d outputs after pass %d (temperature %.1f)", len(chats), turn, temperature)
     return chats
 

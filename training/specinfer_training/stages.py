@@ -5,6 +5,7 @@ Refuses to know about flags and model cards.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import time
@@ -34,7 +35,7 @@ from .shapes import (
     target_config,
 )
 from .threads import SpareThreads
-from .tokenizer import Chat, encode_chat, tokenizer_texts, train_tokenizer
+from .tokenizer import Chat, encode_chat, single_turn, tokenizer_texts, train_tokenizer
 from .train import TrainOptions, train
 
 _LOG = logging.getLogger(__name__)
@@ -83,6 +84,21 @@ def train_target(material: Material, work: Path, seconds: float) -> tuple[LlamaF
     return model, loss
 
 
+def gather_outputs(
+    material: Material, target: LlamaForCausalLM, path: Path, seconds: float, rng: random.Random
+) -> list[Chat]:
+    """The target's own outputs; kept at ``path``, one JSON line of ids and prompt length each."""
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [single_turn(tuple(ids), start) for ids, start in rows]
+    chats = collect_outputs(target, material.tokenizer, material.cards, seconds, rng)
+    lines = [json.dumps([chat.ids, chat.is_answer.index(True)]) for chat in chats]
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n")
+    partial.replace(path)
+    return chats
+
+
 def _labelled(
     material: Material, target: LlamaForCausalLM, outputs: list[Chat], rng: random.Random
 ) -> tuple[list[Chat], list[Labels]]:
@@ -99,12 +115,12 @@ def train_draft(
 ) -> tuple[LlamaForCausalLM, float]:
     """The drafter, distilled on the target's own outputs and on the corpus.
 
-    A quarter of ``seconds`` goes to collecting outputs. Returns the drafter and its running loss.
+    A fifth of ``seconds`` goes to collecting outputs. Returns the drafter and its running loss.
     """
     rng = random.Random(1)
     start = time.monotonic()
     served = served_copy(target)
-    outputs = collect_outputs(served, material.tokenizer, material.cards, seconds / 4, rng)
+    outputs = gather_outputs(material, served, work / "outputs.jsonl", seconds / 5, rng)
     chats, labels = _labelled(material, served, outputs, rng)
     pad_id = int(material.tokenizer.pad_token_id or 0)
     model = build_model(draft_config(material.tokenizer), seed=0)

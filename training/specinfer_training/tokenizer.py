@@ -79,6 +79,11 @@ class Chat:
     is_answer: tuple[bool, ...]
 
 
+def single_turn(ids: tuple[int, ...], start: int) -> Chat:
+    """A chat of one prompt and its answer, which begins at ``start``."""
+    return Chat(ids, (False,) * start + (True,) * (len(ids) - start))
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerFast, turns: Turns) -> Chat:
     """The ids the chat template would give, with the answers (and their ends) marked."""
     ids, marks = [token_id(tokenizer, BOS)], [False]
