@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from specinfer import AsyncClient, RoundFacts
-from specinfer.messages import ChatMessage
+from specinfer.options import GenerateOptions
 from specinfer_bench.options import BenchOptions
 
 
@@ -37,17 +37,17 @@ async def run_prompt(
     options: BenchOptions,
 ) -> Sample:
     """Stream one prompt to its end; raises what the SDK raises."""
+    arguments: GenerateOptions = {
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "seed": seed,
+        "speculation": speculation,
+    }
+    if chat:
+        arguments["messages"] = [{"role": "user", "content": prompt}]
     begun = time.perf_counter()
     first: float | None = None
-    stream = client.stream(
-        None if chat else prompt,
-        **({"messages": [ChatMessage("user", prompt)]} if chat else {}),
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        seed=seed,
-        speculation=speculation,
-    )
-    async with stream:
+    async with client.stream(None if chat else prompt, **arguments) as stream:
         async for _ in stream:
             first = first or time.perf_counter()
         completion = stream.completion

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +13,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specinfer.errors import InvalidRequest
+from specinfer_bench.machine import machine_facts
 from specinfer_bench.options import GROWN_PRESETS, BenchOptions
-from specinfer_bench.report import BenchReport
+from specinfer_bench.prompts import read_prompts
+from specinfer_bench.report import IN_PROCESS, BenchReport
+from specinfer_bench.run import RunArm, run_bench
 from specinfer_cli import arguments
-from specinfer_cli.console import friendly, import_extra, output, print_json
+from specinfer_cli.cluster import ClusterSettings, running_cluster
+from specinfer_cli.console import friendly, import_extra, messages, output, print_json
+from specinfer_cli.models import choose_models, prompt_file
 
 _Grow = Annotated[
     str | None,
@@ -81,13 +91,56 @@ def bench(
         seed=seed,
         in_process=in_process,
     )
-    report: BenchReport = import_extra("specinfer_bench").run_bench(options)
+    report = _run(options)
     if json:
         print_json(report.as_dict())
     else:
         _print(output(), report)
     if not report.identical:
         raise typer.Exit(1)
+
+
+def _run(options: BenchOptions) -> BenchReport:
+    """Prepare the models, start what is needed, and time the prompts."""
+    texts = read_prompts(prompt_file(options.prompts), options.num_prompts)
+    with ExitStack() as stack:
+        address = options.router
+        arms: dict[str, RunArm] = {}
+        if address is None:
+            target, drafter = _pair(options)
+            settings = ClusterSettings(model=target, draft=drafter, dtype=options.dtype)
+            address = stack.enter_context(running_cluster(settings)).router
+            if options.in_process:
+                local = import_extra("specinfer_bench.local")
+                router = stack.enter_context(local.local_router(target, drafter, options.dtype))
+                arms[IN_PROCESS] = partial(local.run_local, router, options=options)
+        console = messages()
+        with console.status("timing prompts") if console.is_terminal else nullcontext():
+            return asyncio.run(
+                run_bench(options, address, texts, setup=_setup(options), more_arms=arms)
+            )
+
+
+def _pair(options: BenchOptions) -> tuple[Path, Path]:
+    """Folders of the target, grown if so asked, and of the drafter."""
+    chosen = str(options.draft) if options.draft is not None else None
+    choice = choose_models(options.model, chosen)
+    target, drafter = choice.target, choice.draft
+    if drafter is None:
+        raise InvalidRequest("a benchmark of speculation needs --draft FOLDER", field="draft")
+    if options.grow is not None:
+        grown = import_extra("specinfer_bench.grown")
+        target = grown.grown_target(target, options.grow, options.dtype)
+    return target, drafter
+
+
+def _setup(options: BenchOptions) -> dict[str, object]:
+    """The options and the machine, for the report; paths by their names alone."""
+    given = {
+        key: value.name if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(options).items()
+    }
+    return {**given, **machine_facts()}
 
 
 def _print(console: Console, report: BenchReport) -> None:
@@ -98,6 +151,12 @@ def _print(console: Console, report: BenchReport) -> None:
             f"{arm.tokens_per_second:.1f}",
             f"{arm.first_token_ms:.1f}",
             f"{arm.tokens_per_round:.2f}",
+        )
+    if report.setup.get("grow"):
+        console.print(
+            f"The target was grown to {report.setup['grow']} parameters: it costs what such a "
+            "model costs and says what the small one says.",
+            soft_wrap=True,
         )
     console.print(table)
     for name, arm in report.arms.items():

@@ -1,0 +1,60 @@
+"""Grown targets, made once and kept in the user's cache folder. Needs the `model` extra.
+
+A grown target computes what the small one computes and costs what a large one costs; see
+`specinfer_training.grow`. This module knows nothing of clusters or prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from specinfer.errors import InvalidRequest
+from specinfer_training.grow import grow_checkpoint
+
+
+def grown_target(source: Path, preset: str, dtype: str, cache: Path | None = None) -> Path:
+    """Folder of `source` grown to a preset, made if it is not in the cache yet.
+
+    Args:
+        source: folder of a Llama checkpoint.
+        preset: "200m" or "1b".
+        dtype: number format of the grown weights.
+        cache: where grown targets are kept; None takes the user's cache folder.
+
+    Raises:
+        InvalidRequest: when the checkpoint cannot be grown.
+    """
+    folder = cache or default_cache()
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{source.parent.name}-{preset}-{dtype}-{_fingerprint(source)}"
+    if (target / "config.json").is_file():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / "grown"
+        try:
+            grow_checkpoint(source, made, preset, getattr(torch, dtype))
+        except (OSError, ValueError, KeyError) as error:
+            raise InvalidRequest(f"cannot grow {source}: {error}", field="grow") from error
+        # A rename shows the folder whole or not at all, whoever else makes it at the same time.
+        if not target.exists():
+            made.rename(target)
+    return target
+
+
+def default_cache() -> Path:
+    """The user's cache folder by the XDG rules."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "specinfer" / "grown"
+
+
+def _fingerprint(source: Path) -> str:
+    digest = hashlib.sha256((source / "config.json").read_bytes())
+    with (source / "model.safetensors").open("rb") as weights:
+        while chunk := weights.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,219 @@
+"""The whole cluster in one process: the router's own loop over engines that it calls directly.
+
+What a benchmark compares the cluster with, to see what processes, frames and gRPC cost. The links
+here answer the calls that `specinfer_router.worker_links` sends over the network; everything above
+them is the router as it is. This module knows nothing of prompts or reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from prometheus_client import CollectorRegistry
+
+from specinfer.messages import (
+    ChatMessage,
+    DraftResult,
+    GenerateRequest,
+    RoundFacts,
+    ShapeQuery,
+    SpeculationOptions,
+    TokensEvent,
+    VerifyResult,
+    WorkerInfo,
+    WorkerLoad,
+)
+from specinfer.metrics import RouterMetrics
+from specinfer.sampling import SamplingParams, StopConditions
+from specinfer.tree import TokenTree
+from specinfer_bench.measure import Sample
+from specinfer_bench.options import BenchOptions
+from specinfer_draft.engine import DraftEngine
+from specinfer_draft.settings import Settings as DraftSettings
+from specinfer_draft.worker import build_worker as build_drafter
+from specinfer_router.pool import Cluster, WorkerPool
+from specinfer_router.router import Router
+from specinfer_router.settings import RouterSettings
+from specinfer_router.store import MemoryStore
+from specinfer_router.tokenizer import ServedTokenizer
+from specinfer_router.worker_links import DraftLink, VerifyLink
+from specinfer_verify.engine import VerifyEngine
+from specinfer_verify.settings import Settings as VerifySettings
+from specinfer_verify.worker import Worker
+from specinfer_verify.worker import build_worker as build_verifier
+
+
+class LocalLink:
+    """What the router's pools and seats look at, for a worker that is always there."""
+
+    address = "in this process"
+    connected = True
+    ready = True
+    generation = 1
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self.info = info
+        self.load = WorkerLoad()
+        self.num_seats = 0
+
+
+class LocalDraftLink(LocalLink):
+    """A draft engine behind the methods of DraftLink."""
+
+    def __init__(self, engine: DraftEngine, info: WorkerInfo) -> None:
+        super().__init__(info)
+        self._engine = engine
+
+    def open(
+        self, session_id: str, epoch: int, token_ids: Sequence[int], sampling: SamplingParams
+    ) -> asyncio.Future[None]:
+        """See DraftLink.open."""
+        return asyncio.wrap_future(self._engine.open(session_id, epoch, token_ids, sampling))
+
+    def propose(
+        self,
+        session_id: str,
+        epoch: int,
+        known_len: int,
+        new_token_ids: Sequence[int],
+        shape: ShapeQuery,
+        deadline_seconds: float,
+    ) -> asyncio.Future[DraftResult]:
+        """See DraftLink.propose."""
+        return asyncio.wrap_future(
+            self._engine.propose(
+                session_id, epoch, known_len, new_token_ids, shape, deadline_seconds
+            )
+        )
+
+    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+        """See DraftLink.forget."""
+        return asyncio.wrap_future(self._engine.close(session_id))
+
+
+class LocalVerifyLink(LocalLink):
+    """A verify engine behind the methods of VerifyLink."""
+
+    def __init__(self, engine: VerifyEngine, info: WorkerInfo) -> None:
+        super().__init__(info)
+        self._engine = engine
+
+    def open(
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        sampling: SamplingParams,
+        num_logprobs: int | None,
+    ) -> asyncio.Future[None]:
+        """See VerifyLink.open."""
+        return asyncio.wrap_future(
+            self._engine.open(
+                session_id, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
+            )
+        )
+
+    def step(self, session_id: str, epoch: int, tree: TokenTree) -> asyncio.Future[VerifyResult]:
+        """See VerifyLink.step."""
+        return asyncio.wrap_future(self._engine.step(session_id, epoch, tree))
+
+    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+        """See VerifyLink.forget."""
+        return asyncio.wrap_future(self._engine.close(session_id))
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """What a Router asks of a Cluster."""
+
+    target: WorkerInfo
+    verifiers: WorkerPool[VerifyLink]
+    drafters: WorkerPool[DraftLink]
+
+    @property
+    def max_session_tokens(self) -> int:
+        """Longest session in tokens."""
+        return min(self.target.max_model_len, self.target.num_blocks * self.target.block_size)
+
+    @property
+    def max_tree_nodes(self) -> int:
+        """Largest tree, root included."""
+        return self.target.max_tree_nodes
+
+
+@contextmanager
+def local_router(model: Path, draft: Path, dtype: str) -> Iterator[Router]:
+    """A router, a verify engine and a draft engine in this process, ended with the block.
+
+    Raises:
+        InvalidCheckpoint: when a folder cannot be served.
+    """
+    verifier = build_verifier(VerifySettings(model=model, dtype=dtype))
+    drafter = build_drafter(DraftSettings(model=draft, dtype=dtype))
+    verifier.engine.start()
+    drafter.engine.start()
+    try:
+        yield _build_router(
+            verifier,
+            LocalVerifyLink(verifier.engine, verifier.info),
+            LocalDraftLink(drafter.engine, drafter.info),
+        )
+    finally:
+        drafter.engine.stop()
+        verifier.engine.stop()
+
+
+def _build_router(worker: Worker, verify: LocalVerifyLink, draft: LocalDraftLink) -> Router:
+    # The casts say what the classes above are for: they stand where the network's links stand.
+    cluster = LocalCluster(
+        worker.info,
+        WorkerPool([cast(VerifyLink, verify)], asyncio.Event()),
+        WorkerPool([cast(DraftLink, draft)], asyncio.Event()),
+    )
+    files = worker.loaded.tokenizer_files
+    settings = RouterSettings(verify=(verify.address,))
+    return Router(
+        cast(Cluster, cluster),
+        store=MemoryStore(max_sessions=1024, ttl_seconds=60.0),
+        tokenizer=ServedTokenizer(
+            files.tokenizer_json,
+            chat_template=files.chat_template or "",
+            eos_token_ids=worker.loaded.eos_token_ids,
+            bos_token=files.bos_token,
+            eos_token=files.eos_token,
+        ),
+        policy=settings.shape_policy(worker.info.step_costs),
+        metrics=RouterMetrics(CollectorRegistry(), worker.info.model_name),
+        version=worker.info.version,
+        limits=settings.limits(worker.info.step_costs),
+    )
+
+
+async def run_local(router: Router, prompt: str, seed: int, options: BenchOptions) -> Sample:
+    """One prompt through a router of this process; the times are those of `run_prompt`."""
+    chat = router.capabilities().chat
+    request = GenerateRequest(
+        prompt=None if chat else prompt,
+        messages=(ChatMessage("user", prompt),) if chat else None,
+        sampling=SamplingParams(temperature=options.temperature, seed=seed),
+        stop=StopConditions(max_tokens=options.max_tokens),
+        speculation=SpeculationOptions(),
+    )
+    begun = time.perf_counter()
+    first: float | None = None
+    token_ids: list[int] = []
+    rounds: list[RoundFacts] = []
+    async for event in router.generate(request):
+        if isinstance(event, TokensEvent):
+            first = first or time.perf_counter()
+            token_ids.extend(event.token_ids)
+            rounds.append(event.round)
+    ended = time.perf_counter()
+    return Sample(tuple(token_ids), ended - begun, (first or ended) - begun, tuple(rounds))
