@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from specinfer_kernels import gumbel_noise
 
 from specinfer.errors import InvalidRequest
 from specinfer.sampling import SamplingParams
 from specinfer_draft.drafters.forecast import DrawForecast, rank
 from specinfer_engine.acceptance import draw_token
 from specinfer_engine.logits import process_logits
+from specinfer_kernels import gumbel_noise
 
 VOCAB = 300
 PROMPT = [5, 6, 7, 5, 8]

@@ -41,7 +41,7 @@ def test_a_drafter_that_is_the_target_is_always_right(
     bench = table_drafter()
     target = Target(bench.model, sampling, list(PROMPT))
     bench.drafter.open("a", 0, PROMPT, sampling)
-    known, new = len(PROMPT), []
+    known, new = len(PROMPT), list[int]()
     for epoch in range(12):
         tree = bench.tree("a", known, new, shape=shape, epoch=epoch)
         known = len(target.tokens)
@@ -57,7 +57,7 @@ def test_without_the_right_noise_a_drafter_is_often_wrong() -> None:
     bench = table_drafter()
     target = Target(bench.model, SamplingParams(temperature=2.0, seed=1), list(PROMPT))
     bench.drafter.open("a", 0, PROMPT, SamplingParams(temperature=2.0, seed=2))
-    known, new, num_accepted = len(PROMPT), [], 0
+    known, new, num_accepted = len(PROMPT), list[int](), 0
     for epoch in range(12):
         tree = bench.tree("a", known, new, shape=CHAIN, epoch=epoch)
         known = len(target.tokens)
@@ -73,7 +73,7 @@ def test_after_any_accepted_prefix_the_next_tree_is_a_fresh_sessions(
     rng = random.Random(5)
     bench = table_drafter()
     bench.drafter.open("a", 0, PROMPT, sampling)
-    tokens, known, new = list(PROMPT), len(PROMPT), []
+    tokens, known, new = list(PROMPT), len(PROMPT), list[int]()
     for epoch in range(30):
         shape = rng.choice([CHAIN, SHAPE, ShapeQuery(12, 5, (2, 2, 1))])
         tree = bench.tree("a", known, new, shape=shape, epoch=epoch)
@@ -106,7 +106,7 @@ def test_a_repeated_proposal_gets_the_same_tree_in_as_many_passes(bench: Bench) 
 def test_a_level_costs_one_pass_and_accepted_tokens_none(bench: Bench) -> None:
     bench.work()
     target = Target(bench.model, GREEDY, list(PROMPT))
-    known, new = len(PROMPT), []
+    known, new = len(PROMPT), list[int]()
     for epoch in range(5):
         before = bench.runner.num_passes
         tree = bench.tree("a", known, new, shape=CHAIN, epoch=epoch)

@@ -62,7 +62,9 @@ def paths(tree: GrowingTree, nodes: Sequence[int]) -> set[tuple[int, ...]]:
     return {tuple(tree.path_token_ids(node)) for node in nodes}
 
 
-def brute_force(table: Table, vocab_size: int, max_nodes: int, max_depth: int, branch: int) -> set:
+def brute_force(
+    table: Table, vocab_size: int, max_nodes: int, max_depth: int, branch: int
+) -> set[tuple[int, ...]]:
     """The best prefixes of at most `max_depth` tokens, by summing every path's scores."""
     scored: dict[tuple[int, ...], float] = {}
     for depth in range(1, max_depth + 1):

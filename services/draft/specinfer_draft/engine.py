@@ -28,6 +28,7 @@ class DraftEngine:
         blocks: the drafter's pool, for the load report.
         clock: the drafter's clock, in seconds.
         max_pending: most items handed in and not yet answered.
+        on_failure: called on the engine's thread when a pass has failed.
     """
 
     def __init__(
@@ -37,12 +38,15 @@ class DraftEngine:
         *,
         clock: Callable[[], float] = time.perf_counter,
         max_pending: int = 4096,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         self._drafter = drafter
         self._blocks = blocks
         self._clock = clock
         self._draining = False
-        self._thread = EngineThread("draft-engine", drafter.run_pass, max_pending=max_pending)
+        self._thread = EngineThread(
+            "draft-engine", drafter.run_pass, max_pending=max_pending, on_failure=on_failure
+        )
 
     def start(self) -> None:
         """Start the engine's thread."""

@@ -120,6 +120,7 @@ class ModelDrafter:
             blocks, max_rows=limits.max_rows, prefill_rows=limits.prefill_rows
         )
         self._wave_seconds = 0.0
+        self._answers: list[tuple[Future[DraftResult], DraftResult]] = []
 
     @property
     def num_sessions(self) -> int:
@@ -187,6 +188,7 @@ class ModelDrafter:
         self._planner.start_growing(session)
         if session.growth.wave is None:
             self._finish(session)
+            self._deliver()
 
     def close(self, session_id: str) -> None:
         """Forget a session; an unknown one is fine."""
@@ -202,6 +204,7 @@ class ModelDrafter:
         num_late = self._finish_late(start)
         plan = self._planner.plan()
         num_stuck = self._finish_stuck()
+        self._deliver()
         if not plan:
             return num_late + num_stuck > 0
         shares = list(plan.values())
@@ -212,6 +215,7 @@ class ModelDrafter:
             self._wave_seconds += 0.5 * (end - start - self._wave_seconds)
         for share, found in zip(shares, candidates, strict=True):
             self._take(share, found, start, end)
+        self._deliver()
         return True
 
     def _forward(self, plan: Plan) -> list[Tensor]:
@@ -281,7 +285,7 @@ class ModelDrafter:
         return len(stuck)
 
     def _finish(self, session: DraftSession) -> None:
-        """Answer a session's proposal with the best of what was found."""
+        """End a session's proposal with the best of what was found; `_deliver` hands it out."""
         growth = session.growth
         assert growth is not None
         self._planner.stop_growing(session)
@@ -292,7 +296,13 @@ class ModelDrafter:
             queue_seconds=max(0.0, first_pass - growth.query.arrival),
             compute_seconds=growth.compute_seconds,
         )
-        set_result(growth.future, result)
+        self._answers.append((growth.future, result))
+
+    def _deliver(self) -> None:
+        """Hand out what is finished in one go, so that it can leave in one frame."""
+        for future, result in self._answers:
+            set_result(future, result)
+        self._answers.clear()
 
     def _drop_growth(self, session: DraftSession, reason: str) -> None:
         growth = session.growth

@@ -1,0 +1,133 @@
+"""DraftService on the wire: checks, calls, translates. No tensors and no decisions here.
+
+One stream carries frames of items of many sessions. Items go to the engine in the order they came;
+results leave as they are made, those that are ready together in one frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from specinfer.convert import (
+    draft_result_to_wire,
+    load_to_wire,
+    sampling_from_wire,
+    shape_from_wire,
+    status_to_wire,
+    worker_info_to_wire,
+)
+from specinfer.errors import InternalError, InvalidRequest, SpecinferError
+from specinfer.messages import DraftResult, WorkerInfo
+from specinfer.v1 import draft_pb2, draft_pb2_grpc
+from specinfer_draft.engine import DraftEngine
+from specinfer_draft.outbox import Outbox
+
+SERVICE_NAME = "specinfer.v1.DraftService"
+MAX_UNANSWERED = 4096
+# A tree of the most nodes takes about 14 KiB, so a frame stays below the size that peers accept.
+MAX_FRAME_RESULTS = 256
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Frames = AsyncIterator[draft_pb2.DraftRequest]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An item and what came of it: a DraftResult, None for an open or a close, or an error."""
+
+    item: draft_pb2.DraftItem
+    outcome: DraftResult | SpecinferError | None
+
+
+class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
+    """Serves one engine.
+
+    Args:
+        engine: grows the trees.
+        info: what this worker is.
+    """
+
+    def __init__(self, engine: DraftEngine, info: WorkerInfo) -> None:
+        self._engine = engine
+        self._info = info
+
+    async def Draft(
+        self, request_iterator: Frames, context: Context
+    ) -> AsyncIterator[draft_pb2.DraftResponse]:
+        """Answer every item of every frame exactly once."""
+        outbox = Outbox[Answer](max_unanswered=MAX_UNANSWERED, max_batch=MAX_FRAME_RESULTS)
+        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        reader.add_done_callback(lambda _: outbox.close())
+        try:
+            async for answers in outbox.batches():
+                # Translated here and not where they are put: the engine's thread has trees to grow.
+                results = [_result(answer) for answer in answers]
+                load = load_to_wire(self._engine.load())
+                yield draft_pb2.DraftResponse(results=results, load=load)
+            await reader
+        finally:
+            reader.cancel()
+
+    async def GetInfo(
+        self, request: draft_pb2.DraftServiceGetInfoRequest, context: Context
+    ) -> draft_pb2.DraftServiceGetInfoResponse:
+        """What this worker is."""
+        return draft_pb2.DraftServiceGetInfoResponse(info=worker_info_to_wire(self._info))
+
+    async def _read(self, frames: Frames, outbox: Outbox[Answer]) -> None:
+        async for frame in frames:
+            for item in frame.items:
+                await outbox.expect_one()
+                self._submit(item, outbox)
+
+    def _submit(self, item: draft_pb2.DraftItem, outbox: Outbox[Answer]) -> None:
+        """Hand one item to the engine; a bad one is answered at once."""
+        try:
+            future = self._call(item)
+        except SpecinferError as error:
+            outbox.put(Answer(item, error))
+            return
+        future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
+
+    def _call(self, item: draft_pb2.DraftItem) -> Future[Any]:
+        action = item.WhichOneof("action")
+        if action == "propose":
+            propose = item.propose
+            return self._engine.propose(
+                item.session_id,
+                item.epoch,
+                propose.known_len,
+                propose.new_token_ids,
+                shape_from_wire(propose.shape),
+                propose.deadline_seconds,
+            )
+        if action == "open":
+            sampling = sampling_from_wire(item.open.sampling)
+            return self._engine.open(item.session_id, item.epoch, item.open.token_ids, sampling)
+        if action == "close":
+            return self._engine.close(item.session_id)
+        raise InvalidRequest("an item opens, proposes or closes", field="action")
+
+
+def _outcome(future: Future[Any]) -> DraftResult | SpecinferError | None:
+    error = future.exception()
+    if error is None:
+        result: DraftResult | None = future.result()
+        return result
+    return error if isinstance(error, SpecinferError) else InternalError(str(error))
+
+
+def _result(answer: Answer) -> draft_pb2.DraftItemResult:
+    item, outcome = answer.item, answer.outcome
+    if isinstance(outcome, DraftResult):
+        return draft_result_to_wire(item, outcome)
+    status = None if outcome is None else status_to_wire(outcome)
+    return draft_pb2.DraftItemResult(
+        item_id=item.item_id, session_id=item.session_id, epoch=item.epoch, status=status
+    )

@@ -1,0 +1,105 @@
+"""Builds a draft worker's parts from its settings: model, pool, drafter, engine, description.
+
+Slow and heavy: it imports torch and reads the checkpoint. It knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from specinfer.errors import InvalidRequest
+from specinfer.messages import WorkerInfo
+from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
+from specinfer_draft.engine import DraftEngine
+from specinfer_draft.settings import Settings
+from specinfer_engine.blocks import BlockManager
+from specinfer_engine.loader import load_model
+from specinfer_engine.model import LoadedModel
+from specinfer_engine.runner import Runner
+
+MEASURED_ROWS = (1, 4, 16, 64)
+MEASURED_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class Worker:
+    """An engine over a model and what to tell others of it."""
+
+    engine: DraftEngine
+    info: WorkerInfo
+
+
+def build_worker(settings: Settings, on_failure: Callable[[], None] | None = None) -> Worker:
+    """Load the model, size its pool and measure its passes; the engine is not started.
+
+    Raises:
+        InvalidCheckpoint: when the folder cannot be served.
+        InvalidRequest: when settings contradict each other or the pool does not fit in memory.
+    """
+    if settings.threads > 0:
+        torch.set_num_threads(settings.threads)
+    loaded = load_model(
+        settings.model, dtype=settings.dtype, device=settings.device, name=settings.name or None
+    )
+    runner = _make_runner(settings, loaded)
+    blocks = BlockManager(runner.num_blocks, settings.block_size, model_hash=loaded.model_hash)
+    limits = DrafterLimits(
+        vocab_size=loaded.vocab_size,
+        max_model_len=loaded.max_model_len,
+        max_sessions=settings.max_sessions,
+        max_tree_nodes=settings.max_tree_nodes,
+        max_rows=settings.max_rows,
+        prefill_rows=settings.prefill_rows,
+        score_floor=settings.score_floor,
+        spread=settings.spread,
+    )
+    info = _describe(settings, loaded, runner)
+    drafter = ModelDrafter(runner, blocks, limits, device=loaded.device)
+    return Worker(DraftEngine(drafter, blocks, on_failure=on_failure), info)
+
+
+def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
+    bytes_per_token = (
+        2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * loaded.dtype.itemsize
+    )
+    num_blocks = settings.num_blocks(bytes_per_token)
+    try:
+        return Runner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
+    except (RuntimeError, MemoryError) as error:
+        size = num_blocks * settings.block_size * bytes_per_token >> 20
+        raise InvalidRequest(
+            f"a KV pool of {size} MiB does not fit in memory: {error}", field="kv_memory"
+        ) from error
+
+
+def _describe(settings: Settings, loaded: LoadedModel, runner: Runner) -> WorkerInfo:
+    rows = [count for count in MEASURED_ROWS if count <= settings.max_rows]
+    return WorkerInfo(
+        worker_id=settings.worker_id or f"draft-{uuid.uuid4().hex[:12]}",
+        model_name=loaded.name,
+        model_hash=loaded.model_hash,
+        tokenizer_hash=loaded.tokenizer_hash,
+        vocab_size=loaded.vocab_size,
+        dtype=loaded.dtype_name,
+        device=str(loaded.device),
+        max_model_len=min(loaded.max_model_len, runner.num_blocks * settings.block_size),
+        max_sessions=settings.max_sessions,
+        max_tree_nodes=settings.max_tree_nodes,
+        num_blocks=runner.num_blocks,
+        block_size=settings.block_size,
+        row_invariant=loaded.row_invariant,
+        step_costs=runner.measure_step_costs(rows, MEASURED_CONTEXT),
+        version=_version(),
+    )
+
+
+def _version() -> str:
+    try:
+        return version("specinfer")
+    except PackageNotFoundError:
+        return "unknown"

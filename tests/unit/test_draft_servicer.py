@@ -1,0 +1,323 @@
+"""The draft service over a real server: items and results, bad items alone, frames, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+import pytest
+from torch import Tensor
+
+from specinfer.convert import draft_result_from_wire, sampling_to_wire, worker_info_from_wire
+from specinfer.errors import InternalError, InvalidRequest, Unavailable
+from specinfer.messages import ShapeQuery, WorkerInfo
+from specinfer.rpc import open_channel
+from specinfer.sampling import SamplingParams
+from specinfer.server import RpcServer, build_server
+from specinfer.tree import TokenTree
+from specinfer.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
+from specinfer_draft.engine import DraftEngine
+from specinfer_draft.outbox import Outbox
+from specinfer_draft.servicer import SERVICE_NAME, DraftServicer
+from specinfer_engine.batch import SequenceRows
+from tests.kit.draft_driver import GREEDY, Bench, table_drafter
+from tests.kit.table_models import TableModel, TableRunner
+
+TIMEOUT = 20.0
+PROMPT = (1, 2, 3)
+CHAIN = ShapeQuery(max_nodes=4, max_depth=4, widths=(1, 1, 1, 1))
+INFO = WorkerInfo("draft-1", "tiny", "h", "t", 11, "float32", "cpu", 200, 256, 32, 64, 4, True)
+
+Stream = grpc.aio.StreamStreamCall[Any, Any]
+
+
+class GatedRunner(TableRunner):
+    """Computes only while its gate is open."""
+
+    def __init__(self, model: TableModel, num_blocks: int, block_size: int) -> None:
+        super().__init__(model, num_blocks, block_size)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
+        self.entered.set()
+        assert self.gate.wait(TIMEOUT)
+        return super().forward(rows)
+
+
+@dataclass
+class Service:
+    """A served engine and a channel to it."""
+
+    bench: Bench
+    runner: GatedRunner
+    engine: DraftEngine
+    server: RpcServer
+    stub: Any
+
+    def stream(self) -> Stream:
+        call: Stream = self.stub.Draft()
+        return call
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    bench = table_drafter(make_runner=GatedRunner)
+    assert isinstance(bench.runner, GatedRunner)
+    engine = DraftEngine(bench.drafter, bench.blocks, clock=bench.clock, max_pending=64)
+    server = build_server("127.0.0.1:0", [SERVICE_NAME])
+    servicer = DraftServicer(engine, INFO)
+    draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.server)
+    engine.start()
+    await server.start()
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = draft_pb2_grpc.DraftServiceStub(channel)
+        yield Service(bench, bench.runner, engine, server, stub)
+    bench.runner.gate.set()
+    await server.drain(0)
+    await asyncio.to_thread(engine.stop)
+
+
+def opening(
+    item_id: int, session_id: str = "a", sampling: SamplingParams = GREEDY
+) -> draft_pb2.DraftItem:
+    start = draft_pb2.OpenDraft(token_ids=PROMPT, sampling=sampling_to_wire(sampling))
+    return draft_pb2.DraftItem(item_id=item_id, session_id=session_id, open=start)
+
+
+def proposing(
+    item_id: int,
+    session_id: str = "a",
+    *,
+    known_len: int = 3,
+    new: Sequence[int] = (),
+    epoch: int = 0,
+    shape: ShapeQuery = CHAIN,
+    deadline_seconds: float = 0.0,
+) -> draft_pb2.DraftItem:
+    query = draft_pb2.ShapeQuery(
+        max_nodes=shape.max_nodes, max_depth=shape.max_depth, widths=shape.widths
+    )
+    propose = draft_pb2.ProposeTree(
+        known_len=known_len, new_token_ids=new, shape=query, deadline_seconds=deadline_seconds
+    )
+    return draft_pb2.DraftItem(item_id=item_id, session_id=session_id, epoch=epoch, propose=propose)
+
+
+async def send(stream: Stream, *items: draft_pb2.DraftItem) -> None:
+    await stream.write(draft_pb2.DraftRequest(items=items))
+
+
+async def receive(stream: Stream, count: int) -> dict[int, draft_pb2.DraftItemResult]:
+    """Results of `count` items by item id, each exactly once."""
+    results: dict[int, draft_pb2.DraftItemResult] = {}
+    async with asyncio.timeout(TIMEOUT):
+        while len(results) < count:
+            frame = await stream.read()
+            assert isinstance(frame, draft_pb2.DraftResponse)
+            for result in frame.results:
+                assert result.item_id not in results
+                results[result.item_id] = result
+    return results
+
+
+def expected(service: Service, tokens: Sequence[int] = PROMPT) -> TokenTree:
+    return service.bench.fresh_tree(list(tokens), GREEDY, CHAIN, len(PROMPT))
+
+
+async def test_a_frame_may_open_propose_and_close(service: Service) -> None:
+    stream = service.stream()
+    close = draft_pb2.DraftItem(item_id=4, session_id="a", close=draft_pb2.CloseDraft())
+    await send(stream, opening(1), proposing(2, epoch=5))
+    results = await receive(stream, 2)
+    assert not results[1].status.code
+    answer = draft_result_from_wire(results[2])
+    assert answer.epoch == 5
+    assert answer.tree.token_ids == pytest.approx(expected(service).token_ids)
+    assert answer.tree.parents == expected(service).parents
+    assert results[2].session_id == "a"
+    await send(stream, proposing(3, epoch=6, new=[4]), close, proposing(5, epoch=6))
+    results = await receive(stream, 3)
+    # The close came before the tree was grown, so the proposal was given up.
+    assert results[3].status.reason in ("", "CANCELLED")
+    assert not results[4].status.code
+    assert results[5].status.reason == "NOT_FOUND"
+    await stream.done_writing()
+    assert await stream.read() is grpc.aio.EOF
+
+
+BAD_ITEMS = [
+    (draft_pb2.DraftItem(item_id=9, session_id="a"), "INVALID_REQUEST"),
+    (proposing(9, "nobody"), "NOT_FOUND"),
+    (proposing(9, known_len=50), "STALE_EPOCH"),
+    (proposing(9, new=[11]), "INVALID_REQUEST"),
+    (proposing(9, new=[2**31]), "INVALID_REQUEST"),
+    (proposing(9, known_len=0), "INVALID_REQUEST"),
+    (proposing(9, shape=ShapeQuery(max_nodes=5000)), "INVALID_REQUEST"),
+    (proposing(9, shape=ShapeQuery(widths=(0,))), "INVALID_REQUEST"),
+    (proposing(9, deadline_seconds=-1.0), "INVALID_REQUEST"),
+    (proposing(9, deadline_seconds=float("nan")), "INVALID_REQUEST"),
+    (
+        draft_pb2.DraftItem(item_id=9, session_id="b", open=draft_pb2.OpenDraft()),
+        "INVALID_REQUEST",
+    ),
+    (
+        draft_pb2.DraftItem(
+            item_id=9,
+            session_id="b",
+            open=draft_pb2.OpenDraft(
+                token_ids=[1], sampling=tree_pb2.SamplingParams(temperature=-1.0)
+            ),
+        ),
+        "INVALID_REQUEST",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_ITEMS, ids=range(len(BAD_ITEMS)))
+async def test_a_bad_item_fails_alone(
+    service: Service, bad: draft_pb2.DraftItem, reason: str
+) -> None:
+    stream = service.stream()
+    await send(stream, opening(1), opening(2, "c"), bad, proposing(3, "c"))
+    results = await receive(stream, 4)
+    assert results[9].status.reason == reason
+    assert results[9].status.message
+    assert not any(results[item_id].status.code for item_id in (1, 2, 3))
+    assert draft_result_from_wire(results[3]).tree.token_ids == expected(service).token_ids
+    await send(stream, proposing(4))
+    assert not (await receive(stream, 1))[4].status.code
+
+
+async def test_every_session_of_a_frame_is_answered_and_the_load_is_told(
+    service: Service,
+) -> None:
+    stream = service.stream()
+    names = [f"s{n}" for n in range(8)]
+    await send(stream, *(opening(n, name) for n, name in enumerate(names)))
+    await receive(stream, 8)
+    await send(stream, *(proposing(n, name, new=[n]) for n, name in enumerate(names)))
+    results: list[draft_pb2.DraftItemResult] = []
+    async with asyncio.timeout(TIMEOUT):
+        while len(results) < 8:
+            frame = await stream.read()
+            assert isinstance(frame, draft_pb2.DraftResponse)
+            results.extend(frame.results)
+            assert frame.load.num_sessions == 8
+            assert 0 < frame.load.num_free_blocks < 64
+    assert sorted(result.tree.token_ids[0] for result in results) == [*range(8)]
+
+
+async def test_two_streams_get_their_own_results(service: Service) -> None:
+    first, second = service.stream(), service.stream()
+    await send(first, opening(1, "a"), proposing(2, "a"))
+    await send(second, opening(1, "b"), proposing(2, "b", new=[7]))
+    (one, two) = await receive(first, 2), await receive(second, 2)
+    assert one[2].tree.token_ids[0] == 3
+    assert two[2].tree.token_ids[0] == 7
+
+
+async def test_a_client_that_leaves_harms_nobody(service: Service) -> None:
+    service.runner.gate.clear()
+    stream = service.stream()
+    await send(stream, opening(1), proposing(2))
+    await asyncio.to_thread(service.runner.entered.wait, TIMEOUT)
+    stream.cancel()
+    service.runner.gate.set()
+    other = service.stream()
+    await send(other, proposing(1))
+    assert not (await receive(other, 1))[1].status.code
+
+
+async def test_info_tells_what_the_worker_is(service: Service) -> None:
+    answer = await service.stub.GetInfo(draft_pb2.DraftServiceGetInfoRequest())
+    assert worker_info_from_wire(answer.info) == INFO
+
+
+async def test_a_draining_engine_ends_its_trees_and_takes_no_session(service: Service) -> None:
+    stream = service.stream()
+    await send(stream, opening(1), proposing(2))
+    await receive(stream, 2)
+    service.runner.entered.clear()
+    service.runner.gate.clear()
+    await send(stream, proposing(3, new=[4]))
+    await asyncio.to_thread(service.runner.entered.wait, TIMEOUT)
+    assert not await asyncio.to_thread(service.engine.drain, 0.0)
+    await send(stream, opening(4, "late"))
+    assert (await receive(stream, 1))[4].status.reason == "UNAVAILABLE"
+    service.runner.gate.set()
+    assert await asyncio.to_thread(service.engine.drain, TIMEOUT)
+    results = await receive(stream, 1)
+    assert draft_result_from_wire(results[3]).tree.token_ids[0] == 4
+    assert service.engine.load().draining
+
+
+async def test_a_pass_that_fails_ends_the_engine_and_answers_everybody(service: Service) -> None:
+    stream = service.stream()
+    await send(stream, opening(1))
+    await receive(stream, 1)
+
+    def broken(rows: Sequence[SequenceRows]) -> list[Tensor]:
+        raise RuntimeError("no memory")
+
+    service.runner.forward = broken  # type: ignore[method-assign]
+    await send(stream, proposing(2), proposing(3, "nobody"))
+    results = await receive(stream, 2)
+    assert results[2].status.reason == "INTERNAL"
+    assert not service.engine.healthy
+    with pytest.raises(InternalError):
+        service.engine.close("a")
+
+
+async def test_an_engine_that_is_stopped_answers_what_is_pending() -> None:
+    bench = table_drafter()
+    engine = DraftEngine(bench.drafter, bench.blocks)
+    future = engine.propose("a", 0, 1, (), CHAIN)
+    with pytest.raises(InvalidRequest):
+        engine.propose("a", 0, 1, (), CHAIN, float("inf"))
+    engine.stop()
+    with pytest.raises(Unavailable):
+        future.result(0)
+    with pytest.raises(Unavailable):
+        engine.open("a", 0, PROMPT, GREEDY)
+
+
+async def test_results_that_are_ready_together_leave_together() -> None:
+    outbox = Outbox[int](max_unanswered=100, max_batch=64)
+    for _ in range(70):
+        await outbox.expect_one()
+
+    def put_all() -> None:
+        for number in range(70):
+            outbox.put(number)
+
+    thread = threading.Thread(target=put_all)
+    thread.start()
+    thread.join()
+    outbox.close()
+    assert [len(batch) async for batch in outbox.batches()] == [64, 6]
+
+
+async def test_an_outbox_holds_back_a_peer_that_only_sends() -> None:
+    outbox = Outbox[int](max_unanswered=2, max_batch=1)
+    for _ in range(2):
+        await outbox.expect_one()
+    third = asyncio.ensure_future(outbox.expect_one())
+    outbox.put(1)
+    outbox.put(2)
+    await asyncio.sleep(0)
+    assert not third.done()
+    batches = outbox.batches()
+    assert await anext(batches) == [1]
+    assert await anext(batches) == [2]
+    await third
+    outbox.close()
+    outbox.put(3)
+    assert await anext(batches) == [3]
+    with pytest.raises(StopAsyncIteration):
+        await anext(batches)
