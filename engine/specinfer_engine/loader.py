@@ -127,10 +127,14 @@ def _limits(checkpoint: Checkpoint, text: PreTrainedConfig) -> tuple[int, int]:
             raise InvalidCheckpoint(f"config.json gives {field} as {value!r}")
         limits.append(value)
     vocab_size, max_model_len = limits
-    known = max([checkpoint.num_tokenizer_ids, *(eos + 1 for eos in checkpoint.eos_token_ids)])
+    known = checkpoint.num_tokenizer_ids
     if known > vocab_size:
         raise InvalidCheckpoint(
             f"the tokenizer has {known} ids, the model's vocabulary {vocab_size}"
+        )
+    if any(eos >= vocab_size for eos in checkpoint.eos_token_ids):
+        raise InvalidCheckpoint(
+            f"eos_token_id {checkpoint.eos_token_ids} lies outside the vocabulary of {vocab_size}"
         )
     limit = _length_limit(text)
     return vocab_size, max_model_len if limit is None else min(limit, max_model_len)
