@@ -73,10 +73,8 @@ def test_logits_agree_in_float64(tmp_path: Path, kv_heads: int, shape: Shape, ti
     grow_checkpoint(tmp_path / "small", tmp_path / "large", shape, torch.float64)
     grown = LlamaForCausalLM.from_pretrained(tmp_path / "large", dtype=torch.float64)
     assert grown.config.num_hidden_layers == shape.layers
-    assert grown.model.layers[-1].self_attn.k_proj.weight.shape == (
-        shape.kv_heads * 6,
-        shape.hidden,
-    )
+    last_keys = grown.state_dict()[f"model.layers.{shape.layers - 1}.self_attn.k_proj.weight"]
+    assert last_keys.shape == (shape.kv_heads * 6, shape.hidden)
     torch.testing.assert_close(logits_of(grown), logits_of(model), atol=1e-9, rtol=1e-9)
 
 
@@ -85,11 +83,11 @@ def test_added_parts_cost_real_work(tmp_path: Path) -> None:
     shape = Shape(hidden=48, layers=3, intermediate=40, heads=12, kv_heads=4)
     grow_checkpoint(tmp_path / "small", tmp_path / "large", shape, torch.float32)
     grown = LlamaForCausalLM.from_pretrained(tmp_path / "large", dtype=torch.float32)
-    added = grown.model.layers[2]
-    for weight in (added.self_attn.q_proj.weight, added.mlp.up_proj.weight):
-        assert 0.015 < float(weight.detach().std()) < 0.025
-    assert not added.mlp.down_proj.weight.any()
-    assert not added.self_attn.o_proj.weight.any()
+    weights = grown.state_dict()
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        assert 0.015 < float(weights[f"model.layers.2.{name}.weight"].std()) < 0.025
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        assert not weights[f"model.layers.2.{name}.weight"].any()
 
 
 def test_bfloat16_checkpoint_loads_and_copies_the_tokenizer(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_encoding_equals_the_chat_template(tokenizer: PreTrainedTokenizerFast) -
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "No."},
     ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     assert tokenizer.encode(text, add_special_tokens=False) == list(chat.ids)
     said = [token for token, marked in zip(chat.ids, chat.is_answer, strict=True) if marked]
     assert tokenizer.decode(said, skip_special_tokens=True) == "That.No."
@@ -100,7 +100,7 @@ def test_generation_prompt_ends_where_the_answer_starts(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     messages = [{"role": "user", "content": "What does math.sqrt do?"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids[-1] == token_id(tokenizer, ASSISTANT)
     assert tokenizer.decode(ids) == text

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from .batches import Batch, collate, iter_batches
 from .corpus import Card
 from .generate import Prompt, generate_rows, groups_by_length
-from .tokenizer import ASSISTANT, BOS, USER, Chat, single_turn, text_ids, token_id
+from .tokenizer import ASSISTANT, BOS, END, USER, Chat, single_turn, text_ids, token_id
 from .train import LossFunction, answer_logits
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def collect_outputs(
     """
     deadline = time.monotonic() + seconds
     noise = torch.Generator().manual_seed(rng.randrange(2**31))
-    eos_id = int(tokenizer.eos_token_id or 0)
+    eos_id = token_id(tokenizer, END)
     chats: list[Chat] = []
     turn = 0
     while time.monotonic() < deadline:

@@ -13,6 +13,7 @@ from .acceptance import Acceptance, measure_acceptance
 from .distill import MAX_ANSWER, question_prompt
 from .generate import generate_rows
 from .questions import DEMO_QUESTIONS
+from .tokenizer import END, token_id
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def answer_questions(
 ) -> tuple[Sample, ...]:
     """The target's greedy answers to ``questions``."""
     samples: list[Sample] = []
-    end = int(tokenizer.eos_token_id or 0)
+    end = token_id(tokenizer, END)
     for question in questions:
         prompt = question_prompt(tokenizer, question)
         (ids,) = generate_rows(
@@ -72,7 +73,7 @@ def measure_pair(
 ) -> tuple[Acceptance, Acceptance]:
     """Acceptance on the demo questions: greedy, and at temperature 0.8."""
     prompts = [question_prompt(tokenizer, question) for question in DEMO_QUESTIONS]
-    end = int(tokenizer.eos_token_id or 0)
+    end = token_id(tokenizer, END)
     greedy, sampled = (
         measure_acceptance(target, draft, prompts, eos_id=end, temperature=temperature)
         for temperature in (0.0, 0.8)

@@ -35,7 +35,15 @@ from .shapes import (
     target_config,
 )
 from .threads import SpareThreads
-from .tokenizer import Chat, encode_chat, single_turn, tokenizer_texts, train_tokenizer
+from .tokenizer import (
+    PAD,
+    Chat,
+    encode_chat,
+    single_turn,
+    token_id,
+    tokenizer_texts,
+    train_tokenizer,
+)
 from .train import TrainOptions, train
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +72,7 @@ def prepare(work: Path) -> Material:
 
 def corpus_batches(material: Material, rng: random.Random, max_tokens: int) -> Iterator[Batch]:
     """Endless batches, a freshly sampled epoch after each pass."""
-    pad_id = int(material.tokenizer.pad_token_id or 0)
+    pad_id = token_id(material.tokenizer, PAD)
     while True:
         turns = sample_conversations(material.cards, rng)
         chats = [encode_chat(material.tokenizer, one) for one in turns]
@@ -106,7 +114,7 @@ def _labelled(
     corpus = sample_conversations(material.cards, rng)
     chats = join_chats(outputs, rng)
     chats += [encode_chat(material.tokenizer, turns) for turns in corpus]
-    pad_id = int(material.tokenizer.pad_token_id or 0)
+    pad_id = token_id(material.tokenizer, PAD)
     return chats, label_chats(target, chats, pad_id, BATCH_TOKENS)
 
 
@@ -122,7 +130,7 @@ def train_draft(
     served = served_copy(target)
     outputs = gather_outputs(material, served, work / "outputs.jsonl", seconds / 5, rng)
     chats, labels = _labelled(material, served, outputs, rng)
-    pad_id = int(material.tokenizer.pad_token_id or 0)
+    pad_id = token_id(material.tokenizer, PAD)
     model = build_model(draft_config(material.tokenizer), seed=0)
     left = max(1.0, seconds - (time.monotonic() - start))
     _LOG.info("drafter of %d parameters, %.0f s", num_parameters(model), left)
