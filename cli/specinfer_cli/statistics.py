@@ -5,6 +5,7 @@ This module knows nothing of terminals.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class Statistics:
         num_draft_tokens: guessed tokens.
         num_accepted_tokens: guessed tokens confirmed.
         accepted_by_depth: confirmed tokens, depth 1 first.
+        root_only_reasons: rounds without a guess, by reason.
         seconds: time from call to last event.
         draft_seconds, verify_seconds, queue_seconds, network_seconds, router_seconds: where the
             rounds' time went.
@@ -35,6 +37,7 @@ class Statistics:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_by_depth: tuple[int, ...] = ()
+    root_only_reasons: tuple[tuple[str, int], ...] = ()
     seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -53,6 +56,7 @@ class Statistics:
             num_draft_tokens=self.num_draft_tokens + summary.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens + summary.num_accepted_tokens,
             accepted_by_depth=_sum(self.accepted_by_depth, summary.num_accepted_tokens_per_pos),
+            root_only_reasons=_count(self.root_only_reasons, summary.root_only_reasons),
             seconds=self.seconds + seconds,
             draft_seconds=self.draft_seconds + sum(r.draft_seconds for r in rounds),
             verify_seconds=self.verify_seconds + sum(r.verify_seconds for r in rounds),
@@ -87,12 +91,15 @@ class Statistics:
             ("router", self.router_seconds),
         )
         times = "  ".join(f"{name} {seconds:.3f}" for name, seconds in parts)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.root_only_reasons)
+        without = [f"rounds without a guess: {reasons}"] if reasons else []
         return [
             f"{self.num_tokens} tokens in {self.seconds:.2f} s: "
             f"{self.tokens_per_second:.1f} tokens/s",
             f"{self.num_rounds} rounds, {self.tokens_per_round:.2f} tokens a round, "
             f"{self.num_accepted_tokens} of {self.num_draft_tokens} guesses confirmed",
             f"confirmed by depth: {depths or 'no guesses'}",
+            *without,
             f"seconds: {times}",
         ]
 
@@ -108,12 +115,19 @@ class Statistics:
             "num_draft_tokens": self.num_draft_tokens,
             "num_accepted_tokens": self.num_accepted_tokens,
             "num_accepted_tokens_per_pos": list(self.accepted_by_depth),
+            "root_only_reasons": dict(self.root_only_reasons),
             "draft_seconds": self.draft_seconds,
             "verify_seconds": self.verify_seconds,
             "queue_seconds": self.queue_seconds,
             "network_seconds": self.network_seconds,
             "router_seconds": self.router_seconds,
         }
+
+
+def _count(
+    left: tuple[tuple[str, int], ...], right: tuple[tuple[str, int], ...]
+) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((Counter(dict(left)) + Counter(dict(right))).items()))
 
 
 def _sum(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:

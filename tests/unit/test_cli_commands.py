@@ -6,7 +6,6 @@ import json
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -277,29 +276,40 @@ def test_lossless_counts_failed_calls(router: FakeRouter, prompts: Path) -> None
     assert report["errors"][0].endswith("RESOURCE_EXHAUSTED: full")
 
 
-def test_bench_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, prompts: Path) -> None:
-    import specinfer_bench
+def test_bench_times_a_given_router(router: FakeRouter, prompts: Path) -> None:
+    options = "--num-prompts 2 --max-tokens 6 --temperature 0.8 --repeats 2 --seed 5"
+    command = ["bench", "--router", router.address, "--prompts", str(prompts), *options.split()]
+    result = run(*command, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["identical"] is True
+    assert report["speedup_min"] <= report["speedup"] <= report["speedup_max"]
+    assert (report["num_prompts"], report["num_tokens"]) == (2, 12)
+    assert report["arms"]["on"]["tokens_per_round"] == 3.0
+    assert report["arms"]["off"]["tokens_per_round"] == 1.0
+    assert {request.sampling.temperature for request in router.requests} == {0.8}
+    assert {request.sampling.seed for request in router.requests} == {5, 6}
+    told = run(*command)
+    assert "outputs identical: yes" in told.stdout
 
-    seen: list[Any] = []
 
-    class Report:
-        identical = False
+def test_bench_fails_when_outputs_differ(router: FakeRouter, prompts: Path) -> None:
+    async def wrong(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        yield started_event(request)
+        yield tokens_event(request, 0, [1 + request.speculation.enabled])
+        yield finished_event(1, 1)
 
-        def as_dict(self) -> dict[str, object]:
-            return {"speedup": 2.0}
-
-    def run_bench(options: Any) -> Report:
-        seen.append(options)
-        return Report()
-
-    monkeypatch.setattr(specinfer_bench, "run_bench", run_bench, raising=False)
-    options = "--grow 200m --dtype float32 --num-prompts 3 --max-tokens 5 --temperature 0.8"
-    result = run("bench", "--json", "--prompts", str(prompts), *options.split())
+    router.script = wrong
+    command = ["bench", "--router", router.address, "--prompts", str(prompts), "--repeats", "1"]
+    result = run(*command, "--num-prompts", "1")
     assert result.exit_code == 1
-    assert json.loads(result.stdout) == {"speedup": 2.0}
-    chosen = seen[0]
-    assert (chosen.grow, chosen.dtype, chosen.num_prompts) == ("200m", "float32", 3)
-    assert (chosen.max_tokens, chosen.temperature, chosen.prompts) == (5, 0.8, prompts)
-    refused = run("bench", "--grow", "7b")
-    assert refused.exit_code == 2
-    assert "200m" in refused.stderr
+    assert "outputs identical: NO" in result.stdout
+
+
+def test_bench_refuses_what_cannot_be(router: FakeRouter) -> None:
+    for arguments, reason in ((["--grow", "7b"], "200m"), (["--repeats", "0"], "repeats")):
+        result = run("bench", *arguments)
+        assert result.exit_code == 2
+        assert reason in result.stderr
+    assert run("bench", "--grow", "1b", "--router", router.address).exit_code == 2
+    assert router.requests == []
