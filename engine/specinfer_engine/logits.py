@@ -94,13 +94,17 @@ def keep_top_k(row: Tensor, top_k: int) -> Tensor:
 def keep_top_p(row: Tensor, top_p: float) -> Tensor:
     """Keep the smallest prefix of the descending sort whose mass reaches `top_p`, one at least.
 
-    Equal logits stand in the order of their token ids; the mass is summed in float64.
+    Equal logits stand in the order of their token ids; the mass is summed in float64. Only tokens
+    that can matter are sorted: all tokens below a probability of (1 - top_p) / V together have less
+    than 1 - top_p, so none of them is needed; half of that leaves room for rounding.
     """
-    mass, order = torch.sort(row.double().softmax(0), descending=True, stable=True)
-    mass_before = mass.cumsum(0) - mass
-    dropped = mass_before >= top_p
-    dropped[0] = False
-    return row.masked_fill(torch.zeros_like(dropped).scatter_(0, order, dropped), -math.inf)
+    probabilities = row.double().softmax(0)
+    smallest = (1.0 - top_p) / (2 * row.shape[0])
+    candidates = torch.nonzero(probabilities >= smallest).flatten()  # ascending token ids
+    mass, order = torch.sort(probabilities[candidates], descending=True, stable=True)
+    num_kept = max(1, int((mass.cumsum(0) - mass < top_p).sum()))
+    kept = candidates[order[:num_kept]]
+    return torch.full_like(row, -math.inf).index_copy_(0, kept, row[kept])
 
 
 def keep_min_p(row: Tensor, min_p: float) -> Tensor:

@@ -23,7 +23,13 @@ from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
-from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
+from specinfer_verify.checks import (
+    MAX_SESSION_ID_LENGTH,
+    Limits,
+    check_epoch,
+    check_open,
+    check_tree,
+)
 from specinfer_verify.scheduler import ScheduledRows, Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
 from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
@@ -262,7 +268,7 @@ class VerifyEngine:
     ) -> None:
         session = self._scheduler.sessions.get(session_id)
         if session is None:
-            raise NotFound(f"no session {session_id} here; open it again")
+            raise NotFound(f"no session {session_id[:MAX_SESSION_ID_LENGTH]} here; open it again")
         session.last_active = arrival
         if session.last_result is not None and epoch == session.epoch - 1:
             future.set_result(session.last_result)
