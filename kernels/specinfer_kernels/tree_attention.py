@@ -161,19 +161,19 @@ def _check_values(
             raise KernelInputError("context_lens must not be negative")
         if begin == end:
             continue
-        if context + end - begin > layout.block_tables.shape[1] * block_size:
-            raise KernelInputError("a sequence has more keys than block_tables has room for")
         words = layout.ancestors[begin:end].tolist()
         masks = [reference.join_words(row) for row in words]
-        if any(mask.bit_length() != index + 1 for index, mask in enumerate(masks)):
+        first = masks[0].bit_length()
+        if first == 0 or any(mask.bit_length() != first + index for index, mask in enumerate(masks)):
             raise KernelInputError("each row's own bit must be set in ancestors and be its last")
+        num_slots = context + first - 1 + end - begin
+        if num_slots > layout.block_tables.shape[1] * block_size:
+            raise KernelInputError("a sequence has more keys than block_tables has room for")
         lowest = 0
         if sliding_window is not None:
             least = min(context + mask.bit_count() for mask in masks)
             lowest = max(0, least - sliding_window)
         blocks = layout.block_tables[sequence]
-        used = blocks[
-            min(lowest, context) // block_size : (context + end - begin - 1) // block_size + 1
-        ]
+        used = blocks[min(lowest, context) // block_size : (num_slots - 1) // block_size + 1]
         if bool(((used < 0) | (used >= num_blocks)).any()):
             raise KernelInputError("block_tables names a block outside the cache")

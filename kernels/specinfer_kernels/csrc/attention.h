@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
@@ -58,11 +59,12 @@ enum Status {
 
 constexpr int kBlock = 64;        // keys of one block; part of the definition of the result's bits
 constexpr int kTileQueries = 64;  // query vectors that share a packed block; changes no bit
+constexpr int kUnitQueries = 256;  // query vectors of all kv heads of a unit; changes no bit
 constexpr int kRowsTogether = 4;  // query vectors side by side in registers; changes no bit
 
-// Rows of one sequence and query heads of one kv head, done by one thread.
+// Rows of one sequence, some kv heads and a part of each one's query heads, done by one thread.
 struct Unit {
-    int32_t sequence, first_row, last_row, kv_head, first_group, last_group;
+    int32_t sequence, first_row, last_row, first_head, last_head, first_group, last_group;
 };
 
 // What a row sees: positions [first, last) of its list; own_rows are its ancestors in the pass.
@@ -93,22 +95,33 @@ inline bool own_bit_is_last(const uint64_t* words, int64_t num_words, int64_t ow
     return true;
 }
 
+// Scratch index of a sequence's first row: the highest node that the row sees, which is itself. A
+// drafter grows level by level, so nodes of earlier passes may lie below it. -1: it sees none.
+inline int64_t highest_bit(const uint64_t* words, int64_t num_words) {
+    for (int64_t word = num_words - 1; word >= 0; --word)
+        if (words[word] != 0) return word * 64 + 63 - __builtin_clzll(words[word]);
+    return -1;
+}
+
 inline Status check_sequence(const AttentionArguments& a, int64_t sequence, int64_t* work) {
     const int64_t begin = a.row_offsets[sequence], end = a.row_offsets[sequence + 1];
     const int64_t context = a.context_lens[sequence];
     if (begin > end || end > a.num_rows || context < 0) return kBadRowOffsets;
     if (begin == end) return kFine;
-    if (context + end - begin > a.max_blocks * a.block_size) return kTableTooShort;
+    const int64_t first_node = highest_bit(a.ancestors + begin * a.num_words, a.num_words);
+    if (first_node < 0) return kBadAncestors;
     int64_t lowest = context;
     for (int64_t row = begin; row < end; ++row) {
         const uint64_t* words = a.ancestors + row * a.num_words;
-        if (!own_bit_is_last(words, a.num_words, row - begin)) return kBadAncestors;
+        if (!own_bit_is_last(words, a.num_words, first_node + row - begin)) return kBadAncestors;
         const int64_t num_keys = context + count_bits(words, a.num_words);
         lowest = std::min(lowest, first_visible(num_keys, a.sliding_window));
         *work += num_keys;
     }
+    const int64_t num_slots = context + first_node + end - begin;
+    if (num_slots > a.max_blocks * a.block_size) return kTableTooShort;
     const int32_t* table = a.block_tables + sequence * a.max_blocks;
-    const int64_t last_block = (context + end - begin - 1) / a.block_size;
+    const int64_t last_block = (num_slots - 1) / a.block_size;
     for (int64_t block = lowest / a.block_size; block <= last_block; ++block)
         if (table[block] < 0 || table[block] >= a.num_blocks) return kBadBlock;
     return kFine;
@@ -194,22 +207,22 @@ inline Floats load_row(const BFloat16* from, int64_t count) {
     return (Floats)(__builtin_convertvector(halves, Ints) << 16);
 }
 
-// Scratch of one thread, all 64-byte aligned, sizes fixed by the arguments.
+// Scratch of one thread, all 64-byte aligned, sizes fixed by the arguments. The first four hold
+// what runs along a kv head's blocks, for every head of a unit; the others serve one block.
 template <class T> struct Scratch {
-    typedef typename VectorOf<T>::Type V;
-    T *query, *result, *scores, *keys, *values, *maximum, *total;
+    T *query, *result, *maximum, *total, *scores, *keys, *values;
     std::unique_ptr<char, void (*)(void*)> memory;
 
     explicit Scratch(int64_t padded_dim) : memory(nullptr, std::free) {
-        const int64_t sizes[] = {kTileQueries * padded_dim, kTileQueries * padded_dim,
+        const int64_t sizes[] = {kUnitQueries * padded_dim, kUnitQueries * padded_dim,
+                                 kUnitQueries * lanes<T>(), kUnitQueries * lanes<T>(),
                                  kTileQueries * kBlock,     kBlock * padded_dim,
-                                 kBlock * padded_dim,       kTileQueries * lanes<T>(),
-                                 kTileQueries * lanes<T>()};
+                                 kBlock * padded_dim};
         int64_t all = 0;
         for (int64_t size : sizes) all += size;
         memory.reset((char*)std::aligned_alloc(kVectorBytes, size_t(all) * sizeof(T)));
         T* next = (T*)memory.get();
-        T** parts[] = {&query, &result, &scores, &keys, &values, &maximum, &total};
+        T** parts[] = {&query, &result, &maximum, &total, &scores, &keys, &values};
         for (int part = 0; part < 7; ++part) {
             *parts[part] = next;
             next += sizes[part];
@@ -224,8 +237,11 @@ template <class Stored> class TileAttention {
     static constexpr int kBlockVectors = kBlock / kLanes;
 
     const AttentionArguments& a_;
-    Scratch<T> scratch_;
     const int64_t padded_dim_;
+    const int64_t group_;  // query heads of a kv head
+    Scratch<T> scratch_;
+    int64_t head_ = 0;  // the kv head at work, and its part of the scratch
+    T *query_ = nullptr, *result_ = nullptr, *maximum_ = nullptr, *total_ = nullptr;
     std::vector<int32_t> own_rows_;
     RowKeys rows_[kTileQueries];
     int group_size_ = 0;
@@ -234,32 +250,53 @@ template <class Stored> class TileAttention {
   public:
     explicit TileAttention(const AttentionArguments& a)
         : a_(a),
-          scratch_((a.head_dim + kLanes - 1) / kLanes * kLanes),
-          padded_dim_((a.head_dim + kLanes - 1) / kLanes * kLanes) {}
+          padded_dim_((a.head_dim + kLanes - 1) / kLanes * kLanes),
+          group_(a.num_heads / a.num_kv_heads),
+          scratch_(padded_dim_) {}
 
     bool ready() const { return bool(scratch_.memory); }
 
     // False when memory ran out; nothing is thrown, for it may run in a thread of its own.
     bool run(const Unit& unit) {
         if (!list_keys(unit)) return false;
-        load_queries(unit);
+        for (int head = unit.first_head; head < unit.last_head; ++head) {
+            select_head(unit, head);
+            load_queries(unit);
+        }
         int64_t first = rows_[0].first, last = 0;
         for (int row = 0; row < num_rows_; ++row) {
             first = std::min(first, rows_[row].first);
             last = std::max(last, rows_[row].last);
         }
-        for (int64_t start = first / kBlock * kBlock; start < last; start += kBlock)
+        int64_t start = first / kBlock * kBlock;
+        fetch_ahead(unit, start);
+        for (; start < last; start += kBlock) {
+            fetch_ahead(unit, start + kBlock);
             add_block(unit, start);
-        store_results(unit);
+        }
+        for (int head = unit.first_head; head < unit.last_head; ++head) {
+            select_head(unit, head);
+            store_results(unit);
+        }
         return true;
     }
 
   private:
+    void select_head(const Unit& unit, int head) {
+        const int64_t skipped = int64_t(head - unit.first_head) * num_rows_ * group_size_;
+        head_ = head;
+        query_ = scratch_.query + skipped * padded_dim_;
+        result_ = scratch_.result + skipped * padded_dim_;
+        maximum_ = scratch_.maximum + skipped;
+        total_ = scratch_.total + skipped * kLanes;
+    }
+
     bool list_keys(const Unit& unit) {
         num_rows_ = unit.last_row - unit.first_row;
         group_size_ = unit.last_group - unit.first_group;
         const int64_t context = a_.context_lens[unit.sequence];
-        const int64_t stride = unit.last_row - a_.row_offsets[unit.sequence];
+        const uint64_t* last_words = a_.ancestors + (unit.last_row - 1) * a_.num_words;
+        const int64_t stride = highest_bit(last_words, a_.num_words) + 1;
         try {
             own_rows_.resize(size_t(stride * num_rows_));
         } catch (const std::bad_alloc&) {
@@ -280,20 +317,19 @@ template <class Stored> class TileAttention {
 
     void load_queries(const Unit& unit) {
         const Stored* query = (const Stored*)a_.query;
-        const int64_t group = a_.num_heads / a_.num_kv_heads;
         for (int row = 0; row < num_rows_; ++row)
             for (int member = 0; member < group_size_; ++member) {
                 const int index = row * group_size_ + member;
-                const int64_t head = unit.kv_head * group + unit.first_group + member;
+                const int64_t head = head_ * group_ + unit.first_group + member;
                 const Stored* from = query + (unit.first_row + row) * a_.query_row_stride +
                                      head * a_.query_head_stride;
                 for (int64_t dim = 0; dim < padded_dim_; dim += kLanes) {
-                    store(scratch_.query + index * padded_dim_ + dim,
+                    store(query_ + index * padded_dim_ + dim,
                           load_row(from + dim, a_.head_dim - dim));
-                    store(scratch_.result + index * padded_dim_ + dim, V{});
+                    store(result_ + index * padded_dim_ + dim, V{});
                 }
-                scratch_.maximum[index] = -std::numeric_limits<T>::infinity();
-                store(scratch_.total + index * kLanes, V{});
+                maximum_[index] = -std::numeric_limits<T>::infinity();
+                store(total_ + index * kLanes, V{});
             }
     }
 
@@ -317,8 +353,11 @@ template <class Stored> class TileAttention {
                 first = std::min(first, std::max(start, rows_[row].first));
             }
             const int64_t last = std::min(start + kBlock, rows_[longest].last);
-            pack(unit, rows_[longest], start, first, last);
-            attend(members, count, start, int(last - start));
+            for (int head = unit.first_head; head < unit.last_head; ++head) {
+                select_head(unit, head);
+                pack(unit, rows_[longest], start, first, last);
+                attend(members, count, start, int(last - start));
+            }
         }
     }
 
@@ -329,19 +368,37 @@ template <class Stored> class TileAttention {
         return true;
     }
 
+    // Element offset in the caches of a kv head's key at a position of a row's list.
+    int64_t offset_of(const Unit& unit, const RowKeys& row, int64_t position, int64_t head) const {
+        const int64_t slot = row.logical_slot(position);
+        const int64_t block = a_.block_tables[unit.sequence * a_.max_blocks + slot / a_.block_size];
+        const int64_t physical = block * a_.block_size + slot % a_.block_size;
+        return (physical * a_.num_kv_heads + head) * a_.head_dim;
+    }
+
+    // Asks for the committed keys of a block while the block before it is computed. The heads of
+    // a unit lie side by side: asked for in this order memory streams, head by head it does not.
+    void fetch_ahead(const Unit& unit, int64_t start) const {
+        const RowKeys& row = rows_[0];
+        const int64_t last = std::min(start + kBlock, row.context);
+        const int64_t bytes =
+            (unit.last_head - unit.first_head) * a_.head_dim * int64_t(sizeof(Stored));
+        for (const void* cache : {a_.key_cache, a_.value_cache})
+            for (int64_t position = std::max(start, row.first); position < last; ++position) {
+                const Stored* from =
+                    (const Stored*)cache + offset_of(unit, row, position, unit.first_head);
+                for (int64_t byte = 0; byte < bytes; byte += kVectorBytes)
+                    __builtin_prefetch((const char*)from + byte, 0, 2);
+            }
+    }
+
     // keys becomes [head_dim][kBlock], values [kBlock][padded_dim]; unseen places are zero.
     void pack(const Unit& unit, const RowKeys& row, int64_t start, int64_t first, int64_t last) {
-        const int32_t* table = a_.block_tables + unit.sequence * a_.max_blocks;
-        const int64_t stride = a_.num_kv_heads * a_.head_dim;
         int64_t offsets[kBlock];
         for (int place = 0; place < kBlock; ++place) {
             const int64_t position = start + place;
-            offsets[place] = -1;
-            if (position < first || position >= last) continue;
-            const int64_t slot = row.logical_slot(position);
-            const int64_t block = table[slot / a_.block_size];
-            offsets[place] = (block * a_.block_size + slot % a_.block_size) * stride +
-                             unit.kv_head * a_.head_dim;
+            const bool used = position >= first && position < last;
+            offsets[place] = used ? offset_of(unit, row, position, head_) : -1;
         }
         const Stored* keys = (const Stored*)a_.key_cache;
         const Stored* values = (const Stored*)a_.value_cache;
@@ -413,7 +470,7 @@ template <class Stored> class TileAttention {
         V sums[ROWS][VECTORS];
         const T* query[ROWS];
         for (int row = 0; row < ROWS; ++row) {
-            query[row] = scratch_.query + queries[row] * padded_dim_;
+            query[row] = query_ + queries[row] * padded_dim_;
             for (int part = 0; part < VECTORS; ++part) sums[row][part] = V{};
         }
         const T* keys = scratch_.keys + vector * kLanes;
@@ -450,23 +507,23 @@ template <class Stored> class TileAttention {
             highest = value > highest ? value : highest;
             store(scores + vector * kLanes, value);
         }
-        T maximum = scratch_.maximum[query];
+        T maximum = maximum_[query];
         for (int lane = 0; lane < kLanes; ++lane) maximum = std::max(maximum, highest[lane]);
-        V total = load(scratch_.total + query * kLanes);
-        if (maximum != scratch_.maximum[query]) {
-            const V decay = splat(exp_nonpositive(scratch_.maximum[query] - maximum));
-            T* result = scratch_.result + query * padded_dim_;
+        V total = load(total_ + query * kLanes);
+        if (maximum != maximum_[query]) {
+            const V decay = splat(exp_nonpositive(maximum_[query] - maximum));
+            T* result = result_ + query * padded_dim_;
             for (int64_t dim = 0; dim < padded_dim_; dim += kLanes)
                 store(result + dim, load(result + dim) * decay);
             total = total * decay;
-            scratch_.maximum[query] = maximum;
+            maximum_[query] = maximum;
         }
         for (int vector = 0; vector < vectors; ++vector) {
             const V weight = exp_nonpositive(load(scores + vector * kLanes) - maximum);
             store(scores + vector * kLanes, weight);
             total = total + weight;
         }
-        store(scratch_.total + query * kLanes, total);
+        store(total_ + query * kLanes, total);
     }
 
     template <int ROWS> void add_all_values(const int* queries, int first, int last) {
@@ -482,7 +539,7 @@ template <class Stored> class TileAttention {
         const T* weights[ROWS];
         for (int row = 0; row < ROWS; ++row) {
             weights[row] = scratch_.scores + queries[row] * kBlock;
-            const T* result = scratch_.result + queries[row] * padded_dim_ + dim;
+            const T* result = result_ + queries[row] * padded_dim_ + dim;
             for (int part = 0; part < VECTORS; ++part)
                 sums[row][part] = load(result + part * kLanes);
         }
@@ -497,26 +554,25 @@ template <class Stored> class TileAttention {
             }
         }
         for (int row = 0; row < ROWS; ++row) {
-            T* result = scratch_.result + queries[row] * padded_dim_ + dim;
+            T* result = result_ + queries[row] * padded_dim_ + dim;
             for (int part = 0; part < VECTORS; ++part)
                 store(result + part * kLanes, sums[row][part]);
         }
     }
 
     void store_results(const Unit& unit) {
-        const int64_t group = a_.num_heads / a_.num_kv_heads;
         for (int row = 0; row < num_rows_; ++row)
             for (int member = 0; member < group_size_; ++member) {
                 const int index = row * group_size_ + member;
-                const int64_t head = unit.kv_head * group + unit.first_group + member;
+                const int64_t head = head_ * group_ + unit.first_group + member;
                 Stored* to = (Stored*)a_.output +
                              ((unit.first_row + row) * a_.num_heads + head) * a_.head_dim;
-                const T* lane_totals = scratch_.total + index * kLanes;
+                const T* lane_totals = total_ + index * kLanes;
                 T parts[kLanes];
                 std::copy(lane_totals, lane_totals + kLanes, parts);
                 for (int half = kLanes / 2; half > 0; half /= 2)
                     for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
-                const T* result = scratch_.result + index * padded_dim_;
+                const T* result = result_ + index * padded_dim_;
                 for (int64_t dim = 0; dim < a_.head_dim; ++dim)
                     narrow(result[dim] / parts[0], to + dim);
             }
@@ -527,24 +583,30 @@ inline std::vector<Unit> make_units(const AttentionArguments& a, int threads) {
     const int64_t group = a.num_heads / a.num_kv_heads;
     int64_t group_step = std::min<int64_t>(group, kTileQueries);
     const int64_t row_step = std::max<int64_t>(1, kTileQueries / group_step);
-    int64_t tiles = 0;
-    for (int64_t sequence = 0; sequence < a.num_sequences; ++sequence)
-        tiles += (a.row_offsets[sequence + 1] - a.row_offsets[sequence] + row_step - 1) / row_step;
+    int64_t tiles = 0, most_rows = 1;
+    for (int64_t sequence = 0; sequence < a.num_sequences; ++sequence) {
+        const int64_t rows = a.row_offsets[sequence + 1] - a.row_offsets[sequence];
+        tiles += (rows + row_step - 1) / row_step;
+        most_rows = std::max(most_rows, std::min(rows, row_step));
+    }
+    int64_t head_step = std::max<int64_t>(1, kUnitQueries / (most_rows * group_step));
+    head_step = std::min(head_step, std::max<int64_t>(1, tiles * a.num_kv_heads / threads));
+    head_step = std::min(head_step, a.num_kv_heads);
     // Fewer units than threads: split the heads of a group, at the price of packing keys again.
     while (group_step > 1 &&
            tiles * a.num_kv_heads * ((group + group_step - 1) / group_step) < threads)
         group_step = (group_step + 1) / 2;
     std::vector<Unit> units;
-    for (int64_t sequence = 0; sequence < a.num_sequences; ++sequence)
-        for (int64_t row = a.row_offsets[sequence]; row < a.row_offsets[sequence + 1];
-             row += row_step)
-            for (int64_t head = 0; head < a.num_kv_heads; ++head)
+    for (int64_t sequence = 0; sequence < a.num_sequences; ++sequence) {
+        const int64_t end = a.row_offsets[sequence + 1];
+        for (int64_t row = a.row_offsets[sequence]; row < end; row += row_step)
+            for (int64_t head = 0; head < a.num_kv_heads; head += head_step)
                 for (int64_t member = 0; member < group; member += group_step)
                     units.push_back({int32_t(sequence), int32_t(row),
-                                     int32_t(std::min<int64_t>(row + row_step,
-                                                               a.row_offsets[sequence + 1])),
-                                     int32_t(head), int32_t(member),
-                                     int32_t(std::min(member + group_step, group))});
+                                     int32_t(std::min(row + row_step, end)), int32_t(head),
+                                     int32_t(std::min(head + head_step, a.num_kv_heads)),
+                                     int32_t(member), int32_t(std::min(member + group_step, group))});
+    }
     return units;
 }
 
