@@ -1,15 +1,13 @@
-"""Draft and verify workers without models, on the real protocol, over real gRPC.
+"""A verify worker without a model, on the real protocol, over real gRPC; and what fakes share.
 
 The target is a table: its next token is a function of all tokens before it and of the seed, so that
-a single wrong token anywhere changes everything after it. The drafter knows the table and errs as
-often as it is told; a hostile one answers with whatever a broken peer could send.
+a single wrong token anywhere changes everything after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 import zlib
 from array import array
 from collections import Counter
@@ -20,8 +18,6 @@ from typing import Any
 import grpc.aio
 
 from specinfer.convert import (
-    draft_result_to_wire,
-    shape_from_wire,
     status_to_wire,
     tree_from_wire,
     verify_result_to_wire,
@@ -35,8 +31,6 @@ from specinfer.errors import (
     StaleEpoch,
 )
 from specinfer.messages import (
-    DraftResult,
-    ShapeQuery,
     StepCost,
     TokenLogprob,
     VerifyResult,
@@ -44,7 +38,7 @@ from specinfer.messages import (
 )
 from specinfer.rpc import SERVER_OPTIONS
 from specinfer.tree import TokenTree
-from specinfer.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, verify_pb2, verify_pb2_grpc
+from specinfer.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 from tests.kit.tokenizers import byte_level_tokenizer
 
 TOKENIZER_JSON = byte_level_tokenizer().to_str().encode()
@@ -92,7 +86,7 @@ def info_of(worker_id: str, **changes: Any) -> WorkerInfo:
 
 
 @dataclass
-class _Session:
+class FakeSession:
     token_ids: list[int]
     seed: int
     epoch: int = 0
@@ -114,7 +108,7 @@ class FakeWorker:
 
     info: WorkerInfo
     frames: list[list[tuple[str, str]]] = field(default_factory=list)
-    sessions: dict[str, _Session] = field(default_factory=dict)
+    sessions: dict[str, FakeSession] = field(default_factory=dict)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     streams: int = 0
     port: int = 0
@@ -207,14 +201,18 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
     def add_to(self, server: grpc.aio.Server) -> None:
         verify_pb2_grpc.add_VerifyServiceServicer_to_server(self, server)
 
-    async def Verify(self, request_iterator: Any, context: Any) -> Any:
+    async def Verify(
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[verify_pb2.VerifyResponse]:
         async for results in self.answers(request_iterator):
             yield verify_pb2.VerifyResponse(results=results, load=self.load())
 
     async def GetInfo(self, request: Any, context: Any) -> Any:
         return verify_pb2.VerifyServiceGetInfoResponse(info=worker_info_to_wire(self.info))
 
-    async def GetTokenizer(self, request: Any, context: Any) -> Any:
+    async def GetTokenizer(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[verify_pb2.GetTokenizerResponse]:
         half = len(TOKENIZER_JSON) // 2
         yield verify_pb2.GetTokenizerResponse(
             tokenizer_json=TOKENIZER_JSON[:half],
@@ -243,7 +241,7 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
             if len(self.sessions) >= self.info.max_sessions:
                 raise ResourceExhausted("full")
             opened = item.open
-            self.sessions[item.session_id] = _Session(
+            self.sessions[item.session_id] = FakeSession(
                 list(opened.token_ids),
                 opened.sampling.seed,
                 item.epoch,
@@ -277,7 +275,7 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
         session.epoch += 1
         return session.last
 
-    def _walk(self, session: _Session, tree: TokenTree) -> VerifyResult:
+    def _walk(self, session: FakeSession, tree: TokenTree) -> VerifyResult:
         node = 0
         path: list[int] = []
         tokens: list[int] = []
@@ -303,7 +301,7 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
             compute_seconds=1e-6,
         )
 
-    def _target(self, token_ids: Sequence[int], session: _Session) -> int:
+    def _target(self, token_ids: Sequence[int], session: FakeSession) -> int:
         if len(token_ids) - session.num_prompt_tokens == self.eos_at:
             return EOS
         return next_token(token_ids, session.seed)
@@ -319,120 +317,4 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
         elif self.lie == "path":
             wire.accepted.append(900)
             wire.token_ids.append(1)
-        return wire
-
-
-@dataclass
-class FakeDrafter(FakeWorker, draft_pb2_grpc.DraftServiceServicer):
-    """A draft worker that knows the target's table.
-
-    Attributes:
-        skill: how often its first guess is right.
-        hostile: answer with what a broken peer could send, chosen at random.
-        fail: refuse every propose.
-        max_proposes: proposes answered before the whole worker dies.
-    """
-
-    skill: float = 0.7
-    hostile: bool = False
-    fail: bool = False
-    max_proposes: int = 10**9
-    num_proposes: int = 0
-    shapes: list[ShapeQuery] = field(default_factory=list)
-    random: random.Random = field(default_factory=lambda: random.Random(7))
-
-    def add_to(self, server: grpc.aio.Server) -> None:
-        draft_pb2_grpc.add_DraftServiceServicer_to_server(self, server)
-
-    async def Draft(self, request_iterator: Any, context: Any) -> Any:
-        async for results in self.answers(request_iterator):
-            yield draft_pb2.DraftResponse(results=results, load=self.load())
-
-    async def GetInfo(self, request: Any, context: Any) -> Any:
-        return draft_pb2.DraftServiceGetInfoResponse(info=worker_info_to_wire(self.info))
-
-    async def answer(self, item: draft_pb2.DraftItem) -> draft_pb2.DraftItemResult:
-        kind = item.WhichOneof("action")
-        plain = draft_pb2.DraftItemResult(item_id=item.item_id, session_id=item.session_id)
-        if kind == "open":
-            self.sessions[item.session_id] = _Session(
-                list(item.open.token_ids), item.open.sampling.seed, item.epoch
-            )
-        elif kind == "close":
-            self.sessions.pop(item.session_id, None)
-        else:
-            return await self._propose(item)
-        return plain
-
-    async def _propose(self, item: draft_pb2.DraftItem) -> draft_pb2.DraftItemResult:
-        self.num_proposes += 1
-        if self.num_proposes > self.max_proposes:
-            await self.die()
-        session = self.sessions.get(item.session_id)
-        known = item.propose.known_len
-        if session is None or self.fail or known > len(session.token_ids):
-            error = NotFound("no such session here")
-            return draft_pb2.DraftItemResult(
-                item_id=item.item_id, session_id=item.session_id, status=status_to_wire(error)
-            )
-        session.token_ids[known:] = item.propose.new_token_ids
-        shape = shape_from_wire(item.propose.shape)
-        self.shapes.append(shape)
-        tree = self._grow(session, shape)
-        wire = draft_result_to_wire(item, DraftResult(item.epoch, tree, compute_seconds=1e-6))
-        return self._spoil(wire) if self.hostile else wire
-
-    def _grow(self, session: _Session, shape: ShapeQuery) -> TokenTree:
-        """A random tree whose spine follows the table as far as skill goes."""
-        token_ids, parents, depths = [session.token_ids[-1]], [-1], [0]
-        spine = 0
-        while len(token_ids) <= shape.max_nodes:
-            on_spine = depths[spine] < shape.max_depth and self.random.random() < 0.7
-            parent = spine if on_spine else self.random.randrange(len(token_ids))
-            if depths[parent] >= shape.max_depth:
-                break
-            path = TokenTree(tuple(token_ids), tuple(parents)).path_token_ids(parent)
-            right = next_token([*session.token_ids[:-1], *path], session.seed)
-            guess = (
-                right if self.random.random() < self.skill else self.random.randrange(VOCAB_SIZE)
-            )
-            if (parent, guess) in set(zip(parents, token_ids, strict=True)):
-                break
-            token_ids.append(guess)
-            parents.append(parent)
-            depths.append(depths[parent] + 1)
-            if parent == spine and guess == right:
-                spine = len(token_ids) - 1
-        return TokenTree(tuple(token_ids), tuple(parents))
-
-    def _spoil(self, wire: draft_pb2.DraftItemResult) -> draft_pb2.DraftItemResult:
-        """What a broken or malicious drafter could send instead."""
-        tree = wire.tree
-        how = self.random.randrange(12)
-        if how == 0:
-            tree.parents[-1] = len(tree.parents) + 3
-        elif how == 1:
-            tree.token_ids[-1] = VOCAB_SIZE + 5
-        elif how == 2:
-            tree.token_ids.extend(range(1, 2000))
-            tree.parents.extend([0] * 1999)
-        elif how == 3:
-            tree.token_ids[0] = (tree.token_ids[0] + 1) % VOCAB_SIZE
-        elif how == 4:
-            wire.epoch += self.random.choice([1, 7])
-        elif how == 5:
-            del tree.parents[-1:]
-        elif how == 6:
-            wire.ClearField("tree")
-        elif how == 7:
-            wire.session_id = "somebody else"
-        elif how == 8:
-            chain = [tree.token_ids[0], *(self.random.randrange(VOCAB_SIZE) for _ in range(60))]
-            wire.tree.CopyFrom(
-                tree_pb2.TokenTree(token_ids=chain, parents=range(-1, len(chain) - 1))
-            )
-        elif how == 9:
-            wire.status.code = "NO SUCH CODE"
-        elif how == 10 and len(tree.token_ids) > 2:
-            tree.token_ids[2], tree.parents[2] = tree.token_ids[1], tree.parents[1]
         return wire

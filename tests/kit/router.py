@@ -27,7 +27,8 @@ from specinfer_router.policy import StaticShape, TreeShapePolicy
 from specinfer_router.pool import Cluster
 from specinfer_router.router import Router, RouterLimits
 from specinfer_router.store import MemoryStore, SessionStore
-from tests.kit.fake_workers import FakeDrafter, FakeVerifier, info_of
+from tests.kit.fake_drafter import FakeDrafter
+from tests.kit.fake_workers import FakeVerifier, info_of
 
 PROMPT = tuple(range(5, 25))
 FAST_LINKS = LinkLimits(min_backoff=0.01, max_backoff=0.05)

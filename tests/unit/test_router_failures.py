@@ -12,7 +12,8 @@ from specinfer.errors import ResourceExhausted, Unavailable
 from specinfer.messages import TokensEvent
 from specinfer_router.links import LinkLimits
 from specinfer_router.router import RouterLimits
-from tests.kit.fake_workers import FakeDrafter, FakeVerifier, continuation, info_of
+from tests.kit.fake_drafter import FakeDrafter
+from tests.kit.fake_workers import FakeVerifier, continuation, info_of
 from tests.kit.router import PROMPT, Bench, request_of, running_router
 
 

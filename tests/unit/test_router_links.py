@@ -24,7 +24,8 @@ from specinfer_router.links import LinkLimits
 from specinfer_router.pool import Cluster
 from specinfer_router.worker_links import VerifyLink
 from tests.conftest import free_port
-from tests.kit.fake_workers import TOKENIZER_JSON, FakeDrafter, FakeVerifier, info_of, next_token
+from tests.kit.fake_drafter import FakeDrafter
+from tests.kit.fake_workers import TOKENIZER_JSON, FakeVerifier, info_of, next_token
 from tests.kit.router import FAST_LINKS
 
 

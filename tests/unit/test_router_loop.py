@@ -10,7 +10,8 @@ from specinfer.errors import StaleEpoch
 from specinfer.messages import ShapeQuery, SpeculationOptions, Started, TokensEvent
 from specinfer_router.policy import AdaptiveShape, StaticShape, StepCurve
 from specinfer_router.router import RouterLimits
-from tests.kit.fake_workers import EOS, FakeDrafter, FakeVerifier, continuation, info_of
+from tests.kit.fake_drafter import FakeDrafter
+from tests.kit.fake_workers import EOS, FakeVerifier, continuation, info_of
 from tests.kit.router import PROMPT, request_of, running_router
 
 OFF = SpeculationOptions(enabled=False)

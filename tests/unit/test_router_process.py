@@ -20,7 +20,8 @@ from specinfer.messages import ShapeQuery, StepCost
 from specinfer_router.policy import AdaptiveShape, StaticShape
 from specinfer_router.settings import RouterSettings
 from tests.conftest import free_port
-from tests.kit.fake_workers import FakeDrafter, FakeVerifier, info_of
+from tests.kit.fake_drafter import FakeDrafter
+from tests.kit.fake_workers import FakeVerifier, info_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -113,7 +113,8 @@ async def test_capabilities_tell_what_the_cluster_is(caller: Caller) -> None:
 
 
 def bad(**changes: Any) -> GenerateRequest:
-    return GenerateRequest(**({"token_ids": PROMPT} | changes))
+    given: dict[str, Any] = {"token_ids": PROMPT}
+    return GenerateRequest(**(given | changes))
 
 
 @pytest.mark.parametrize(
