@@ -13,13 +13,19 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 DOCKERFILE = (ROOT / "deploy/docker/Dockerfile").read_text(encoding="utf-8")
 TIERS = ("router", "draft", "verify")
+LISTENING = {
+    "router": "SPECINFER_ROUTER_GRPC",
+    "draft": "SPECINFER_DRAFT_ADDRESS",
+    "verify": "SPECINFER_VERIFY_ADDRESS",
+}
 # What compose 1.29 with engine 20.10 understands of a service, as far as we use it.
 SERVICE_KEYS = {"image", "build", "environment", "ports", "depends_on", "restart", "healthcheck"}
 
 
 def settings_fields(tier: str) -> set[str]:
     """The environment variables that this tier's settings read."""
-    kind = import_module(f"specinfer_{tier}.settings").Settings
+    module = import_module(f"specinfer_{tier}.settings")
+    kind = module.RouterSettings if tier == "router" else module.Settings
     return {f"SPECINFER_{tier.upper()}_{item.name.upper()}" for item in dataclasses.fields(kind)}
 
 
@@ -40,7 +46,7 @@ def test_environment_names_settings_that_exist(tier: str) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 def test_probe_asks_where_the_service_listens(tier: str) -> None:
     service = COMPOSE["services"][tier]
-    address = service["environment"][f"SPECINFER_{tier.upper()}_ADDRESS"]
+    address = service["environment"][LISTENING[tier]]
     assert service["healthcheck"]["test"][-1].rpartition(":")[2] == address.rpartition(":")[2]
 
 
