@@ -25,7 +25,7 @@ def run_shape(in_features: int, out_features: int, dtype: torch.dtype, rounds: i
         candidates = {
             "ours": partial(layer, rows),
             "F.linear": partial(functional.linear, rows, weight),
-            "memory": partial(torch.sum, weight.view(torch.int32)),
+            "memory": partial(torch.sum, weight.view(torch.float32)),
         }
         name = str(dtype).removeprefix("torch.")
         label = f"{name} {in_features} to {out_features}, {num_rows} rows"
