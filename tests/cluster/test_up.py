@@ -17,6 +17,9 @@ import pytest
 
 from tests.kit.tiny_models import write_tiny_llama
 
+# Loading torch four times takes a while on a busy machine.
+pytestmark = pytest.mark.timeout(300)
+
 COMMAND = [sys.executable, "-m", "specinfer_cli.main"]
 END_SECONDS = 60.0
 
