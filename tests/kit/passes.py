@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def prefill(runner: Runner, token_ids: Sequence[int], table: Sequence[int], *cut
     """Feed tokens alone, cut into chunks at `cuts`; logits of every token."""
     edges = [0, *cuts, len(token_ids)]
     logits = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         chunk = token_ids[start:end]
         rows = SequenceRows.chain(chunk, start, table, range(len(chunk)))
         logits.append(runner.forward([rows])[0])
