@@ -5,6 +5,7 @@ This module knows nothing of what the children do beyond gRPC's health protocol.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import grpc
 
 from specinfer.errors import InvalidRequest, SpecinferError, Unavailable
 
+OPENMP_SPINS = "10000"
 TAIL_LINES = 15
 TAIL_BYTES = 16 * 1024
 POLL_SECONDS = 0.05
@@ -80,6 +82,9 @@ def start_child(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
+            # Workers share the cores: compute threads that wait actively in one keep another's
+            # from running. The user's own setting goes before ours.
+            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
             start_new_session=True,
         )
     return Child(name, process, path, address)
