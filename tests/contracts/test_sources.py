@@ -46,6 +46,12 @@ def is_true(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is True
 
 
+def loads_openly(node: ast.Call) -> bool:
+    """Whether this is a torch.load that may run code; with weights_only=True it runs none."""
+    safe = any(word.arg == "weights_only" and is_true(word.value) for word in node.keywords)
+    return dotted_name(node.func) == "torch.load" and not safe
+
+
 def forbidden_in(source: str) -> Iterator[str]:
     """Yield `line: what` for each forbidden thing in Python source."""
     for node in ast.walk(ast.parse(source)):
@@ -54,12 +60,8 @@ def forbidden_in(source: str) -> Iterator[str]:
                 yield f"{node.lineno}: import of {module}"  # type: ignore[attr-defined]
         if isinstance(node, ast.Call) and dotted_name(node.func) in FORBIDDEN_CALLS:
             yield f"{node.lineno}: call of {dotted_name(node.func)}"
-        if isinstance(node, ast.Call) and dotted_name(node.func) == "torch.load":
-            # With weights_only it runs no code; a training run's own state may be read so.
-            if not any(
-                word.arg == "weights_only" and is_true(word.value) for word in node.keywords
-            ):
-                yield f"{node.lineno}: torch.load without weights_only=True"
+        if isinstance(node, ast.Call) and loads_openly(node):
+            yield f"{node.lineno}: torch.load without weights_only=True"
         if isinstance(node, ast.keyword) and node.arg in FORBIDDEN_TRUE and is_true(node.value):
             yield f"{node.lineno}: {node.arg}=True"
         if isinstance(node, ast.ExceptHandler) and node.type is None:
