@@ -11,7 +11,7 @@ from specinfer.settings import read_settings, required_setting, setting
 
 @dataclass(frozen=True)
 class Example:
-    model: Path = required_setting("folder")  # noqa: RUF009
+    model: Path = required_setting("folder")
     port: int = setting(1, "port")
     ratio: float | None = setting(None, "ratio")
     verbose: bool = setting(False, "100% of it")
