@@ -11,7 +11,8 @@ that the target picks v given the shared g is exactly softmax(z / s)_v, which is
 here; at T = 0 and s = 1 that is the drafter's own probability q.
 
 Penalties, bias and cuts are applied as the target applies them, but in float32, for many rows at
-once and with a shortcut in top-p: this only has to agree often. Knows no model, tree or session.
+once, and what ties with the last token kept stays: this only has to agree often. Knows no model,
+tree or session.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from specinfer.sampling import SamplingParams
 from specinfer_draft.grow import Candidates
 from specinfer_kernels import gumbel_noise
 
-# top-p looks at this many of the best tokens; where they do not hold the mass nothing is cut.
+# top-p looks at this many of the best tokens first and sorts all only where they hold too little.
 _TOP_P_TOKENS = 256
 
 
@@ -153,15 +154,22 @@ def _cut(logits: Tensor, sampling: SamplingParams) -> Tensor:
         smallest = torch.topk(logits, sampling.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     if sampling.top_p < 1.0:
-        probabilities = (logits / sampling.temperature).softmax(1)
-        best = torch.topk(probabilities, min(_TOP_P_TOKENS, logits.shape[1]), dim=1).values
-        mass = best.cumsum(1)
-        kept = mass - best < sampling.top_p
-        kept[:, 0] = True
-        smallest = best.masked_fill(~kept, math.inf).amin(1, keepdim=True)
-        reached = mass[:, -1:] >= sampling.top_p
-        logits = logits.masked_fill(reached & (probabilities < smallest), -math.inf)
+        logits = _cut_top_p(logits, sampling)
     if sampling.min_p > 0.0:
         least = logits.amax(1, keepdim=True) + sampling.temperature * math.log(sampling.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)
     return logits
+
+
+def _cut_top_p(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """The smallest prefix of the descending sort whose mass reaches top-p, and its ties."""
+    probabilities = (logits / sampling.temperature).softmax(1)
+    best = torch.topk(probabilities, min(_TOP_P_TOKENS, logits.shape[1]), dim=1).values
+    mass = best.cumsum(1)
+    if bool((mass[:, -1] < sampling.top_p).any()):
+        best = probabilities.sort(1, descending=True).values
+        mass = best.cumsum(1)
+    kept = mass - best < sampling.top_p
+    kept[:, 0] = True
+    smallest = best.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+    return logits.masked_fill(probabilities < smallest, -math.inf)
