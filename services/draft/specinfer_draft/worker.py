@@ -14,7 +14,6 @@ import torch
 
 from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
-from specinfer_draft.drafters.lean import LeanRunner, lean_weights
 from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.settings import Settings
@@ -69,11 +68,8 @@ def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
         2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * loaded.dtype.itemsize
     )
     num_blocks = settings.num_blocks(bytes_per_token)
-    weights = lean_weights(settings.model, loaded)
     try:
-        if weights is None:
-            return Runner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
-        return LeanRunner(loaded, weights, num_blocks=num_blocks, block_size=settings.block_size)
+        return Runner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
     except (RuntimeError, MemoryError) as error:
         size = num_blocks * settings.block_size * bytes_per_token >> 20
         raise InvalidRequest(
