@@ -214,12 +214,18 @@ def _router_flags(
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set instead of ending the process; main thread only."""
+    """An event that SIGINT and SIGTERM set instead of ending the process; main thread only.
+
+    A second signal raises KeyboardInterrupt, which ends the patience of `stop_children`.
+    """
     event = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: event.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def stop(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:

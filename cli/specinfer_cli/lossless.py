@@ -118,7 +118,7 @@ def _print(capabilities: Capabilities, tally: Tally, num_prompts: int, seconds: 
         _print_divergence(console, divergence)
     for error in tally.errors:
         console.print(f"failed: {error}", style="red", markup=False, soft_wrap=True)
-    per_round = 1 + tally.num_accepted_tokens / tally.num_rounds if tally.num_rounds else 0.0
+    per_round = tally.num_tokens / tally.num_rounds if tally.num_rounds else 0.0
     lines = (
         f"{capabilities.model}, {capabilities.dtype}: {num_prompts} prompts, "
         f"{len(GREEDY_SETTINGS) + len(SAMPLED_SETTINGS)} settings, {len(SHAPES)} tree shapes",

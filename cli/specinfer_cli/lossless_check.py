@@ -51,7 +51,7 @@ class Tally:
     Attributes:
         num_cases: cases done.
         num_comparisons: speculated runs compared with their plain run.
-        num_tokens: tokens compared.
+        num_tokens: tokens that the speculated runs should have, those of the plain runs.
         num_rounds: rounds of the speculated runs.
         num_draft_tokens: guesses in them.
         num_accepted_tokens: guesses confirmed.
