@@ -164,7 +164,9 @@ def _check_values(
         words = layout.ancestors[begin:end].tolist()
         masks = [reference.join_words(row) for row in words]
         first = masks[0].bit_length()
-        if first == 0 or any(mask.bit_length() != first + index for index, mask in enumerate(masks)):
+        if first == 0 or any(
+            mask.bit_length() != first + index for index, mask in enumerate(masks)
+        ):
             raise KernelInputError("each row's own bit must be set in ancestors and be its last")
         num_slots = context + first - 1 + end - begin
         if num_slots > layout.block_tables.shape[1] * block_size:
