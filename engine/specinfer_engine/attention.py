@@ -113,24 +113,42 @@ def paged_attention(
         _refuse_unknown(module, query, key, value, attention_mask, dropout, others)
         paged_pass.calls.append(_describe(module, query, key, sliding_window, softcap))
         return torch.zeros_like(query).transpose(1, 2), None
-    key_cache, value_cache = paged_pass.caches[module.layer_idx]
-    write_kv(
+    call = _describe(module, query, key, sliding_window, softcap)
+    output = attend(
+        query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        key_cache,
-        value_cache,
-        paged_pass.slot_mapping,
+        call,
+        query.shape[3] ** -0.5 if scaling is None else scaling,
+        paged_pass,
     )
-    output = tree_attention(
-        query[0].transpose(0, 1),
+    return output.unsqueeze(0), None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: AttentionCall,
+    scale: float,
+    paged_pass: PagedPass,
+) -> Tensor:
+    """Write keys and values of one layer into the pool, then attend from every row.
+
+    query: [num_rows, num_heads, head_dim]; key, value: [num_rows, num_kv_heads, head_dim], last
+    dimension contiguous. Returns [num_rows, num_heads, head_dim].
+    """
+    key_cache, value_cache = paged_pass.caches[call.layer_index]
+    write_kv(key, value, key_cache, value_cache, paged_pass.slot_mapping)
+    return tree_attention(
+        query,
         key_cache,
         value_cache,
         paged_pass.layout,
-        scale=query.shape[3] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
+        scale=scale,
+        sliding_window=call.sliding_window,
+        softcap=call.softcap,
     )
-    return output.unsqueeze(0), None
 
 
 def _describe(

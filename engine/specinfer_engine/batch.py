@@ -109,67 +109,60 @@ def build_batch(
     counts = [len(part.token_ids) for part in rows]
     if not counts or 0 in counts:
         raise ValueError("every sequence of a pass brings at least one row")
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    contexts = np.array([part.context_len for part in rows], np.int32)
-    tables = np.zeros((len(rows), max(len(part.block_table) for part in rows)), np.int32)
-    for index, part in enumerate(rows):
-        tables[index, : len(part.block_table)] = part.block_table
-    depths = np.array([depth for part in rows for depth in part.depths], np.int64)
-    nodes = np.concatenate(
-        [
-            np.arange(part.first_node, part.first_node + count)
-            for part, count in zip(rows, counts, strict=True)
-        ]
-    )
-    owner = np.repeat(np.arange(len(rows)), counts)
-    context_of_row = contexts[owner].astype(np.int64)
-    wanted = [
-        int(start) + row
-        for start, part in zip(offsets[:-1], rows, strict=True)
-        for row in part.logit_rows
-    ]
-    tokens = np.array([token for part in rows for token in part.token_ids], np.int64)
-    slots = _slots(rows, tables, owner, context_of_row + nodes, block_size)
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    wanted: list[int] = []
+    offsets = [0]
+    for part, count in zip(rows, counts, strict=True):
+        start, context = offsets[-1], part.context_len
+        token_ids += part.token_ids
+        positions += [context + depth for depth in part.depths]
+        slots += _slots(part.block_table, context + part.first_node, count, block_size)
+        wanted += [start + row for row in part.logit_rows]
+        offsets.append(start + count)
+    # Few large tensors in place of many small ones: a pass of a small model is mostly overhead.
+    places = torch.tensor((token_ids, positions, slots), dtype=torch.int64, device=device)
+    max_blocks = max(len(part.block_table) for part in rows)
+    tables = [(*part.block_table, *(0,) * (max_blocks - len(part.block_table))) for part in rows]
     layout = AttentionLayout(
-        row_offsets=_tensor(offsets, device),
-        context_lens=_tensor(contexts, device),
-        block_tables=_tensor(tables, device),
-        ancestors=_tensor(_ancestor_words(rows, counts), device),
+        row_offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
+        context_lens=torch.tensor(
+            [part.context_len for part in rows], dtype=torch.int32, device=device
+        ),
+        block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+        ancestors=_ancestor_words(rows, counts).to(device),
     )
     return ForwardBatch(
-        input_ids=_tensor(tokens, device).unsqueeze(0),
-        position_ids=_tensor(context_of_row + depths, device).unsqueeze(0),
-        slot_mapping=_tensor(slots, device),
+        input_ids=places[0:1],
+        position_ids=places[1:2],
+        slot_mapping=places[2],
         layout=layout,
-        logit_index=_tensor(np.array(wanted, np.int64), device),
+        logit_index=torch.tensor(wanted, dtype=torch.int64, device=device),
         logit_counts=tuple(len(part.logit_rows) for part in rows),
     )
 
 
-def _slots(
-    rows: Sequence[SequenceRows],
-    tables: npt.NDArray[np.int32],
-    owner: Integers,
-    logical: Integers,
-    block_size: int,
-) -> Integers:
-    """Place in the pool of every row's logical slot."""
-    blocks = logical // block_size
-    lengths = np.array([len(part.block_table) for part in rows])
-    if bool((blocks >= lengths[owner]).any()):
+def _slots(table: tuple[int, ...], start: int, count: int, block_size: int) -> list[int]:
+    """Place in the pool of each of `count` logical slots from `start` on."""
+    if (start + count - 1) // block_size >= len(table):
         raise ValueError("a block table does not reach the last slot of its rows")
-    physical: Integers = tables[owner, blocks].astype(np.int64) * block_size
-    return physical + logical % block_size
+    return [
+        table[index // block_size] * block_size + index % block_size
+        for index in range(start, start + count)
+    ]
 
 
-def _ancestor_words(rows: Sequence[SequenceRows], counts: Sequence[int]) -> Integers:
+def _ancestor_words(rows: Sequence[SequenceRows], counts: Sequence[int]) -> Tensor:
     """Ancestor sets of all rows in 64-bit words, [num_rows, num_words]."""
     reach = max(part.first_node + count for part, count in zip(rows, counts, strict=True))
     num_words = -(-reach // WORD_BITS)
-    if num_words == 1 and all(part.ancestors for part in rows):
-        single = np.array([bits for part in rows for bits in part.ancestors], np.uint64)
-        return single.view(np.int64)[:, None]
+    if reach < WORD_BITS:  # the sign bit stays free
+        sets: list[int] = []
+        for part, count in zip(rows, counts, strict=True):
+            first = part.first_node + 1
+            sets += part.ancestors or [(1 << seen) - 1 for seen in range(first, first + count)]
+        return torch.tensor(sets, dtype=torch.int64).unsqueeze(1)
     width = num_words * _WORD_BYTES
     parts = []
     for part, count in zip(rows, counts, strict=True):
@@ -178,7 +171,7 @@ def _ancestor_words(rows: Sequence[SequenceRows], counts: Sequence[int]) -> Inte
             parts.append(np.frombuffer(raw, np.int64).reshape(count, num_words))
         else:
             parts.append(_chain_words(part.first_node, count, num_words))
-    return np.concatenate(parts)
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _chain_words(first_node: int, count: int, num_words: int) -> Integers:
@@ -190,8 +183,3 @@ def _chain_words(first_node: int, count: int, num_words: int) -> Integers:
     partial = (np.uint64(1) << (bits % WORD_BITS).astype(np.uint64)) - np.uint64(1)
     words = np.where(bits == WORD_BITS, ~np.uint64(0), partial)
     return words.view(np.int64)
-
-
-def _tensor(array: npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device == "cpu" else tensor.to(device, non_blocking=True)

@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from specinfer.errors import InvalidCheckpoint
 from specinfer_engine.checkpoint import Checkpoint, read_checkpoint
+from specinfer_engine.fused import FusedDecoder, fuse
 from specinfer_engine.linear import make_row_invariant
-from specinfer_engine.model import DTYPES, LoadedModel
+from specinfer_engine.model import DTYPES, LoadedModel, StockDecoder
 from specinfer_engine.probe import (
     attention_calls,
     check_logits,
@@ -37,11 +38,18 @@ _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
 def load_model(
-    path: Path | str, *, dtype: str, device: str | torch.device = "cpu", name: str | None = None
+    path: Path | str,
+    *,
+    dtype: str,
+    device: str | torch.device = "cpu",
+    name: str | None = None,
+    fused: bool = True,
 ) -> LoadedModel:
     """Load a checkpoint and check that its paged passes say what `transformers` says.
 
-    `dtype` is "float32", "bfloat16" or "float64"; `name` defaults to the folder's name.
+    `dtype` is "float32", "bfloat16" or "float64"; `name` defaults to the folder's name. Unless
+    `fused` is off, the Llama family runs written out, which is faster, and only the others through
+    `transformers`.
 
     Raises:
         InvalidCheckpoint: when the folder is missing, truncated, pickled or of a kind that is not
@@ -53,7 +61,7 @@ def load_model(
     config = _read_config(checkpoint)
     model = _read_weights(checkpoint, config, DTYPES[dtype], torch.device(device))
     try:
-        return _put_on_pages(checkpoint, model, DTYPES[dtype], name)
+        return _put_on_pages(checkpoint, model, DTYPES[dtype], name, fused)
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{checkpoint.folder}: {error.message}") from error
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
@@ -63,7 +71,11 @@ def load_model(
 
 
 def _put_on_pages(
-    checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, name: str | None
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    name: str | None,
+    fused: bool,
 ) -> LoadedModel:
     """Replace attention and products of a stock model, and compare it with what it said before."""
     text = model.config.get_text_config()
@@ -71,10 +83,16 @@ def _put_on_pages(
     token_ids = probe_tokens(vocab_size, max_model_len)
     expected = stock_logits(model, token_ids)
     calls = attention_calls(model, text.num_hidden_layers)
-    make_row_invariant(model)
-    make_elementwise_invariant(model, max_model_len)
+    decoder: FusedDecoder | StockDecoder | None = None
+    if fused:
+        decoder = fuse(model, calls, max_model_len)
+    if decoder is None:
+        make_row_invariant(model)
+        make_elementwise_invariant(model, max_model_len)
+        decoder = StockDecoder(model)
     loaded = LoadedModel(
         model=model,
+        decoder=decoder,
         name=name or checkpoint.folder.resolve().name,
         num_layers=len(calls),
         num_heads=calls[0].num_heads,

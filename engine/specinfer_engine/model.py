@@ -5,10 +5,16 @@ Data only: `loader` makes it, `runner` runs it. Knows no files and no sessions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from specinfer_engine.attention import PASS_ARGUMENT, PagedPass
+from specinfer_engine.batch import ForwardBatch
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -38,7 +44,9 @@ class LoadedModel:
     """A decoder ready to run on pages.
 
     Attributes:
-        model: the `transformers` model, its linear layers row-invariant, its attention paged.
+        model: the `transformers` model, its linear layers row-invariant, its attention paged; a
+            fused decoder has taken its layers out.
+        decoder: one pass over a batch: logits [num_logits, vocab_size] in the model's format.
         name: name it is served under.
         num_layers, num_heads, num_kv_heads, head_dim: shape of its attention.
         vocab_size: number of logits, and the bound of token ids.
@@ -55,6 +63,7 @@ class LoadedModel:
     """
 
     model: PreTrainedModel
+    decoder: Callable[[ForwardBatch, PagedPass], Tensor] = field(repr=False)
     name: str
     num_layers: int
     num_heads: int
@@ -76,3 +85,23 @@ class LoadedModel:
     def dtype_name(self) -> str:
         """The number format as the wire names it, such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
+
+
+class StockDecoder:
+    """Any served model as `transformers` runs it, attention and products replaced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __call__(self, batch: ForwardBatch, paged_pass: PagedPass) -> Tensor:
+        """One pass: logits [num_logits, vocab_size] in the model's format."""
+        arguments: dict[str, Any] = {PASS_ARGUMENT: paged_pass}
+        output = self._model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.logit_index,
+            **arguments,
+        )
+        logits: Tensor = output.logits[0]
+        return logits

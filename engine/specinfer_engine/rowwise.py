@@ -36,7 +36,8 @@ def apply_elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> T
     padding = -width % LANES
     if padding:
         values = functional.pad(values, (0, padding))
-    if values.numel() <= _GRAIN and values.is_contiguous():
+    if values.numel() <= _GRAIN and values.stride(-1) == 1:
+        # Rows may lie apart: each is whole vectors, and the loop over them stays in this thread.
         result = function(values)
     else:
         pieces = values.reshape(-1).split(_GRAIN)

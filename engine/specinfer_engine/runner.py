@@ -9,13 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from specinfer.messages import StepCost
-from specinfer_engine.attention import PASS_ARGUMENT, PagedPass, layer_caches
+from specinfer_engine.attention import PagedPass, layer_caches
 from specinfer_engine.batch import ForwardBatch, SequenceRows, build_batch
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.rowwise import capped
@@ -58,15 +57,7 @@ class Runner:
     def forward_batch(self, batch: ForwardBatch) -> Tensor:
         """One pass over a batch that is laid out already: logits [num_logits, vocab_size]."""
         paged_pass = PagedPass(batch.layout, batch.slot_mapping, self._caches)
-        arguments: dict[str, Any] = {PASS_ARGUMENT: paged_pass}
-        output = self.loaded.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=batch.logit_index,
-            **arguments,
-        )
-        logits: Tensor = output.logits[0]
+        logits = self.loaded.decoder(batch, paged_pass)
         if logits.dtype != torch.float64:
             logits = logits.float()
         cap = self.loaded.final_softcap

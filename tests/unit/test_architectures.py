@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from specinfer_engine.batch import SequenceRows
+from specinfer_engine.fused import FusedDecoder
 from specinfer_engine.loader import load_model
 from specinfer_engine.runner import Runner
 from tests.kit.architectures import VOCAB_SIZE, WINDOW, architectures
@@ -21,7 +22,10 @@ from tests.kit.passes import (
 from tests.kit.tiny_models import write_tiny
 
 CONFIGS = architectures()
-# Layers of these families see WINDOW keys, the first layer or all.
+# These run written out unless told otherwise.
+FUSED = {"llama", "mistral", "qwen2", "qwen3"}
+CASES = [(name, True) for name in sorted(CONFIGS)] + [(name, False) for name in sorted(FUSED)]
+# Layers of these see WINDOW keys, one layer or all.
 WINDOWED = {"mistral", "qwen2", "gemma2", "gemma3", "phi3", "mixtral"}
 
 
@@ -31,14 +35,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("architectures")
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_paged_tree_gives_the_stock_logits_on_every_path(name: str, folders: Path) -> None:
+@pytest.mark.parametrize(("name", "fused"), CASES)
+def test_paged_tree_gives_the_stock_logits_on_every_path(
+    name: str, fused: bool, folders: Path
+) -> None:
     folder = write_tiny(folders / name, CONFIGS[name])
     # Stock attention that caps scores exists only in eager form, with softmax in float32.
     capped = name == "gemma2"
     stock = stock_model(folder, torch.float64, "eager" if capped else "sdpa")
     tolerance = 1e-5 if capped else 1e-8
-    loaded = load_model(folder, dtype="float64")
+    loaded = load_model(folder, dtype="float64", fused=fused)
+    assert isinstance(loaded.decoder, FusedDecoder) == (fused and name in FUSED)
     runner = Runner(loaded, num_blocks=12, block_size=4)
     generator = random.Random(name)
     context = [generator.randrange(VOCAB_SIZE) for _ in range(3 * WINDOW)]
@@ -69,7 +76,7 @@ def test_a_lost_window_would_be_seen(folders: Path) -> None:
     """Negative control: the comparison above fails when the windows are dropped."""
     folder = write_tiny(folders / "windowed", CONFIGS["mistral"])
     stock = stock_model(folder, torch.float64)
-    loaded = load_model(folder, dtype="float64")
+    loaded = load_model(folder, dtype="float64", fused=False)
     loaded.model.config.sliding_window = None
     runner = Runner(loaded, num_blocks=12, block_size=4)
     context = list(range(5, 5 + 3 * WINDOW))

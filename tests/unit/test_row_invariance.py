@@ -21,7 +21,8 @@ from tests.kit.architectures import VOCAB_SIZE, architectures
 from tests.kit.passes import Pages, prefill, random_tree
 from tests.kit.tiny_models import write_tiny
 
-FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
+# With the layers of Llama and Qwen 3 written out, and with them run through `transformers`.
+FAMILIES = (("llama", True), ("llama", False), ("qwen3", True), ("gemma3", False), ("gpt2", False))
 DTYPES = ("float32", "bfloat16")
 BLOCK_SIZE = 4
 NUM_BLOCKS = 160
@@ -30,13 +31,15 @@ LENGTH = 40
 ODD_WIDTH = 44
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in FAMILIES for dtype in DTYPES])
+@pytest.fixture(
+    scope="module", params=[(*family, dtype) for family in FAMILIES for dtype in DTYPES]
+)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """One family in one format."""
-    name, dtype = request.param
+    name, fused, dtype = request.param
     config = architectures()[name]
     folder = write_tiny(tmp_path_factory.mktemp(name), config)
-    return load_model(folder, dtype=dtype)
+    return load_model(folder, dtype=dtype, fused=fused)
 
 
 @pytest.fixture
@@ -153,8 +156,9 @@ def test_keys_reduced_in_slot_order_are_caught(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_loops_cut_between_threads(dtype: str, tmp_path: Path) -> None:
+def test_long_loops_cut_between_threads(dtype: str, fused: bool, tmp_path: Path) -> None:
     """Chunks whose activations are long enough for several threads equal rows alone."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -165,7 +169,7 @@ def test_long_loops_cut_between_threads(dtype: str, tmp_path: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
-    loaded = load_model(write_tiny(tmp_path, config), dtype=dtype)
+    loaded = load_model(write_tiny(tmp_path, config), dtype=dtype, fused=fused)
     runner, pages = setting(loaded)
     token_ids = tokens_of(10)
     expected = alone(runner, token_ids, pages.table(LENGTH))
@@ -176,7 +180,7 @@ def test_the_probe_at_load_sees_a_stock_activation(tmp_path: Path) -> None:
     """Negative control: with the activation of `transformers` rows depend on their neighbours."""
     config = architectures()["llama"]
     config.intermediate_size = ODD_WIDTH
-    loaded = load_model(write_tiny(tmp_path, config), dtype="float32")
+    loaded = load_model(write_tiny(tmp_path, config), dtype="float32", fused=False)
     token_ids = probe_tokens(loaded.vocab_size, loaded.max_model_len)
     assert loaded.row_invariant
     assert rows_are_invariant(loaded, token_ids)
