@@ -11,7 +11,17 @@ from specinfer_kernels import KernelInputError, PackedLinear, pack_linear
 from tests.kernels.cases import same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-SHAPES = [(64, 192), (256, 1000), (704, 256), (100, 37), (33, 65), (7, 5), (1, 3), (500, 1)]
+SHAPES = [
+    (64, 192),
+    (256, 1000),
+    (704, 256),
+    (100, 37),
+    (33, 65),
+    (2048, 1031),
+    (7, 5),
+    (1, 3),
+    (500, 1),
+]
 ROWS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100, 127, 256, 513, 1000, 1024)
 OFFSETS = (1, 2, 3, 5, 8, 13, 16, 30)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
