@@ -7,6 +7,7 @@
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,7 +91,11 @@ def run_case(case: Case, dtype: torch.dtype, rounds: int) -> None:
         enable_gqa=case.num_heads != case.num_kv_heads,
     )
     ours = partial(tree_attention, query, keys, values, layout, scale=HEAD_DIM**-0.5)
-    candidates = {"ours": ours, "sdpa": dense, "memory": lambda: (keys.sum(), values.sum())}
+    candidates: dict[str, Callable[[], object]] = {
+        "ours": ours,
+        "sdpa": dense,
+        "memory": lambda: (keys.sum(), values.sum()),
+    }
     if case.num_rows * num_keys <= REFERENCE_LIMIT and "native" in available_backends():
         candidates["reference"] = partial(ours, backend="reference")
     name = str(dtype).removeprefix("torch.")
