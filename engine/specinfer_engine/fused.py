@@ -26,7 +26,7 @@ from transformers import (
 from specinfer_engine.attention import AttentionCall, PagedPass, attend
 from specinfer_engine.batch import ForwardBatch
 from specinfer_engine.rowwise import RotaryTable, apply_elementwise
-from specinfer_kernels import PackedLinear, pack_linear
+from specinfer_kernels import PackedLinear, pack_linear, padded_rows
 
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -94,8 +94,10 @@ class FusedDecoder:
 
     def __call__(self, batch: ForwardBatch, paged_pass: PagedPass) -> Tensor:
         """One pass: logits [num_logits, vocab_size] in the model's format."""
-        hidden = functional.embedding(batch.input_ids[0], self._embedding)
-        cosines, sines = self._rotary(hidden, batch.position_ids)
+        # Padded once here instead of in every product; no row looks at the others.
+        padding = (0, padded_rows(batch.num_rows) - batch.num_rows)
+        hidden = functional.embedding(functional.pad(batch.input_ids[0], padding), self._embedding)
+        cosines, sines = self._rotary(hidden, functional.pad(batch.position_ids, padding))
         # [num_rows, 1, head_dim]; the half that moves up brings its sign with the sine.
         cosines, sines = cosines[0].unsqueeze(1), sines[0].unsqueeze(1)
         half = sines.shape[2] // 2
@@ -113,7 +115,7 @@ class FusedDecoder:
 def _attention(
     layer: Layer, hidden: Tensor, cosines: Tensor, signed: Tensor, paged_pass: PagedPass
 ) -> Tensor:
-    """Attention before its output product, [num_rows, num_heads * head_dim]."""
+    """Attention before its output product, [num_rows, num_heads * head_dim]; padding rows are 0."""
     call = layer.call
     num_rows, heads, kv_heads = hidden.shape[0], call.num_heads, call.num_kv_heads
     mixed = layer.query_key_value.forward(hidden).view(num_rows, -1, call.head_dim)
@@ -125,9 +127,10 @@ def _attention(
     # Rotary positions (Su et al., 2021): halves of a head swap places.
     swapped = turning.roll(call.head_dim // 2, 2)
     turned = turning * cosines + swapped * signed
-    return attend(turned[:, :heads], turned[:, heads:], value, call, layer.scale, paged_pass).view(
-        num_rows, -1
-    )
+    count = paged_pass.slot_mapping.shape[0]
+    query, key = turned[:count, :heads], turned[:count, heads:]
+    output = attend(query, key, value[:count], call, layer.scale, paged_pass).view(count, -1)
+    return functional.pad(output, (0, 0, 0, num_rows - count))
 
 
 def fuse(

@@ -7,7 +7,7 @@ The package imports torch and nothing of ours; it knows no model, session or sch
 from specinfer_kernels.backends import Backend, available_backends, backend_name
 from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
 from specinfer_kernels.kv_cache import compact_kv, copy_blocks, write_kv
-from specinfer_kernels.packed_linear import PackedLinear, pack_linear
+from specinfer_kernels.packed_linear import PackedLinear, pack_linear, padded_rows
 from specinfer_kernels.seeded_sampling import (
     ACCEPT,
     DRAFT,
@@ -40,6 +40,7 @@ __all__ = [
     "counter_hash",
     "gumbel_noise",
     "pack_linear",
+    "padded_rows",
     "sample_gumbel",
     "tree_attention",
     "write_kv",

@@ -1,10 +1,10 @@
 """Linear layers whose row bits do not depend on the number of rows.
 
 On a CPU a float32 or bfloat16 weight is prepacked once for oneDNN, which reads it faster at few
-rows than `F.linear` does and gives a row the same bits for every number of rows from two on; a
-single row is padded. Everything else runs `F.linear`, on a CPU in row blocks of one fixed
-size with both feature counts padded with zeros to whole vectors: the library's edge code for odd
-sizes sums in another order at some row offsets. Knows no model: a layer is a weight and a bias.
+rows than `F.linear` does and gives a row the same bits for every number of rows from two on; rows
+are padded to one of a few numbers. Everything else runs `F.linear`, on a CPU in row blocks of one
+fixed size with both feature counts padded with zeros to whole vectors: the library's edge code for
+odd sizes sums in another order at some row offsets. Knows no model: a layer is a weight and a bias.
 """
 
 import torch
@@ -14,12 +14,9 @@ from torch.nn import functional
 from specinfer_kernels.errors import KernelInputError
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
-# oneDNN takes another kernel for a single row, with another order of sums, so a row is never alone.
-_LEAST_ROWS = 2
-# Of a weight too large for the caches four rows are read faster than one or two (measured: by a
-# third), so fewer are padded to four.
-_LEAST_ROWS_OF_LARGE = 4
-_LARGE_WEIGHT = 1 << 21
+# Numbers of rows grow in these steps up to these numbers, see `padded_rows`.
+_ROW_STEPS = ((16, 4), (64, 8), (256, 32))
+_LAST_ROW_STEP = 128
 _BLOCK_ROWS = 16
 # The number of rows oneDNN lays the weight out for: a small tree. It was at or near the best of
 # 1, 4, 8, 16, 64, 256 and none for every number of rows measured, and it changes no promise.
@@ -43,8 +40,6 @@ class PackedLinear(nn.Module):
         # Plain attributes: an opaque oneDNN tensor cannot be a buffer of a state dict.
         self._bias = None if bias is None else bias.detach().clone()
         self._weight = weight.detach()
-        large = weight.numel() >= _LARGE_WEIGHT
-        self._least_rows = _LEAST_ROWS_OF_LARGE if large else _LEAST_ROWS
         if packed:
             self._weight = _reorder(self._weight)
         elif self.row_invariant:
@@ -58,14 +53,14 @@ class PackedLinear(nn.Module):
                 f"got {x.dtype} {list(x.shape)}"
             )
         num_rows = x.numel() // self.in_features
-        if self.packed and num_rows >= self._least_rows:
+        padding = padded_rows(num_rows) - num_rows
+        if self.packed and not padding:
             return self._packed(x)
         rows = x.reshape(-1, self.in_features)
         if num_rows == 0:
             result = rows.new_empty(0, self.out_features)
         elif self.packed:
-            padding = (0, 0, 0, self._least_rows - num_rows)
-            result = self._packed(functional.pad(rows, padding))[:num_rows]
+            result = self._packed(functional.pad(rows, (0, 0, 0, padding)))[:num_rows]
         elif self.row_invariant:
             result = self._blocked(rows)
         else:
@@ -102,6 +97,17 @@ class PackedLinear(nn.Module):
             for block in torch.split(padded, _BLOCK_ROWS)
         ]
         return torch.cat(blocks)[:count, : self.out_features].contiguous()
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows that a packed layer computes for `num_rows`; a caller that pads once saves it in each.
+
+    Never one or two: oneDNN sums a single row in another order, and of a large weight four rows are
+    read faster than fewer (measured: by a third). Beyond that the numbers are few, because oneDNN
+    compiles and keeps a kernel for each number of rows of each layer.
+    """
+    step = next((step for most, step in _ROW_STEPS if num_rows <= most), _LAST_ROW_STEP)
+    return -(-num_rows // step) * step
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ async def test_the_check_sees_a_planted_difference(cluster: RunningCluster) -> N
         checker = Checker(client, chat=True, concurrency=1)
         case = next(case for case in all_cases(["hello"], 1, 24) if case.setting == "temperature 1")
         plain = await client.generate("hello", **case.options())
-        other = await client.generate("hello", **{**case.options(), "seed": case.seed + 1})
+        other_seed: GenerateOptions = {**case.options(), "seed": case.seed + 1}
+        other = await client.generate("hello", **other_seed)
         await checker._compare(case, "the cluster's", plain, other)
     assert checker.tally.num_divergences == 1
     assert not checker.tally.lossless
@@ -68,7 +70,7 @@ async def test_sixteen_streams_at_once_give_what_each_gives_alone(cluster: Runni
         together = await asyncio.gather(*(client.generate(**options) for options in requests))
     assert [run.token_ids for run in together] == [run.token_ids for run in alone]
     assert [run.text for run in together] == [run.text for run in alone]
-    assert [len(run.token_ids) for run in alone] == [run["max_tokens"] for run in requests]
+    assert [len(run.token_ids) for run in alone] == [run.get("max_tokens") for run in requests]
 
 
 async def test_stop_strings_cut_at_the_same_byte(cluster: RunningCluster) -> None:
@@ -77,10 +79,9 @@ async def test_stop_strings_cut_at_the_same_byte(cluster: RunningCluster) -> Non
         whole = await client.generate(PROMPTS[0], **options)
         stop = whole.text[len(whole.text) // 2 :][:3]
         assert stop
-        runs = [
-            await client.generate(PROMPTS[0], **{**options, "stop": stop, "speculation": on})
-            for on in (True, False)
-        ]
+        stopping: GenerateOptions = {**options, "stop": stop}
+        plain: GenerateOptions = {**stopping, "speculation": False}
+        runs = [await client.generate(PROMPTS[0], **each) for each in (stopping, plain)]
     for run in runs:
         assert run.text == whole.text[: whole.text.index(stop)]
         assert (run.finish_reason, run.stop_match) == ("stop", stop)
@@ -103,7 +104,7 @@ async def test_logprobs_are_the_targets_whatever_was_guessed(cluster: RunningClu
 async def test_greedy_output_is_that_of_transformers_in_float64(
     tiny_settings: ClusterSettings, tiny_pair: tuple[Path, Path]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_pair[0], dtype=torch.float64)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_pair[0], dtype=torch.float64)
     prompts = [[1, 10 + index, 40, 7 * index + 5, 99] for index in range(6)]
     with running_cluster(dataclasses.replace(tiny_settings, dtype="float64")) as running:
         async with AsyncClient(running.router) as client:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specinfer_kernels import KernelInputError, PackedLinear, pack_linear
+from specinfer_kernels import KernelInputError, PackedLinear, pack_linear, padded_rows
 from tests.kernels.cases import same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -144,3 +144,11 @@ def test_refuses_bad_input() -> None:
     for rows in (torch.randn(3, 6), torch.randn(3, 7).double()):
         with pytest.raises(KernelInputError, match="linear takes"):
             layer(rows)
+
+
+def test_numbers_of_rows_are_few_and_never_one() -> None:
+    padded = {padded_rows(count) for count in range(1, 1025)}
+    assert all(padded_rows(count) >= count for count in range(1025))
+    assert padded_rows(0) == 0
+    assert min(padded) == 4
+    assert len(padded) <= 24
