@@ -17,6 +17,7 @@ from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
 from specinfer_draft.drafters.session import ProposeQuery
+from specinfer_draft.grow import NO_THRIFT, Thrift
 from specinfer_engine.acceptance import Walk, match_walk
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.logits import process_logits
@@ -101,6 +102,7 @@ def table_drafter(
     block_size: int = 4,
     model: TableModel | None = None,
     make_runner: Callable[[TableModel, int, int], TableRunner] = TableRunner,
+    thrift: Thrift = NO_THRIFT,
     **limits: float,
 ) -> Bench:
     """A drafter whose KV pool holds tokens, so that a wrong slot changes its guesses."""
@@ -110,7 +112,8 @@ def table_drafter(
     bounds = {"max_model_len": 200, "max_rows": 64, "prefill_rows": 8, "max_tree_nodes": 32}
     chosen = DrafterLimits(
         vocab_size=model.vocab_size,
-        **({"score_floor": -1e9} | bounds | limits),  # type: ignore[arg-type]
+        thrift=thrift,
+        **(bounds | limits),  # type: ignore[arg-type]
     )
     drafter = ModelDrafter(runner, blocks, chosen, clock=clock)
     return Bench(drafter, runner, blocks, clock, model)

@@ -11,6 +11,7 @@ from specinfer.messages import ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_draft.drafters.model import DrafterLimits
+from specinfer_draft.grow import Thrift
 from tests.kit.draft_driver import GREEDY, SHAPE, Bench, Target, table_drafter
 from tests.kit.table_models import TableModel
 
@@ -304,7 +305,6 @@ def test_the_least_recently_used_session_makes_place() -> None:
         {"max_sessions": 0},
         {"prefill_rows": 0},
         {"spread": 0.0},
-        {"score_floor": 0.0},
     ],
     ids=str,
 )
@@ -313,12 +313,15 @@ def test_limits_that_make_no_sense_are_refused(limits: dict[str, float]) -> None
         DrafterLimits(vocab_size=5, max_model_len=10, **limits)  # type: ignore[arg-type]
 
 
-def test_the_score_floor_makes_trees_smaller() -> None:
+def test_thrift_makes_trees_smaller_and_passes_fewer() -> None:
     model = TableModel(11)
-    wide, narrow = table_drafter(model=model), table_drafter(model=model, score_floor=-1.5)
-    sizes = []
-    for built in (wide, narrow):
+    sizes, passes = [], []
+    for thrift in (Thrift(), Thrift(score_floor=-1.5), Thrift(least_reach=0.6)):
+        built = table_drafter(model=model, thrift=thrift)
         built.drafter.open("a", 0, PROMPT, GREEDY)
         sizes.append(len(built.tree("a", 7, shape=ShapeQuery(20, 6, (), 4))))
+        passes.append(built.runner.num_passes)
     assert sizes[0] == 21
     assert 1 < sizes[1] < 15
+    assert 1 < sizes[2] <= 21
+    assert max(passes[1:]) < passes[0]

@@ -17,6 +17,7 @@ from specinfer.tree import MAX_TREE_NODES
 from specinfer_draft.grow import (
     Candidates,
     GrowingTree,
+    Thrift,
     Wave,
     check_shape,
     expand,
@@ -25,7 +26,6 @@ from specinfer_draft.grow import (
     grow,
 )
 
-NO_FLOOR = -math.inf
 Table = Callable[[tuple[int, ...]], list[float]]
 
 
@@ -95,7 +95,7 @@ def test_best_first_finds_the_most_probable_prefixes(
     tree = GrowingTree(0)
     shape = ShapeQuery(max_nodes, max_depth, (), branch)
     look = Looker(tree, table)
-    grow(expand_best_first(tree, shape, NO_FLOOR, max_beams), look)
+    grow(expand_best_first(tree, shape, Thrift(), max_beams), look)
     expected = brute_force(table, vocab_size, max_nodes, max_depth, min(branch, max(max_nodes, 1)))
     assert paths(tree, tree.best_nodes(max_nodes)) == expected
     if max_beams == 1000:
@@ -106,7 +106,7 @@ def test_best_first_looks_at_no_node_that_cannot_help() -> None:
     """A node whose best child could at most equal the last of the N best is not looked at."""
     tree = GrowingTree(0)
     look = Looker(tree, lambda path: [math.log(0.5), math.log(0.3), math.log(0.2)])
-    grow(expand_best_first(tree, ShapeQuery(3, 8, (), 3), NO_FLOOR), look)
+    grow(expand_best_first(tree, ShapeQuery(3, 8, (), 3)), look)
     # .5, .3 and then .25 = .5 * .5; nothing below .3, .2 or .25 can enter.
     assert [wave.nodes for wave in look.waves] == [(0,), (1, 2)]
     assert paths(tree, tree.best_nodes(3)) == {(0,), (1,), (0, 0)}
@@ -161,7 +161,7 @@ def test_every_prefix_of_a_cut_tree_holds_its_best_nodes(
 ) -> None:
     tree = GrowingTree(7)
     shape = ShapeQuery(max_nodes, 5, tuple(widths), 3)
-    grow(expand(tree, shape, NO_FLOOR), Looker(tree, random_table(seed, 5)))
+    grow(expand(tree, shape, Thrift()), Looker(tree, random_table(seed, 5)))
     cut = tree.cut(max_nodes)
     assert len(cut) <= 1 + max_nodes
     assert cut.token_ids[0] == 7
@@ -174,20 +174,30 @@ def test_the_floor_keeps_hopeless_nodes_out_and_saves_their_waves() -> None:
     table = random_table(5, 4)
     tree = GrowingTree(0)
     look = Looker(tree, table)
-    grow(expand(tree, ShapeQuery(40, 6, (), 4), math.log(0.2)), look)
+    grow(expand(tree, ShapeQuery(40, 6, (), 4), Thrift(math.log(0.2))), look)
     free = GrowingTree(0)
     free_look = Looker(free, table)
-    grow(expand(free, ShapeQuery(40, 6, (), 4), NO_FLOOR), free_look)
+    grow(expand(free, ShapeQuery(40, 6, (), 4), Thrift()), free_look)
     kept = [node for node in free.best_nodes(40) if free.scores[node] >= math.log(0.2)]
     assert paths(tree, range(1, len(tree))) == paths(free, kept)
     assert 0 < len(kept) < 40
     assert len(look.waves) < len(free_look.waves)
 
 
+def test_a_wave_that_is_hardly_ever_reached_is_not_made() -> None:
+    """Three children of .4, .3, .2: together they are reached with probability .9, then .36."""
+    table = [math.log(0.4), math.log(0.3), math.log(0.2)]
+    for least_reach, num_waves in ((0.95, 1), (0.85, 2), (0.0, 3)):
+        tree = GrowingTree(0)
+        look = Looker(tree, lambda path: table)
+        grow(expand(tree, ShapeQuery(100, 3, (), 3), Thrift(least_reach=least_reach)), look)
+        assert len(look.waves) == num_waves
+
+
 def test_stopping_after_any_wave_leaves_a_tree() -> None:
     for num_waves in range(4):
         tree = GrowingTree(0)
-        expansion = expand(tree, ShapeQuery(10, 6, (), 3), NO_FLOOR)
+        expansion = expand(tree, ShapeQuery(10, 6, (), 3), Thrift())
         grow(expansion, Looker(tree, random_table(2, 5)), max_waves=num_waves)
         cut = tree.cut(10)
         assert cut.max_depth == num_waves

@@ -8,6 +8,7 @@ or clock: a dictionary of probabilities drives it as well as a network does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
@@ -119,11 +120,29 @@ def check_shape(shape: ShapeQuery) -> None:
         raise InvalidRequest(f"branch is at least 1, got {shape.branch}", field="shape.branch")
 
 
-def expand(tree: GrowingTree, shape: ShapeQuery, floor: float) -> Expansion:
-    """Grow `tree` in the shape asked for; `floor` is the lowest score of a best-first node."""
+@dataclass(frozen=True)
+class Thrift:
+    """When best-first growing is no longer worth its cost.
+
+    Attributes:
+        score_floor: lowest cumulative log score of a node: one that is less likely to be accepted
+            costs the verifier more than it saves.
+        least_reach: lowest probability that the target's walk comes to any node of a wave: it is
+            the most tokens that the wave's pass can win.
+    """
+
+    score_floor: float = -math.inf
+    least_reach: float = 0.0
+
+
+NO_THRIFT = Thrift()
+
+
+def expand(tree: GrowingTree, shape: ShapeQuery, thrift: Thrift) -> Expansion:
+    """Grow `tree` in the shape asked for; thrift concerns best-first trees alone."""
     if shape.widths:
         return expand_widths(tree, shape.widths[: shape.max_depth], shape.max_nodes)
-    return expand_best_first(tree, shape, floor)
+    return expand_best_first(tree, shape, thrift)
 
 
 def expand_widths(tree: GrowingTree, widths: Sequence[int], max_nodes: int) -> Expansion:
@@ -144,35 +163,39 @@ def expand_widths(tree: GrowingTree, widths: Sequence[int], max_nodes: int) -> E
 
 
 def expand_best_first(
-    tree: GrowingTree, shape: ShapeQuery, floor: float, max_beams: int = MAX_TREE_NODES
+    tree: GrowingTree,
+    shape: ShapeQuery,
+    thrift: Thrift = Thrift(),
+    max_beams: int = MAX_TREE_NODES,
 ) -> Expansion:
     """The N = `max_nodes` most probable prefixes, by waves (SpecExec, arXiv 2406.02532).
 
     A node's score is the sum of its path's log scores. A wave looks at the best `max_beams` nodes
-    among the N best that were not looked at yet; a child enters when it beats the N-th best score
-    and `floor`. It ends when no node that could still bring such a child is left. With unlimited
-    beams there is one wave for each level, and the N best nodes are exactly the N best prefixes
-    of at most `max_depth` tokens with at most `branch` children each.
+    among the N best that were not looked at yet; a child enters when it beats the N-th best score.
+    It ends when no node that could still bring such a child is left, or earlier by `thrift`. With
+    unlimited beams there is one wave for each level, and without thrift the N best nodes are
+    exactly the N best prefixes of at most `max_depth` tokens with `branch` children each.
     """
     branch = min(shape.branch, max(shape.max_nodes, 1))
     seen: set[int] = set()
     while shape.max_nodes:
         best = tree.best_nodes(shape.max_nodes)
-        bar = tree.scores[best[-1]] if len(best) == shape.max_nodes else float("-inf")
+        bar = tree.scores[best[-1]] if len(best) == shape.max_nodes else -math.inf
         hopeful = [
             node
             for node in (0, *best)
             if node not in seen
             and tree.depths[node] < shape.max_depth
             and tree.scores[node] > bar
-            and tree.scores[node] >= floor
+            and tree.scores[node] >= thrift.score_floor
         ][:max_beams]
-        if not hopeful:
+        reach = sum(math.exp(tree.scores[node]) for node in hopeful)
+        if not hopeful or reach < thrift.least_reach:
             return
         seen.update(hopeful)
         wave = Wave(tuple(hopeful), branch)
         for parent, token_id, score in _children(tree, hopeful, (yield wave), branch):
-            if score > bar and score >= floor:
+            if score > bar and score >= thrift.score_floor:
                 tree.add(parent, token_id, score)
 
 
@@ -200,5 +223,5 @@ def _children(
         for token_id, log_score in zip(
             answer.token_ids[:branch], answer.log_scores[:branch], strict=True
         )
-        if log_score > float("-inf")
+        if log_score > -math.inf
     ]

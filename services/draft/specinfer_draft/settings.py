@@ -34,6 +34,7 @@ class Settings:
     max_rows: int = setting(512, "most rows of a pass")
     prefill_rows: int = setting(128, "most rows of prompts in a pass that carries trees")
     score_floor: float = setting(-5.0, "lowest log score of a best-first node")
+    least_reach: float = setting(0.15, "least chance of being reached that a level is grown for")
     spread: float = setting(1.0, "how far the target's logits are taken to lie from the drafter's")
     drain_seconds: float = setting(5.0, "how long trees may go on growing after SIGTERM")
     threads: int = setting(0, "threads of a pass on a CPU; 0 leaves it to torch")
@@ -50,6 +51,10 @@ class Settings:
                 raise InvalidRequest(f"{field} is at least 1", field=field)
         if self.kv_blocks is not None and self.kv_blocks < 1:
             raise InvalidRequest("kv_blocks is at least 1", field="kv_blocks")
+        if not self.score_floor < 0 or not 0 <= self.least_reach <= 1:
+            raise InvalidRequest(
+                "score_floor is negative and least_reach between 0 and 1", field="score_floor"
+            )
         if self.drain_seconds < 0 or self.threads < 0:
             raise InvalidRequest("drain_seconds and threads are at least 0", field="drain_seconds")
 

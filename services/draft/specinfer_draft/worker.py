@@ -16,6 +16,7 @@ from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
 from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
 from specinfer_draft.engine import DraftEngine
+from specinfer_draft.grow import Thrift
 from specinfer_draft.settings import Settings
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.loader import load_model
@@ -55,7 +56,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         max_tree_nodes=settings.max_tree_nodes,
         max_rows=settings.max_rows,
         prefill_rows=settings.prefill_rows,
-        score_floor=settings.score_floor,
+        thrift=Thrift(settings.score_floor, settings.least_reach),
         spread=settings.spread,
     )
     info = _describe(settings, loaded, runner)

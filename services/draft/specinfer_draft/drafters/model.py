@@ -24,7 +24,7 @@ from specinfer.tree import MAX_TREE_NODES
 from specinfer_draft.drafters.forecast import DrawForecast, rank
 from specinfer_draft.drafters.passes import PassPlanner, Plan, Share
 from specinfer_draft.drafters.session import DraftSession, Growth, ProposeQuery, fit_shape
-from specinfer_draft.grow import Candidates, GrowingTree, Wave, check_shape
+from specinfer_draft.grow import NO_THRIFT, Candidates, GrowingTree, Thrift, Wave, check_shape
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.sequence import SequenceState
@@ -56,8 +56,7 @@ class DrafterLimits:
         max_tree_nodes: largest tree grown, root included.
         max_rows: most rows of a pass.
         prefill_rows: most rows of prompts in a pass that carries trees too.
-        score_floor: lowest cumulative log score of a best-first node; what is less likely to be
-            accepted costs the verifier more than it saves.
+        thrift: when best-first growing is no longer worth its cost.
         spread: scale of the difference between target's and drafter's logits (see `forecast`).
 
     Raises:
@@ -70,7 +69,7 @@ class DrafterLimits:
     max_tree_nodes: int = 64
     max_rows: int = 512
     prefill_rows: int = 128
-    score_floor: float = -5.0
+    thrift: Thrift = NO_THRIFT
     spread: float = 1.0
 
     def __post_init__(self) -> None:
@@ -85,10 +84,8 @@ class DrafterLimits:
                 "max_sessions is at least 1 and prefill_rows between 1 and max_rows",
                 field="prefill_rows",
             )
-        if not self.spread > 0.0 or not self.score_floor < 0.0:
-            raise InvalidRequest(
-                "spread is positive and score_floor is negative", field="score_floor"
-            )
+        if not self.spread > 0.0:
+            raise InvalidRequest(f"spread is positive, got {self.spread}", field="spread")
 
 
 class ModelDrafter:
@@ -183,7 +180,7 @@ class ModelDrafter:
             max_depth=self.limits.max_model_len - num_tokens + 1,
         )
         root = session.state.token_ids[-1]
-        session.growth = Growth(query, future, root, shape, self.limits.score_floor)
+        session.growth = Growth(query, future, root, shape, self.limits.thrift)
         session.forecast.begin(session.state.token_ids)
         self._planner.start_growing(session)
         if session.growth.wave is None:

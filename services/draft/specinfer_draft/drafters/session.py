@@ -13,7 +13,7 @@ from specinfer.errors import InvalidRequest, StaleEpoch
 from specinfer.messages import DraftResult, ShapeQuery
 from specinfer.tree import TokenTree
 from specinfer_draft.drafters.forecast import DrawForecast
-from specinfer_draft.grow import Candidates, Expansion, GrowingTree, Wave, expand
+from specinfer_draft.grow import Candidates, Expansion, GrowingTree, Thrift, Wave, expand
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.sequence import SequenceState
 
@@ -60,7 +60,7 @@ class Growth:
         future: Future[DraftResult],
         root_token_id: int,
         shape: ShapeQuery,
-        floor: float,
+        thrift: Thrift,
     ) -> None:
         self.query = query
         self.future = future
@@ -68,13 +68,13 @@ class Growth:
         self.compute_seconds = 0.0
         self._root_token_id = root_token_id
         self._shape = shape
-        self._floor = floor
+        self._thrift = thrift
         self.restart()
 
     def restart(self) -> None:
         """Search from the root again, because the keys and values of the nodes are gone."""
         self.tree = GrowingTree(self._root_token_id)
-        self._expansion: Expansion = expand(self.tree, self._shape, self._floor)
+        self._expansion: Expansion = expand(self.tree, self._shape, self._thrift)
         self._scratch: dict[int, int] = {}
         self._ancestors: list[int] = []
         self.wave: Wave | None = next(self._expansion, None)
