@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from specinfer.errors import Cancelled, InvalidRequest, NotFound, ResourceExhausted, StaleEpoch
 from specinfer.messages import ShapeQuery
@@ -12,6 +13,7 @@ from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_draft.drafters.model import DrafterLimits
 from specinfer_draft.grow import Thrift
+from specinfer_kernels import gumbel_noise
 from tests.kit.draft_driver import GREEDY, SHAPE, Bench, Target, table_drafter
 from tests.kit.table_models import TableModel
 
@@ -51,6 +53,29 @@ def test_a_drafter_that_is_the_target_is_always_right(
         assert len(new) == (depth + 1 if shape is CHAIN else len(new))
         assert len(new) >= 2
     assert len(target.tokens) > len(PROMPT) + 24
+
+
+@pytest.mark.parametrize(
+    "shape", [ShapeQuery(12, 5, (2, 2, 2)), ShapeQuery(16, 5, (), 3)], ids=["widths", "best-first"]
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_every_node_has_the_score_of_its_own_path(shape: ShapeQuery, temperature: float) -> None:
+    """Every row of every wave saw its ancestors and nothing else, at its own position."""
+    sampling = SamplingParams(temperature=temperature, seed=21)
+    bench = table_drafter()
+    bench.drafter.open("a", 0, PROMPT, sampling)
+    tree = bench.tree("a", len(PROMPT), [8, 9], shape=shape)
+    tokens = [*PROMPT, 8, 9]
+    assert len(tree) > 12
+    for node in range(1, len(tree)):
+        path = tree.path_token_ids(node)[1:]
+        score = 0.0
+        for depth, token_id in enumerate(path):
+            z = bench.model.logits([*tokens, *path[:depth]]).double()
+            position = torch.tensor([len(tokens) + depth])
+            z = z + temperature * gumbel_noise(torch.tensor([21]), position, 11)[0]
+            score += float(torch.log_softmax(z, 0)[token_id])
+        assert tree.scores[node] == pytest.approx(score, abs=1e-4)
 
 
 def test_without_the_right_noise_a_drafter_is_often_wrong() -> None:
@@ -208,6 +233,12 @@ def test_seconds_are_reported(bench: Bench) -> None:
     bench.work()
     result = future.result(0)
     assert (result.queue_seconds, result.compute_seconds) == (3.0, 1.0)
+
+
+def test_an_answered_proposal_keeps_no_scratch_slot(bench: Bench) -> None:
+    for length in range(7, 12):
+        bench.tree("a", length, [1])
+        assert bench.blocks.num_blocks - bench.blocks.num_free_blocks == -(-(length + 1) // 4)
 
 
 def test_no_nodes_or_no_depth_is_the_root_without_a_pass(bench: Bench) -> None:
