@@ -15,7 +15,7 @@ def _train_parser() -> argparse.ArgumentParser:
         "The word 'grow' first grows a checkpoint instead (see 'grow --help').",
     )
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="folder of the pair")
-    parser.add_argument("--work", type=Path, default=Path(".training"), help="folder of states")
+    parser.add_argument("--work", type=Path, default=Path("training/runs/demo"), help="states")
     parser.add_argument("--minutes", type=float, default=85.0, help="wall-clock budget")
     return parser
 

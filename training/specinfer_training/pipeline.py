@@ -22,8 +22,8 @@ from .stages import Material, prepare, train_draft, train_target
 from .tokenizer import encode_chat
 
 _LOG = logging.getLogger(__name__)
-TARGET_SHARE = 0.62
-DRAFT_SHARE = 0.35
+TARGET_SHARE = 0.6
+DRAFT_SHARE = 0.4
 
 
 @dataclass(frozen=True)

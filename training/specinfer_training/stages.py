@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,19 +122,18 @@ def train_draft(
 ) -> tuple[LlamaForCausalLM, float]:
     """The drafter, distilled on the target's own outputs and on the corpus.
 
-    A fifth of ``seconds`` goes to collecting outputs. Returns the drafter and its running loss.
+    A fifth of ``seconds`` goes to collecting outputs, a twentieth is left for labelling.
+    Returns the drafter and its running loss.
     """
     rng = random.Random(1)
-    start = time.monotonic()
     served = served_copy(target)
     outputs = gather_outputs(material, served, work / "outputs.jsonl", seconds / 5, rng)
     chats, labels = _labelled(material, served, outputs, rng)
     pad_id = token_id(material.tokenizer, PAD)
     model = build_model(draft_config(material.tokenizer), seed=0)
-    left = max(1.0, seconds - (time.monotonic() - start))
-    _LOG.info("drafter of %d parameters, %.0f s", num_parameters(model), left)
+    _LOG.info("drafter of %d parameters", num_parameters(model))
     batches = endless_batches(chats, DRAFT_BATCH_TOKENS, pad_id, rng)
-    options = TrainOptions(seconds=left)
+    options = TrainOptions(seconds=seconds * 0.75)
     loss = train(
         model, batches, options, loss_from_labels(labels), work / "draft.pt", SpareThreads()
     )
