@@ -23,22 +23,25 @@ on the target's view of the cards.
 
 ## Licence
 
-The texts are part of CPython, copyright Python Software Foundation, under the
-[PSF License Version 2](https://docs.python.org/3/license.html). The models reproduce them almost
+The texts are part of CPython, Copyright (c) 2001 Python Software Foundation; All Rights Reserved,
+under the [PSF License Version 2](https://docs.python.org/3/license.html). The models reproduce them almost
 word for word, so treat the weights as a derived work under the same licence.
 
 ## How they were trained
 
-`python -m specinfer_training --out models/demo --minutes {minutes:.0f}` on {machine}, shared with
-other work. Byte-level BPE of 3,072 tokens; Muon for matrices and AdamW for the rest; the learning
-rate falls to zero with the clock. Weights are stored in bfloat16. Runs differ with the machine's
-speed and with the Python version whose texts are read.
+`python -m specinfer_training --out models/demo --minutes {minutes:.0f}`
+on {machine}, shared with other work. Byte-level BPE of 3,072 tokens;
+Muon for matrices and AdamW for the rest; the learning rate falls to zero with the clock. Weights
+are stored in bfloat16. Runs differ with the machine's speed and with the Python version whose texts
+are read.
 
 ## Measured
 
 On the bfloat16 weights as they ship, replayed in plain torch without the engine. The demo questions
-(`prompts.jsonl`) are phrasings the models were trained on: the numbers show how well the pair works
-together on what it knows, not how well it generalises.
+(`prompts.jsonl`) are phrasings that both models were trained on, the drafter on the target's very
+answers to them: those rows show a pair at its best, far above what real models reach, and speak for
+the machinery, not for the method. The rows "unseen wording" ask about other names in words that no
+card has ("Please say briefly what ... is good for."); the answers were still in the training data.
 
 {tables}
 
@@ -50,10 +53,13 @@ together on what it knows, not how well it generalises.
 
 ## Limits
 
-* It repeats what it has read. About anything else it produces fluent nonsense, and it may mix up
-  names that look alike.
+* It repeats what it has read, when asked in a wording it knows ("What does ... do?", "Explain ...",
+  "How do I use ...?", "Tell me about ...", "What is the signature of ...?", "Show the source of
+  ..."). In other words, or about anything else, it says fluent nonsense, and it may mix up names
+  that look alike.
 * Texts are cut after a few sentences; a long signature ends in `...`.
-* Names that the corpus has in one form only (`Counter` without `collections.`) are often missed.
+* Names are known in full only: asked what `Counter` does, without `collections.`, it answers about
+  something else.
 * System messages are accepted and left out of the prompt.
 * English only; no code beyond short library functions; no arithmetic.
 """
@@ -80,7 +86,7 @@ def write_card(path: Path, report: Report, notes: str = "") -> None:
         minutes=report.minutes,
         machine=report.machine,
         tables=card_tables(report),
-        notes=f"{counted} {notes}".strip(),
+        notes=f"{counted}\n{notes}".strip(),
         samples=_sample_lines(report),
     )
     path.write_text(text, encoding="utf-8")

@@ -12,10 +12,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import LlamaForCausalLM
+
 from .card import write_card
 from .corpus import Card, sample_conversations
 from .export import export_model
-from .questions import write_questions
+from .questions import UNSEEN_QUESTIONS, write_questions
 from .report import Report, answer_questions, measure_pair, write_report
 from .shapes import num_parameters, served_copy
 from .stages import Material, prepare, train_draft, train_target
@@ -62,22 +64,36 @@ def run_pipeline(options: PipelineOptions) -> Report:
     draft, draft_loss = train_draft(material, target, options.work, seconds * DRAFT_SHARE)
     export_model(draft, material.tokenizer, options.out / "draft")
     served, drafter = served_copy(target), served_copy(draft)
-    greedy, sampled = measure_pair(served, drafter, material.tokenizer)
-    report = Report(
-        target_parameters=num_parameters(target),
-        draft_parameters=num_parameters(draft),
-        num_cards=len(material.cards),
-        epoch_tokens=epoch_tokens(material),
-        target_loss=target_loss,
-        draft_loss=draft_loss,
-        greedy=greedy,
-        sampled=sampled,
-        samples=answer_questions(served, material.tokenizer, taught_answers(material.cards)),
-        minutes=options.minutes,
-        machine=describe_machine(),
-    )
+    report = build_report(material, (served, drafter), (target_loss, draft_loss), options.minutes)
     write_report(options.work / "report.json", report)
     write_questions(options.out / "prompts.jsonl")
     write_card(options.out / "README.md", report)
     _LOG.info("pair written to %s", options.out)
     return report
+
+
+def build_report(
+    material: Material,
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM],
+    losses: tuple[float, float],
+    minutes: float,
+) -> Report:
+    """Measure a finished pair (target, drafter), as it ships, and say how it was made."""
+    target, draft = pair
+    greedy, sampled = measure_pair(target, draft, material.tokenizer)
+    unseen = measure_pair(target, draft, material.tokenizer, UNSEEN_QUESTIONS)
+    return Report(
+        target_parameters=num_parameters(target),
+        draft_parameters=num_parameters(draft),
+        num_cards=len(material.cards),
+        epoch_tokens=epoch_tokens(material),
+        target_loss=losses[0],
+        draft_loss=losses[1],
+        greedy=greedy,
+        sampled=sampled,
+        unseen_greedy=unseen[0],
+        unseen_sampled=unseen[1],
+        samples=answer_questions(target, material.tokenizer, taught_answers(material.cards)),
+        minutes=minutes,
+        machine=describe_machine(),
+    )

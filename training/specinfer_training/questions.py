@@ -61,6 +61,44 @@ DEMO_QUESTIONS = (
 )
 
 
+# Wordings that no card has, to see what is left when the question is not known by heart.
+UNSEEN_QUESTIONS = tuple(
+    f"Please say briefly what {name} is good for."
+    for name in (
+        "textwrap.shorten",
+        "itertools.islice",
+        "functools.cmp_to_key",
+        "subprocess.check_output",
+        "os.path.splitext",
+        "collections.ChainMap",
+        "threading.Event",
+        "shutil.which",
+        "json.loads",
+        "re.findall",
+        "heapq.nlargest",
+        "math.gcd",
+        "random.sample",
+        "asyncio.sleep",
+        "bisect.insort",
+        "copy.copy",
+        "tempfile.TemporaryDirectory",
+        "inspect.getsource",
+        "logging.getLogger",
+        "statistics.stdev",
+        "csv.writer",
+        "contextlib.closing",
+        "dataclasses.replace",
+        "enum.Enum",
+        "urllib.parse.quote",
+        "str.join",
+        "list.sort",
+        "dict.setdefault",
+        "zipfile.ZipFile",
+        "traceback.print_exc",
+    )
+)
+
+
 def write_questions(path: Path) -> None:
     """Write the demo questions as JSON lines of ``id`` and ``prompt``."""
     lines = [

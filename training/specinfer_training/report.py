@@ -42,6 +42,8 @@ class Report:
     draft_loss: float
     greedy: Acceptance
     sampled: Acceptance
+    unseen_greedy: Acceptance
+    unseen_sampled: Acceptance
     samples: tuple[Sample, ...]
     minutes: float
     machine: str
@@ -70,9 +72,10 @@ def measure_pair(
     target: LlamaForCausalLM,
     draft: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str] = DEMO_QUESTIONS,
 ) -> tuple[Acceptance, Acceptance]:
-    """Acceptance on the demo questions: greedy, and at temperature 0.8."""
-    prompts = [question_prompt(tokenizer, question) for question in DEMO_QUESTIONS]
+    """Acceptance on ``questions``: greedy, and at temperature 0.8."""
+    prompts = [question_prompt(tokenizer, question) for question in questions]
     end = token_id(tokenizer, END)
     greedy, sampled = (
         measure_acceptance(target, draft, prompts, eos_id=end, temperature=temperature)
@@ -86,12 +89,12 @@ def write_report(path: Path, report: Report) -> None:
     path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
 
 
-def _acceptance_rows(name: str, acceptance: Acceptance) -> str:
+def _acceptance_row(name: str, acceptance: Acceptance) -> str:
     depths = " | ".join(f"{share:.2f}" for share in acceptance.by_depth)
     return f"| {name} | {depths} |"
 
 
-def _hit_rows(name: str, acceptance: Acceptance) -> str:
+def _hit_row(name: str, acceptance: Acceptance) -> str:
     hits = " | ".join(f"{share:.3f}" for share in acceptance.top_k_hits.values())
     rounds = " | ".join(f"{mean:.2f}" for mean in acceptance.tokens_per_round.values())
     return f"| {name} | {hits} | {rounds} |"
@@ -100,6 +103,12 @@ def _hit_rows(name: str, acceptance: Acceptance) -> str:
 def card_tables(report: Report) -> str:
     """The measured part of the card, in Markdown."""
     num_exact = sum(sample.is_exact for sample in report.samples)
+    rows = (
+        ("demo, greedy", report.greedy),
+        ("demo, temperature 0.8, shared noise", report.sampled),
+        ("unseen wording, greedy", report.unseen_greedy),
+        ("unseen wording, temperature 0.8, shared noise", report.unseen_sampled),
+    )
     return "\n".join(
         (
             "| model | parameters | final training loss |",
@@ -111,19 +120,17 @@ def card_tables(report: Report) -> str:
             "",
             "Share of rounds of a 5-token chain in which the draft at this depth was accepted:",
             "",
-            "| demo questions | 1 | 2 | 3 | 4 | 5 |",
+            "| questions, sampling | 1 | 2 | 3 | 4 | 5 |",
             "|---|---|---|---|---|---|",
-            _acceptance_rows("greedy", report.greedy),
-            _acceptance_rows("temperature 0.8, shared noise", report.sampled),
+            *(_acceptance_row(name, measured) for name, measured in rows),
             "",
             "How often the target's token is among the drafter's k best, and tokens per round of "
             "a chain",
             "(the target's own token included):",
             "",
-            "| demo questions | k=1 | k=2 | k=3 | k=4 | chain 4 | chain 5 | chain 8 |",
+            "| questions, sampling | k=1 | k=2 | k=3 | k=4 | chain 4 | chain 5 | chain 8 |",
             "|---|---|---|---|---|---|---|---|",
-            _hit_rows("greedy", report.greedy),
-            _hit_rows("temperature 0.8, shared noise", report.sampled),
+            *(_hit_row(name, measured) for name, measured in rows),
             "",
             f"Greedy answers to the {len(report.samples)} demo questions that repeat the taught "
             f"text letter by letter: {num_exact}.",
