@@ -24,8 +24,8 @@ on the target's view of the cards.
 ## Licence
 
 The texts are part of CPython, Copyright (c) 2001 Python Software Foundation; All Rights Reserved,
-under the [PSF License Version 2](https://docs.python.org/3/license.html). The models reproduce them almost
-word for word, so treat the weights as a derived work under the same licence.
+under the [PSF License Version 2](https://docs.python.org/3/license.html). The models
+reproduce them almost word for word, so treat the weights as a derived work under the same licence.
 
 ## How they were trained
 

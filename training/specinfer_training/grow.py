@@ -47,9 +47,10 @@ class Shape:
     kv_heads: int
 
 
+# A few layers more than usual at these widths, because the demo vocabulary is so small.
 PRESETS = {
     "200m": Shape(hidden=1024, layers=18, intermediate=2816, heads=16, kv_heads=4),
-    "1b": Shape(hidden=2048, layers=22, intermediate=5632, heads=32, kv_heads=4),
+    "1b": Shape(hidden=2048, layers=25, intermediate=5632, heads=32, kv_heads=4),
 }
 
 
