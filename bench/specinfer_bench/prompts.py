@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from specinfer.errors import InvalidRequest
 
@@ -15,7 +17,8 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     try:
         if path.stat().st_size > MAX_PROMPT_FILE_BYTES:
             raise InvalidRequest(f"{path} is larger than 64 MiB", field="prompts")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"cannot read {path}: {error}", field="prompts") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -30,11 +33,19 @@ def _prompt(path: Path, number: int, line: str) -> str:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"{path}:{number} is not JSON: {error}", field="prompts") from error
-    prompt = entry.get("prompt") if isinstance(entry, dict) else None
-    if prompt is None and isinstance(entry, dict) and entry.get("turns"):
-        prompt = entry["turns"][0]
+    prompt = _text(entry) if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise InvalidRequest(
-            f'{path}:{number} needs a "prompt" or "turns" with text', field="prompts"
+            f'{path}:{number} needs a "prompt" with text or "turns", a list of texts',
+            field="prompts",
         )
     return prompt
+
+
+def _text(entry: Mapping[str, Any]) -> Any:
+    """The prompt or the first turn; None when "turns" is anything but a list of strings."""
+    prompt, turns = entry.get("prompt"), entry.get("turns")
+    if prompt is not None:
+        return prompt
+    is_list = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+    return turns[0] if is_list and turns else None

@@ -55,7 +55,28 @@ def test_prompt_files(tmp_path: Path) -> None:
     assert read_prompts(path, 2) == ["a", "b"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"prompt": ""}', '{"prompt": 3}'])
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n', encoding="utf-8", newline=""
+    )
+    assert read_prompts(path) == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        '{"prompt": ""}',
+        '{"prompt": 3}',
+        '{"turns": {"a": 1}}',
+        '{"turns": []}',
+        '{"turns": "abc"}',
+        '{"turns": ["a", 1]}',
+    ],
+)
 def test_bad_prompt_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
