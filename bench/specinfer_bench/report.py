@@ -45,7 +45,8 @@ class BenchReport:
         arms: each way of running the prompts.
         num_prompts: prompts run.
         num_tokens: tokens of one pass over the prompts.
-        setup: the command's options and the machine.
+        setup: what was run on what: `command`, `options` and `machine`, and what the router said
+            of itself, `model`, `model_hash` and `dtype`.
     """
 
     speedup: float

@@ -32,7 +32,8 @@ async def run_bench(
         options: what to run.
         address: the router.
         prompts: questions, sent through the chat template when the model has one.
-        setup: facts of the run that the report should carry.
+        setup: facts of the run that the report should carry beside those that the router says of
+            itself: `model`, `model_hash` and `dtype`.
         more_arms: further ways of running a prompt beside speculation off and on.
         progress: called with the number of runs done.
 
@@ -54,8 +55,13 @@ async def run_bench(
                     done += 1
                     progress(done)
             passes.append(samples)
-    facts = {"model": capabilities.model, "model_hash": capabilities.model_hash}
-    return build_report(passes, {**facts, "dtype": capabilities.dtype, **setup})
+    served = {
+        "model": capabilities.model,
+        "model_hash": capabilities.model_hash,
+        "dtype": capabilities.dtype,
+    }
+    # What the router says of itself comes last: no option passes for what was measured.
+    return build_report(passes, {**setup, **served})
 
 
 def _cluster_arms(client: AsyncClient, options: BenchOptions, *, chat: bool) -> dict[Arm, RunArm]:

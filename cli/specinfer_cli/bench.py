@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,14 @@ from specinfer_bench.report import IN_PROCESS, BenchReport
 from specinfer_bench.run import RunArm, run_bench
 from specinfer_cli import arguments
 from specinfer_cli.cluster import ClusterSettings, running_cluster
-from specinfer_cli.console import friendly, import_extra, messages, output, print_json
+from specinfer_cli.console import (
+    friendly,
+    import_extra,
+    indented_json,
+    messages,
+    output,
+    print_json,
+)
 from specinfer_cli.models import choose_models, prompt_file
 
 _Grow = Annotated[
@@ -34,7 +43,11 @@ _Grow = Annotated[
 ]
 _DraftFolder = Annotated[
     Path | None,
-    typer.Option("--draft", metavar="FOLDER", help="Drafter's folder; default: the demo pair's."),
+    typer.Option(
+        "--draft",
+        metavar="FOLDER",
+        help="Drafter's folder; default: the demo pair's, to be given beside another --model.",
+    ),
 ]
 _Prompts = Annotated[
     Path | None,
@@ -55,6 +68,10 @@ _InProcess = Annotated[
     bool,
     typer.Option("--in-process", help="Also run the same loop in one process, without gRPC."),
 ]
+_Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Also write the report to this file, as JSON."),
+]
 
 
 @friendly
@@ -71,6 +88,7 @@ def bench(
     repeats: _Repeats = BenchOptions.repeats,
     seed: _Seed = BenchOptions.seed,
     in_process: _InProcess = False,
+    output_file: _Output = None,
     json: arguments.Json = False,
 ) -> None:
     """Time prompts with speculation on and off, interleaved, and compare their outputs.
@@ -91,11 +109,15 @@ def bench(
         seed=seed,
         in_process=in_process,
     )
+    if output_file is not None:
+        _make_folder_of(output_file)
     report = _run(options)
+    if output_file is not None:
+        output_file.write_text(indented_json(report.as_dict()), encoding="utf-8")
     if json:
         print_json(report.as_dict())
     else:
-        _print(output(), report)
+        _print(output(), report, grow)
     if not report.identical:
         raise typer.Exit(1)
 
@@ -107,8 +129,8 @@ def _run(options: BenchOptions) -> BenchReport:
         address = options.router
         arms: dict[str, RunArm] = {}
         if address is None:
-            target, drafter = _pair(options)
-            settings = ClusterSettings(model=target, draft=drafter, dtype=options.dtype)
+            name, target, drafter = _models(options)
+            settings = ClusterSettings(name=name, model=target, draft=drafter, dtype=options.dtype)
             address = stack.enter_context(running_cluster(settings)).router
             if options.in_process:
                 local = import_extra("specinfer_bench.local")
@@ -121,29 +143,55 @@ def _run(options: BenchOptions) -> BenchReport:
             )
 
 
-def _pair(options: BenchOptions) -> tuple[Path, Path]:
-    """Folders of the target, grown if so asked, and of the drafter."""
+def _models(options: BenchOptions) -> tuple[str, Path, Path]:
+    """The served name, and the folders of the target, grown if so asked, and of the drafter."""
     chosen = str(options.draft) if options.draft is not None else None
     choice = choose_models(options.model, chosen)
-    target, drafter = choice.target, choice.draft
+    name, target, drafter = choice.name, choice.target, choice.draft
     if drafter is None:
         raise InvalidRequest("a benchmark of speculation needs --draft FOLDER", field="draft")
     if options.grow is not None:
         grown = import_extra("specinfer_bench.grown")
+        name = f"{name}-{options.grow}"
         target = grown.grown_target(target, options.grow, options.dtype)
-    return target, drafter
+    return name, target, drafter
 
 
 def _setup(options: BenchOptions) -> dict[str, object]:
-    """The options and the machine, for the report; paths by their names alone."""
+    """The command, the options and the machine, for the report; paths by their names alone."""
     given = {
         key: value.name if isinstance(value, Path) else value
         for key, value in dataclasses.asdict(options).items()
     }
-    return {**given, **machine_facts()}
+    return {"command": _command(sys.argv[1:]), "options": given, "machine": machine_facts()}
 
 
-def _print(console: Console, report: BenchReport) -> None:
+def _command(given: Sequence[str]) -> list[str]:
+    """The command as others would write it: where its files were on this machine is left out."""
+    words = ["specinfer"]
+    for word in given:
+        flag, equals, value = word.rpartition("=")
+        words.append(f"{flag}{equals}{Path(value).name if '/' in value else value}")
+    return words
+
+
+def _make_folder_of(file: Path) -> None:
+    """Make the folder of a file before the work whose result goes there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"--output: {error}", field="output") from error
+    if file.is_dir():
+        raise InvalidRequest(f"--output: {file} is a folder", field="output")
+
+
+def _print(console: Console, report: BenchReport, grow: str | None) -> None:
+    if grow is not None:
+        console.print(
+            f"The target was grown to {grow} parameters: it costs what such a model costs and says "
+            "what the small one says.",
+            soft_wrap=True,
+        )
     table = Table("", "tokens/s", "first token, ms", "tokens a round")
     for name, arm in report.arms.items():
         table.add_row(
@@ -151,12 +199,6 @@ def _print(console: Console, report: BenchReport) -> None:
             f"{arm.tokens_per_second:.1f}",
             f"{arm.first_token_ms:.1f}",
             f"{arm.tokens_per_round:.2f}",
-        )
-    if report.setup.get("grow"):
-        console.print(
-            f"The target was grown to {report.setup['grow']} parameters: it costs what such a "
-            "model costs and says what the small one says.",
-            soft_wrap=True,
         )
     console.print(table)
     for name, arm in report.arms.items():

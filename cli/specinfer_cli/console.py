@@ -60,6 +60,11 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def indented_json(value: Any) -> str:
+    """A JSON document for a file that people read too, with its last line end."""
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
 def write(text: str) -> None:
     """Write text to stdout as it is, at once."""
     sys.stdout.write(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -291,6 +292,34 @@ def test_bench_times_a_given_router(router: FakeRouter, prompts: Path) -> None:
     assert {request.sampling.seed for request in router.requests} == {5, 6}
     told = run(*command)
     assert "outputs identical: yes" in told.stdout
+
+
+def test_bench_tells_what_it_measured_and_keeps_it(
+    router: FakeRouter, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "results" / "first.json"
+    router.capabilities = dataclasses.replace(capabilities(), dtype="float64")
+    command = [
+        *["bench", "--router", router.address, f"--prompts={prompts}", "--dtype", "float32"],
+        *["--num-prompts", "1", "--max-tokens", "6", "--output", str(kept), "--json"],
+    ]
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "bin" / "specinfer"), *command])
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert json.loads(kept.read_text(encoding="utf-8")) == report
+    setup = report["setup"]
+    assert set(setup) == {"command", "options", "machine", "model", "model_hash", "dtype"}
+    served = router.capabilities
+    assert (setup["model"], setup["model_hash"]) == (served.model, served.model_hash)
+    # The router's own, whatever the option says.
+    assert (setup["dtype"], setup["options"]["dtype"]) == ("float64", "float32")
+    assert setup["machine"]["cores"] > 0
+    assert setup["command"][:2] == ["specinfer", "bench"]
+    assert "--prompts=prompts.jsonl" in setup["command"]
+    assert str(tmp_path) not in json.dumps(setup)
+    unwritable = ["--output", str(prompts / "x.json")]
+    assert run(*command[:-3], *unwritable).exit_code == 2
 
 
 def test_bench_fails_when_outputs_differ(router: FakeRouter, prompts: Path) -> None:
