@@ -98,6 +98,20 @@ class EngineThread:
         """Have `function` called on the thread; the future takes its result or its error."""
         return self.submit(lambda future: future.set_result(function()))
 
+    def tell(self, function: Callable[[], object]) -> None:
+        """Have `function` called on the thread, however many items are pending; nobody waits.
+
+        For what has to happen and comes seldom, such as cleaning up after a peer that left. Does
+        nothing once the thread has ended or is about to.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._failure is not None or self._stopping:
+                return
+            self._pending.add(future)
+            self._inbox.put((lambda taken: taken.set_result(function()), future))
+        future.add_done_callback(self._forget)
+
     def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is pending; False when `timeout` seconds were not enough."""
         with self._lock:

@@ -25,6 +25,7 @@ from specinfer_draft.outbox import Outbox
 from specinfer_draft.servicer import SERVICE_NAME, DraftServicer
 from specinfer_engine.batch import SequenceRows
 from tests.kit.draft_driver import GREEDY, Bench, table_drafter
+from tests.kit.stream_ends import StreamEnds
 from tests.kit.table_models import TableModel, TableRunner
 
 TIMEOUT = 20.0
@@ -230,8 +231,45 @@ async def test_a_client_that_leaves_harms_nobody(service: Service) -> None:
     stream.cancel()
     service.runner.gate.set()
     other = service.stream()
-    await send(other, proposing(1))
-    assert not (await receive(other, 1))[1].status.code
+    await send(other, opening(1, "b"), proposing(2, "b"))
+    assert not (await receive(other, 2))[2].status.code
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+async def test_a_stream_takes_its_sessions_along(service: Service, orderly: bool) -> None:
+    ends = StreamEnds(service.engine)
+    leaving, staying = service.stream(), service.stream()
+    await send(leaving, opening(1, "l"), opening(2, "m"))
+    await receive(leaving, 2)
+    await send(staying, opening(1, "s"))
+    await receive(staying, 1)
+    assert service.engine.load().num_sessions == 3
+    if orderly:
+        await leaving.done_writing()
+    else:
+        leaving.cancel()
+    await ends.one()
+    assert service.engine.load().num_sessions == 1
+    await send(staying, proposing(2, "s"), proposing(3, "l"))
+    results = await receive(staying, 2)
+    assert not results[2].status.code
+    assert results[3].status.reason == "NOT_FOUND"
+
+
+async def test_a_session_opened_again_on_a_new_stream_outlives_the_old_one(
+    service: Service,
+) -> None:
+    ends = StreamEnds(service.engine)
+    old, new = service.stream(), service.stream()
+    await send(old, opening(1, "a"), opening(2, "b"))
+    await receive(old, 2)
+    await send(new, opening(1, "a"))
+    await receive(new, 1)
+    old.cancel()
+    await ends.one()
+    assert service.engine.load().num_sessions == 1
+    await send(new, proposing(2, "a"))
+    assert not (await receive(new, 1))[2].status.code
 
 
 async def test_info_tells_what_the_worker_is(service: Service) -> None:

@@ -137,3 +137,15 @@ def test_work_goes_on_without_new_items() -> None:
 
     with running(step):
         assert finished.wait(TIMEOUT), "no item came, and all hundred steps ran"
+
+
+def test_what_is_told_is_done_although_too_much_is_pending() -> None:
+    done = threading.Event()
+    with running(max_pending=1) as thread:
+        thread.submit(lambda future: None)
+        with pytest.raises(ResourceExhausted):
+            thread.call(lambda: None)
+        thread.tell(done.set)
+        assert done.wait(TIMEOUT)
+    thread.tell(done.clear)
+    assert done.is_set()

@@ -31,6 +31,7 @@ from specinfer_engine.batch import SequenceRows
 from specinfer_engine.model import TokenizerFiles
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.servicer import SERVICE_NAME, TOKENIZER_PIECE_BYTES, VerifyServicer
+from tests.kit.stream_ends import StreamEnds
 from tests.kit.table_models import TableRunner
 from tests.kit.verify_driver import TIMEOUT, running, table_engine
 
@@ -195,12 +196,56 @@ async def test_many_sessions_in_one_frame_come_back_in_few(
     assert engine.load().num_sessions == 0
 
 
-async def test_a_session_outlives_its_stream(channel: grpc.aio.Channel) -> None:
-    await exchange(channel, [[open_item(1, "a", 1, 2, 3)]])
-    first = (await exchange(channel, [[step_item(1, "a", 0, root(3))]]))[1]
-    again = (await exchange(channel, [[step_item(9, "a", 0, root(3))]]))[9]
-    assert list(first.token_ids) == list(again.token_ids)
-    assert again.epoch == 1
+async def test_a_stream_that_ends_takes_its_sessions_along(
+    channel: grpc.aio.Channel, engine: VerifyEngine
+) -> None:
+    ends = StreamEnds(engine)
+    await exchange(channel, [[open_item(1, "a", 1, 2, 3), open_item(2, "b", 1, 2, 3)]])
+    await ends.one()
+    assert engine.load().num_sessions == 0
+    results = await exchange(channel, [[step_item(1, "a", 0, root(3))]])
+    assert isinstance(error_of(results[1]), NotFound)
+
+
+async def test_a_peer_that_breaks_off_leaves_no_session_and_takes_none_of_others(
+    channel: grpc.aio.Channel, engine: VerifyEngine
+) -> None:
+    ends = StreamEnds(engine)
+    stub = verify_pb2_grpc.VerifyServiceStub(channel)
+    staying, leaving = stub.Verify(timeout=TIMEOUT), stub.Verify(timeout=TIMEOUT)
+    for call, name in ((staying, "s"), (leaving, "l")):
+        await call.write(verify_pb2.VerifyRequest(items=[open_item(1, name, 1, 2, 3)]))
+        await read(call)
+    assert engine.load().num_sessions == 2
+    leaving.cancel()
+    await ends.one()
+    assert engine.load().num_sessions == 1
+    await staying.write(verify_pb2.VerifyRequest(items=[step_item(2, "s", 0, root(3))]))
+    assert (await read(staying))[0].epoch == 1
+    await staying.done_writing()
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+async def test_a_session_opened_again_on_a_new_stream_outlives_the_old_one(
+    channel: grpc.aio.Channel, engine: VerifyEngine, epoch: int
+) -> None:
+    ends = StreamEnds(engine)
+    stub = verify_pb2_grpc.VerifyServiceStub(channel)
+    old, new = stub.Verify(timeout=TIMEOUT), stub.Verify(timeout=TIMEOUT)
+    items = [open_item(1, "a", 1, 2, 3), open_item(2, "b", 1, 2, 3)]
+    await old.write(verify_pb2.VerifyRequest(items=items))
+    while engine.load().num_sessions < 2:
+        await read(old)
+    again = open_item(1, "a", 1, 2, 3)
+    again.epoch = epoch
+    await new.write(verify_pb2.VerifyRequest(items=[again]))
+    assert error_of((await read(new))[0]) is None
+    old.cancel()
+    await ends.one()
+    assert engine.load().num_sessions == 1
+    await new.write(verify_pb2.VerifyRequest(items=[step_item(2, "a", epoch, root(3))]))
+    assert (await read(new))[0].epoch == epoch + 1
+    await new.done_writing()
 
 
 async def test_a_malformed_frame_ends_its_stream_and_no_other(

@@ -67,7 +67,13 @@ class DraftEngine:
         )
 
     def open(
-        self, session_id: str, epoch: int, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        owner: object | None = None,
     ) -> Future[None]:
         """Start to follow a session, or replace what is known of it.
 
@@ -76,13 +82,16 @@ class DraftEngine:
             epoch: commits so far.
             token_ids: prompt and output; the last one is the root.
             sampling: how the target draws, seed included.
+            owner: who has the session from now on, for `close_owned`.
 
         The future fails with InvalidRequest, ResourceExhausted or Unavailable.
         """
         if self._draining:
             raise Unavailable("this drafter takes no new session")
         tokens = tuple(token_ids)
-        return self._thread.call(lambda: self._drafter.open(session_id, epoch, tokens, sampling))
+        return self._thread.call(
+            lambda: self._drafter.open(session_id, epoch, tokens, sampling, owner=owner)
+        )
 
     def propose(
         self,
@@ -119,6 +128,10 @@ class DraftEngine:
     def close(self, session_id: str) -> Future[None]:
         """Forget a session; an unknown one is fine."""
         return self._thread.call(lambda: self._drafter.close(session_id))
+
+    def close_owned(self, owner: object) -> None:
+        """Forget the sessions that `owner` was the last one to open; returns at once."""
+        self._thread.tell(lambda: self._drafter.close_owned(owner))
 
     def drain(self, timeout: float) -> bool:
         """Refuse new sessions and wait for what is pending; whether it all ended in time."""

@@ -62,6 +62,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     ) -> AsyncIterator[draft_pb2.DraftResponse]:
         """Answer every item of every frame exactly once."""
         outbox = Outbox[Answer](max_unanswered=MAX_UNANSWERED, max_batch=MAX_FRAME_RESULTS)
+        # The outbox stands for the stream: sessions are its own until another one opens them.
         reader = asyncio.create_task(self._read(request_iterator, outbox))
         reader.add_done_callback(lambda _: outbox.close())
         try:
@@ -73,6 +74,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             await reader
         finally:
             reader.cancel()
+            self._engine.close_owned(outbox)
 
     async def GetInfo(
         self, request: draft_pb2.DraftServiceGetInfoRequest, context: Context
@@ -89,13 +91,13 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     def _submit(self, item: draft_pb2.DraftItem, outbox: Outbox[Answer]) -> None:
         """Hand one item to the engine; a bad one is answered at once."""
         try:
-            future = self._call(item)
+            future = self._call(item, outbox)
         except SpecinferError as error:
             outbox.put(Answer(item, error))
             return
         future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
-    def _call(self, item: draft_pb2.DraftItem) -> Future[Any]:
+    def _call(self, item: draft_pb2.DraftItem, owner: object) -> Future[Any]:
         action = item.WhichOneof("action")
         if action == "propose":
             propose = item.propose
@@ -109,7 +111,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             )
         if action == "open":
             sampling = sampling_from_wire(item.open.sampling)
-            return self._engine.open(item.session_id, item.epoch, item.open.token_ids, sampling)
+            return self._engine.open(
+                item.session_id, item.epoch, item.open.token_ids, sampling, owner=owner
+            )
         if action == "close":
             return self._engine.close(item.session_id)
         raise InvalidRequest("an item opens, proposes or closes", field="action")

@@ -126,6 +126,8 @@ class VerifyEngine:
         sampling: SamplingParams,
         num_prompt_tokens: int,
         num_logprobs: int | None = None,
+        *,
+        owner: object | None = None,
     ) -> Future[None]:
         """Take a session at an epoch, replacing what an earlier epoch left of it.
 
@@ -136,13 +138,17 @@ class VerifyEngine:
             sampling: how tokens are drawn.
             num_prompt_tokens: how many of `token_ids` are the prompt.
             num_logprobs: most probable tokens to report with each token; None reports no logprobs.
+            owner: who has the session from now on, for `close_owned`.
 
         The future fails with InvalidRequest, StaleEpoch, ResourceExhausted or Unavailable.
         """
         tokens = tuple(token_ids)
-        return self._thread.call(
-            lambda: self._open(session_id, epoch, tokens, sampling, num_prompt_tokens, num_logprobs)
-        )
+
+        def take() -> None:
+            self._open(session_id, epoch, tokens, sampling, num_prompt_tokens, num_logprobs)
+            self._scheduler.sessions[session_id].owner = owner
+
+        return self._thread.call(take)
 
     def step(self, session_id: str, epoch: int, tree: TokenTree) -> Future[VerifyResult]:
         """Check a tree below the session's root and commit what it confirms.
@@ -159,6 +165,10 @@ class VerifyEngine:
     def close(self, session_id: str) -> Future[None]:
         """Give a session's blocks up; an unknown session is fine."""
         return self._thread.call(lambda: self._close(session_id, Cancelled("session closed")))
+
+    def close_owned(self, owner: object) -> None:
+        """Close the sessions that `owner` was the last one to open; returns at once."""
+        self._thread.tell(lambda: self._close_owned(owner))
 
     def drain(self, timeout: float) -> bool:
         """Refuse new sessions and wait for the open ones; whether they all ended in time."""
@@ -295,6 +305,11 @@ class VerifyEngine:
             _fail(session.pending, reason)
         if not self._scheduler.sessions:
             self._empty.set()
+
+    def _close_owned(self, owner: object) -> None:
+        for session in list(self._scheduler.sessions.values()):
+            if session.owner is owner:
+                self._close(session.session_id, Cancelled("the session's stream ended"))
 
     def _evict_idle(self, now: float) -> None:
         """Close sessions that no router has asked for in a long time."""

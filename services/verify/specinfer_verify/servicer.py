@@ -66,6 +66,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     ) -> AsyncIterator[verify_pb2.VerifyResponse]:
         """Answer every item of every frame exactly once."""
         outbox = Outbox(MAX_UNANSWERED)
+        # The outbox stands for the stream: sessions are its own until another one opens them.
         reader = asyncio.create_task(self._read(request_iterator, outbox))
         try:
             async for results in outbox.batches(reader):
@@ -74,6 +75,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             await reader
         finally:
             reader.cancel()
+            self._engine.close_owned(outbox)
 
     async def GetInfo(
         self, request: verify_pb2.VerifyServiceGetInfoRequest, context: Context
@@ -106,24 +108,24 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     def _submit(self, item: verify_pb2.VerifyItem, outbox: Outbox) -> None:
         """Hand one item to the engine; a bad one is answered at once."""
         try:
-            future = self._call(item)
+            future = self._call(item, outbox)
         except SpecinferError as error:
             outbox.put(_failed(item, error))
             return
         future.add_done_callback(lambda done: outbox.put(_answered(item, done)))
 
-    def _call(self, item: verify_pb2.VerifyItem) -> Future[Any]:
+    def _call(self, item: verify_pb2.VerifyItem, owner: object) -> Future[Any]:
         action = item.WhichOneof("action")
         if action == "step":
             tree = tree_from_wire(item.step.tree)
             return self._engine.step(item.session_id, item.epoch, tree)
         if action == "open":
-            return self._open(item)
+            return self._open(item, owner)
         if action == "close":
             return self._engine.close(item.session_id)
         raise InvalidRequest("an item opens, steps or closes", field="action")
 
-    def _open(self, item: verify_pb2.VerifyItem) -> Future[None]:
+    def _open(self, item: verify_pb2.VerifyItem, owner: object) -> Future[None]:
         rule = item.open.acceptance_rule or ACCEPTANCE_RULES[0]
         if rule not in ACCEPTANCE_RULES:
             raise InvalidRequest(
@@ -137,6 +139,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             sampling_from_wire(item.open.sampling),
             item.open.num_prompt_tokens,
             item.open.num_logprobs if item.open.HasField("num_logprobs") else None,
+            owner=owner,
         )
 
 

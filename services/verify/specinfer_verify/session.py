@@ -53,6 +53,7 @@ class Session:
         pending: the step that waits, or None.
         last_result: answer to the last step, for a router that asks again.
         num_cached_tokens: prompt tokens found in the prefix cache; None until the first look.
+        owner: who opened it last, or None.
     """
 
     session_id: str
@@ -67,6 +68,7 @@ class Session:
     pending: PendingStep | None = None
     last_result: VerifyResult | None = None
     num_cached_tokens: int | None = None
+    owner: object | None = None
 
     @property
     def base_len(self) -> int:

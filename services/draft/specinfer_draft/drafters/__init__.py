@@ -1,8 +1,10 @@
 """Drafters: what guesses. One so far, `model.ModelDrafter`; the next ones take the same calls.
 
-    open(session_id, epoch, token_ids, sampling)    start to follow a session, or replace it
+    open(session_id, epoch, token_ids, sampling, *, owner)
+                                                    start to follow a session, or replace it
     propose(session_id, query, future)              take what was committed, then guess
     close(session_id)                               forget the session
+    close_owned(owner)                              forget those that this owner opened last
     run_pass() -> bool                              one unit of work; whether there was any
 
 All calls come from one thread, the engine's. The committed tokens of a session move only by

@@ -130,9 +130,17 @@ class ModelDrafter:
         return len(self._planner.growing)
 
     def open(
-        self, session_id: str, epoch: int, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        owner: object | None = None,
     ) -> None:
         """Start to follow a session; what was known under its name is replaced.
+
+        `owner` has the session from now on, for `close_owned`.
 
         Raises:
             InvalidRequest: when the tokens or the sampling do not fit the model.
@@ -155,7 +163,7 @@ class ModelDrafter:
         self.close(session_id)
         self._make_place()
         state = SequenceState(self._blocks, token_ids)
-        self._planner.add(DraftSession(session_id, epoch, state, forecast))
+        self._planner.add(DraftSession(session_id, epoch, state, forecast, owner=owner))
 
     def propose(self, session_id: str, query: ProposeQuery, future: Future[DraftResult]) -> None:
         """Take what was committed and begin to grow a tree below the root.
@@ -193,6 +201,12 @@ class ModelDrafter:
         if session is not None:
             self._drop_growth(session, "the session was closed")
             self._planner.remove(session_id)
+
+    def close_owned(self, owner: object) -> None:
+        """Forget the sessions that `owner` was the last one to open."""
+        for session in list(self._planner.sessions.values()):
+            if session.owner is owner:
+                self.close(session.session_id)
 
     @torch.inference_mode()
     def run_pass(self) -> bool:

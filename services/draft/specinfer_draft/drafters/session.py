@@ -132,6 +132,7 @@ class DraftSession:
         forecast: how the target draws.
         growth: the proposal that is being worked on, or None.
         prefill_eagerly: whether the prompt is computed before a query asks for it.
+        owner: who opened it last, or None.
     """
 
     session_id: str
@@ -140,6 +141,7 @@ class DraftSession:
     forecast: DrawForecast
     growth: Growth | None = None
     prefill_eagerly: bool = True
+    owner: object | None = None
 
     def advance(self, query: ProposeQuery) -> None:
         """Move to the tokens that the query tells of, keeping what agrees with them.
