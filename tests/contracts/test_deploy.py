@@ -19,14 +19,22 @@ LISTENING = {
     "verify": "SPECINFER_VERIFY_ADDRESS",
 }
 # What compose 1.29 with engine 20.10 understands of a service, as far as we use it.
-SERVICE_KEYS = {"image", "build", "environment", "ports", "depends_on", "restart", "healthcheck"}
+SERVICE_KEYS = {
+    *("image", "build", "environment", "ports", "depends_on", "restart", "healthcheck"),
+    *("init", "stop_grace_period"),
+}
+
+
+def settings_of(tier: str) -> Any:
+    """The class of this tier's settings."""
+    module = import_module(f"specinfer_{tier}.settings")
+    return module.RouterSettings if tier == "router" else module.Settings
 
 
 def settings_fields(tier: str) -> set[str]:
     """The environment variables that this tier's settings read."""
-    module = import_module(f"specinfer_{tier}.settings")
-    kind = module.RouterSettings if tier == "router" else module.Settings
-    return {f"SPECINFER_{tier.upper()}_{item.name.upper()}" for item in dataclasses.fields(kind)}
+    fields = dataclasses.fields(settings_of(tier))
+    return {f"SPECINFER_{tier.upper()}_{item.name.upper()}" for item in fields}
 
 
 def test_old_compose_understands_the_file() -> None:
@@ -41,6 +49,15 @@ def test_old_compose_understands_the_file() -> None:
 @pytest.mark.parametrize("tier", TIERS)
 def test_environment_names_settings_that_exist(tier: str) -> None:
     assert set(COMPOSE["services"][tier]["environment"]) <= settings_fields(tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_services_have_time_to_drain_and_an_init_that_passes_signals_on(tier: str) -> None:
+    service = COMPOSE["services"][tier]
+    grace = re.fullmatch(r"(\d+)s", service["stop_grace_period"])
+    assert grace is not None
+    assert int(grace[1]) > settings_of(tier).drain_seconds
+    assert service["init"] is True
 
 
 @pytest.mark.parametrize("tier", TIERS)
