@@ -30,20 +30,23 @@ def grown_target(source: Path, preset: str, dtype: str, cache: Path | None = Non
         InvalidRequest: when the checkpoint cannot be grown.
     """
     folder = cache or default_cache()
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{source.parent.name}-{preset}-{dtype}-{_fingerprint(source)}"
-    if (target / "config.json").is_file():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{source.parent.name}-{preset}-{dtype}-{_fingerprint(source)}"
+        if not (target / "config.json").is_file():
+            _grow(source, target, preset, dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidRequest(f"cannot grow {source}: {error}", field="grow") from error
+    return target
+
+
+def _grow(source: Path, target: Path, preset: str, dtype: str) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         made = Path(temporary) / "grown"
-        try:
-            grow_checkpoint(source, made, preset, getattr(torch, dtype))
-        except (OSError, ValueError, KeyError) as error:
-            raise InvalidRequest(f"cannot grow {source}: {error}", field="grow") from error
+        grow_checkpoint(source, made, preset, getattr(torch, dtype))
         # A rename shows the folder whole or not at all, whoever else makes it at the same time.
         if not target.exists():
             made.rename(target)
-    return target
 
 
 def default_cache() -> Path:
@@ -54,7 +57,8 @@ def default_cache() -> Path:
 
 def _fingerprint(source: Path) -> str:
     digest = hashlib.sha256((source / "config.json").read_bytes())
-    with (source / "model.safetensors").open("rb") as weights:
-        while chunk := weights.read(1 << 20):
-            digest.update(chunk)
+    for file in sorted(source.glob("*.safetensors")):
+        with file.open("rb") as weights:
+            while chunk := weights.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()[:12]

@@ -55,12 +55,19 @@ class LocalLink:
     address = "in this process"
     connected = True
     ready = True
+    trusted = True
     generation = 1
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
         self.load = WorkerLoad()
         self.num_seats = 0
+
+    def trust(self) -> None:
+        """Nothing to note: there is no other worker to go to."""
+
+    def distrust(self, since: float) -> None:
+        """See trust."""
 
 
 class LocalDraftLink(LocalLink):
