@@ -21,7 +21,6 @@ from specinfer.server import RpcServer, build_server
 from specinfer.tree import TokenTree
 from specinfer.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
 from specinfer_draft.engine import DraftEngine
-from specinfer_draft.outbox import Outbox
 from specinfer_draft.servicer import SERVICE_NAME, DraftServicer
 from specinfer_engine.batch import SequenceRows
 from tests.kit.draft_driver import GREEDY, Bench, table_drafter
@@ -323,39 +322,3 @@ async def test_an_engine_that_is_stopped_answers_what_is_pending() -> None:
         future.result(0)
     with pytest.raises(Unavailable):
         engine.open("a", 0, PROMPT, GREEDY)
-
-
-async def test_results_that_are_ready_together_leave_together() -> None:
-    outbox = Outbox[int](max_unanswered=100, max_batch=64)
-    for _ in range(70):
-        await outbox.expect_one()
-
-    def put_all() -> None:
-        for number in range(70):
-            outbox.put(number)
-
-    thread = threading.Thread(target=put_all)
-    thread.start()
-    thread.join()
-    outbox.close()
-    assert [len(batch) async for batch in outbox.batches()] == [64, 6]
-
-
-async def test_an_outbox_holds_back_a_peer_that_only_sends() -> None:
-    outbox = Outbox[int](max_unanswered=2, max_batch=1)
-    for _ in range(2):
-        await outbox.expect_one()
-    third = asyncio.ensure_future(outbox.expect_one())
-    outbox.put(1)
-    outbox.put(2)
-    await asyncio.sleep(0)
-    assert not third.done()
-    batches = outbox.batches()
-    assert await anext(batches) == [1]
-    assert await anext(batches) == [2]
-    await third
-    outbox.close()
-    outbox.put(3)
-    assert await anext(batches) == [3]
-    with pytest.raises(StopAsyncIteration):
-        await anext(batches)

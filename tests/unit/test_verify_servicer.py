@@ -29,6 +29,7 @@ from specinfer.tree import TokenTree
 from specinfer.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.model import TokenizerFiles
+from specinfer_verify import servicer
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.servicer import SERVICE_NAME, TOKENIZER_PIECE_BYTES, VerifyServicer
 from tests.kit.stream_ends import StreamEnds
@@ -72,8 +73,8 @@ async def channel(engine: VerifyEngine) -> AsyncIterator[grpc.aio.Channel]:
 async def serving(engine: VerifyEngine) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a server of the engine."""
     server = build_server("127.0.0.1:0", [SERVICE_NAME])
-    servicer = VerifyServicer(engine, INFO, TOKENIZER, (3, 4))
-    verify_pb2_grpc.add_VerifyServiceServicer_to_server(servicer, server.server)
+    added = VerifyServicer(engine, INFO, TOKENIZER, (3, 4))
+    verify_pb2_grpc.add_VerifyServiceServicer_to_server(added, server.server)
     await server.start()
     async with open_channel(f"127.0.0.1:{server.port}") as opened:
         yield opened
@@ -323,3 +324,15 @@ async def test_health_answers_during_a_long_pass() -> None:
             await stub.GetInfo(verify_pb2.VerifyServiceGetInfoRequest(), timeout=5.0)
             WaitingRunner.gate.set()
             assert [result.item_id for result in await read(call)] == [2]
+
+
+async def test_results_too_large_for_one_frame_leave_in_several(
+    channel: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "MAX_FRAME_BYTES", 1)
+    stub = verify_pb2_grpc.VerifyServiceStub(channel)
+    items = [open_item(number, f"s{number}", 1, 2, 3) for number in range(5)]
+    requests = iter([verify_pb2.VerifyRequest(items=items)])
+    frames = [list(frame.results) async for frame in stub.Verify(requests, timeout=TIMEOUT)]
+    assert [len(frame) for frame in frames] == [1] * 5
+    assert sorted(frame[0].item_id for frame in frames) == [0, 1, 2, 3, 4]

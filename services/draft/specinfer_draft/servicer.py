@@ -24,14 +24,16 @@ from specinfer.convert import (
 )
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError
 from specinfer.messages import DraftResult, WorkerInfo
+from specinfer.outbox import Outbox, split_frames
+from specinfer.rpc import MAX_MESSAGE_BYTES
 from specinfer.v1 import draft_pb2, draft_pb2_grpc
 from specinfer_draft.engine import DraftEngine
-from specinfer_draft.outbox import Outbox
 
 SERVICE_NAME = "specinfer.v1.DraftService"
 MAX_UNANSWERED = 4096
-# A tree of the most nodes takes about 14 KiB, so a frame stays below the size that peers accept.
 MAX_FRAME_RESULTS = 256
+# Leaves room for what surrounds the results.
+MAX_FRAME_BYTES = MAX_MESSAGE_BYTES // 2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Frames = AsyncIterator[draft_pb2.DraftRequest]
@@ -68,9 +70,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         try:
             async for answers in outbox.batches():
                 # Translated here and not where they are put: the engine's thread has trees to grow.
-                results = [_result(answer) for answer in answers]
-                load = load_to_wire(self._engine.load())
-                yield draft_pb2.DraftResponse(results=results, load=load)
+                for results in split_frames(map(_result, answers), MAX_FRAME_BYTES):
+                    load = load_to_wire(self._engine.load())
+                    yield draft_pb2.DraftResponse(results=results, load=load)
             await reader
         finally:
             reader.cancel()

@@ -7,10 +7,9 @@ results leave as they are made, those that are ready together in one frame.
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
@@ -25,6 +24,8 @@ from specinfer.convert import (
 )
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError
 from specinfer.messages import VerifyResult, WorkerInfo
+from specinfer.outbox import Outbox, split_frames
+from specinfer.rpc import MAX_MESSAGE_BYTES
 from specinfer.v1 import verify_pb2, verify_pb2_grpc
 from specinfer_engine.model import TokenizerFiles
 from specinfer_verify.engine import VerifyEngine
@@ -32,11 +33,20 @@ from specinfer_verify.engine import VerifyEngine
 SERVICE_NAME = "specinfer.v1.VerifyService"
 ACCEPTANCE_RULES = ("match",)
 MAX_UNANSWERED = 4096
+MAX_FRAME_RESULTS = 256
+# Leaves room for what surrounds the results.
+MAX_FRAME_BYTES = MAX_MESSAGE_BYTES // 2
 TOKENIZER_PIECE_BYTES = 1 << 20
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Answer:
+    """An item and what came of it: a VerifyResult, None for an open or a close, or an error."""
+
+    item: verify_pb2.VerifyItem
+    outcome: VerifyResult | SpecinferError | None
 
 
 class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
@@ -65,13 +75,16 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Context
     ) -> AsyncIterator[verify_pb2.VerifyResponse]:
         """Answer every item of every frame exactly once."""
-        outbox = Outbox(MAX_UNANSWERED)
+        outbox = Outbox[Answer](max_unanswered=MAX_UNANSWERED, max_batch=MAX_FRAME_RESULTS)
         # The outbox stands for the stream: sessions are its own until another one opens them.
         reader = asyncio.create_task(self._read(request_iterator, outbox))
+        reader.add_done_callback(lambda _: outbox.close())
         try:
-            async for results in outbox.batches(reader):
-                load = load_to_wire(self._engine.load())
-                yield verify_pb2.VerifyResponse(results=results, load=load)
+            async for answers in outbox.batches():
+                # Translated here and not where they are put: the engine's thread has passes to run.
+                for results in split_frames(map(_result, answers), MAX_FRAME_BYTES):
+                    load = load_to_wire(self._engine.load())
+                    yield verify_pb2.VerifyResponse(results=results, load=load)
             await reader
         finally:
             reader.cancel()
@@ -99,20 +112,22 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             piece = content[start : start + TOKENIZER_PIECE_BYTES]
             yield verify_pb2.GetTokenizerResponse(tokenizer_json=piece)
 
-    async def _read(self, frames: AsyncIterator[verify_pb2.VerifyRequest], outbox: Outbox) -> None:
+    async def _read(
+        self, frames: AsyncIterator[verify_pb2.VerifyRequest], outbox: Outbox[Answer]
+    ) -> None:
         async for frame in frames:
             for item in frame.items:
                 await outbox.expect_one()
                 self._submit(item, outbox)
 
-    def _submit(self, item: verify_pb2.VerifyItem, outbox: Outbox) -> None:
+    def _submit(self, item: verify_pb2.VerifyItem, outbox: Outbox[Answer]) -> None:
         """Hand one item to the engine; a bad one is answered at once."""
         try:
             future = self._call(item, outbox)
         except SpecinferError as error:
-            outbox.put(_failed(item, error))
+            outbox.put(Answer(item, error))
             return
-        future.add_done_callback(lambda done: outbox.put(_answered(item, done)))
+        future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
     def _call(self, item: verify_pb2.VerifyItem, owner: object) -> Future[Any]:
         action = item.WhichOneof("action")
@@ -143,80 +158,19 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         )
 
 
-class Outbox:
-    """Results on their way to one stream, put from any thread and taken in batches.
-
-    Args:
-        limit: most items read and not yet answered; reading waits beyond it, so a peer that sends
-            and never reads holds itself up.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._results: list[verify_pb2.VerifyItemResult] = []
-        self._num_expected = 0
-        self._changed = asyncio.Event()
-        self._room = asyncio.Event()
-
-    async def expect_one(self) -> None:
-        """Wait until one more item may be read."""
-        while self._num_expected >= self._limit:
-            self._room.clear()
-            await self._room.wait()
-        self._num_expected += 1
-
-    def put(self, result: verify_pb2.VerifyItemResult) -> None:
-        """Add a result, from any thread; the loop is woken once for a batch."""
-        with self._lock:
-            self._results.append(result)
-            first = len(self._results) == 1
-        if first:
-            self._wake(self._changed.set)
-
-    async def batches(
-        self, reader: asyncio.Task[None]
-    ) -> AsyncIterator[list[verify_pb2.VerifyItemResult]]:
-        """Results that are ready together, until the reader is done and all is answered."""
-        reader.add_done_callback(lambda _: self._changed.set())
-        while not (reader.done() and (self._num_expected == 0 or reader.exception())):
-            await self._changed.wait()
-            self._changed.clear()
-            with self._lock:
-                results, self._results = self._results, []
-            if results:
-                self._num_expected -= len(results)
-                self._room.set()
-                yield results
-
-    def _wake(self, callback: Callable[[], None]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback)
-        except RuntimeError:
-            # The loop is closed: the process is ending and nobody reads the result.
-            log.debug("a result came after the event loop had closed")
-
-
-def _answered(
-    item: verify_pb2.VerifyItem, future: Future[VerifyResult | None]
-) -> verify_pb2.VerifyItemResult:
+def _outcome(future: Future[Any]) -> VerifyResult | SpecinferError | None:
     error = future.exception()
-    if error is not None:
-        kind = error if isinstance(error, SpecinferError) else InternalError(str(error))
-        return _failed(item, kind)
-    result = future.result()
-    if result is not None:
-        return verify_result_to_wire(item, result)
-    return verify_pb2.VerifyItemResult(
-        item_id=item.item_id, session_id=item.session_id, epoch=item.epoch
-    )
+    if error is None:
+        result: VerifyResult | None = future.result()
+        return result
+    return error if isinstance(error, SpecinferError) else InternalError(str(error))
 
 
-def _failed(item: verify_pb2.VerifyItem, error: SpecinferError) -> verify_pb2.VerifyItemResult:
+def _result(answer: Answer) -> verify_pb2.VerifyItemResult:
+    item, outcome = answer.item, answer.outcome
+    if isinstance(outcome, VerifyResult):
+        return verify_result_to_wire(item, outcome)
+    status = None if outcome is None else status_to_wire(outcome)
     return verify_pb2.VerifyItemResult(
-        item_id=item.item_id,
-        session_id=item.session_id,
-        epoch=item.epoch,
-        status=status_to_wire(error),
+        item_id=item.item_id, session_id=item.session_id, epoch=item.epoch, status=status
     )

@@ -1,6 +1,6 @@
 """Results on their way to one stream: put from any thread, taken in batches by the event loop.
 
-Knows nothing of what the results are.
+Both worker tiers answer through it. It knows nothing of what the results are, nor of gRPC.
 """
 
 from __future__ import annotations
@@ -8,10 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 Result = TypeVar("Result")
+
+
+class Sized(Protocol):
+    """What has a size on the wire, as every protobuf message has."""
+
+    def ByteSize(self) -> int:
+        """Bytes on the wire."""
+        ...
+
+
+Message = TypeVar("Message", bound=Sized)
 
 
 class Outbox(Generic[Result]):
@@ -66,3 +77,21 @@ class Outbox(Generic[Result]):
                 self._num_unanswered -= len(batch)
                 for _ in batch:
                     self._room.release()
+
+
+def split_frames(messages: Iterable[Message], max_bytes: int) -> Iterator[list[Message]]:
+    """The messages in order, in as few lists as keep each list's sum within `max_bytes`.
+
+    A message that is larger by itself has a list of its own.
+    """
+    frame: list[Message] = []
+    num_bytes = 0
+    for message in messages:
+        size = message.ByteSize()
+        if frame and num_bytes + size > max_bytes:
+            yield frame
+            frame, num_bytes = [], 0
+        frame.append(message)
+        num_bytes += size
+    if frame:
+        yield frame
