@@ -21,6 +21,7 @@ from specinfer_cli.processes import (
     Child,
     claim_address,
     free_port,
+    reach_redis,
     start_child,
     stop_children,
     wait_healthy,
@@ -44,7 +45,9 @@ class ClusterSettings:
         grpc_address: where the router listens; port 0 takes a free one.
         gateway_address: where it answers health and metrics over HTTP.
         dtype: number format of the target and the drafter.
-        num_threads: compute threads of each worker; None shares the machine's cores out.
+        insecure_bind: let the router listen beyond this machine, without TLS.
+        num_threads: compute threads of each worker; None shares the cores of this process out among
+            the verify workers and gives each drafter one, since drafters are small.
         logs: folder for the children's logs; None uses a temporary one.
         startup_seconds: how long the workers may take to load.
         grace_seconds: how long running streams may take to finish at the end.
@@ -61,6 +64,7 @@ class ClusterSettings:
     redis: str | None = None
     grpc_address: str = "127.0.0.1:0"
     gateway_address: str = "127.0.0.1:0"
+    insecure_bind: bool = False
     dtype: str = "float32"
     num_threads: int | None = None
     logs: Path | None = None
@@ -130,13 +134,18 @@ def running_cluster(
         interrupted: looked at while waiting; True gives the start up.
 
     Raises:
-        InvalidRequest: when an address is in use.
+        InvalidRequest: when an address is in use or not of this machine alone, or Redis is not
+            there.
         SpecinferError: when a child ends during the start, with the last lines of its log.
         Unavailable: when the cluster is not healthy in time.
         KeyboardInterrupt: when interrupted.
     """
-    router = claim_address("--grpc", settings.grpc_address)
-    gateway = claim_address("--gateway", settings.gateway_address)
+    # What the router would refuse is told before anybody waits for workers to load.
+    insecure = settings.insecure_bind
+    router = claim_address("--grpc", settings.grpc_address, insecure_bind=insecure)
+    gateway = claim_address("--gateway", settings.gateway_address, insecure_bind=insecure)
+    if settings.redis is not None:
+        reach_redis(settings.redis)
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="specinfer-") as temporary:
         folder = settings.logs or Path(temporary)
@@ -147,7 +156,14 @@ def running_cluster(
             wait_healthy(children, deadline, interrupted)
             flags = _router_flags(settings, router, gateway, verifiers, drafters)
             children.append(
-                start_child("router", "specinfer_router", flags, address=router, folder=folder)
+                start_child(
+                    "router",
+                    "specinfer_router",
+                    flags,
+                    address=router,
+                    folder=folder,
+                    environment=_router_environment(settings),
+                )
             )
             wait_healthy(children, deadline, interrupted)
             yield RunningCluster(router, gateway, verifiers, drafters, tuple(children))
@@ -172,7 +188,7 @@ def _start_workers(
             start_child(
                 f"{kind} {len(addresses[kind])}",
                 f"specinfer_{kind}",
-                _worker_flags(settings, address, model),
+                _worker_flags(settings, kind, address, model),
                 address=address,
                 folder=folder,
             )
@@ -180,15 +196,15 @@ def _start_workers(
     return tuple(addresses["verify"]), tuple(addresses["draft"])
 
 
-def _worker_flags(settings: ClusterSettings, address: str, model: Path) -> list[str]:
-    cores = os.cpu_count() or 1
-    threads = settings.num_threads or max(1, cores // settings.num_verifiers)
+def _worker_flags(settings: ClusterSettings, kind: str, address: str, model: Path) -> list[str]:
+    cores = len(os.sched_getaffinity(0))
+    share = max(1, cores // settings.num_verifiers) if kind == "verify" else 1
     return [
         *("--address", address),
         *("--model", str(model)),
         *("--name", settings.name or settings.model.name),
         *("--dtype", settings.dtype),
-        *("--threads", str(threads)),
+        *("--threads", str(settings.num_threads or share)),
         # The router has drained before the workers are asked to end.
         *("--drain-seconds", str(WORKER_DRAIN_SECONDS)),
     ]
@@ -207,9 +223,14 @@ def _router_flags(
         flags += ["--verify", address]
     for address in drafters:
         flags += ["--draft", address]
-    if settings.redis is not None:
-        flags += ["--redis", settings.redis]
+    if settings.insecure_bind:
+        flags.append("--insecure-bind")
     return flags
+
+
+def _router_environment(settings: ClusterSettings) -> dict[str, str]:
+    # The URL may hold a password, and everybody on the machine may read a command line.
+    return {"SPECINFER_ROUTER_REDIS": settings.redis} if settings.redis is not None else {}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ TAIL_LINES = 15
 TAIL_BYTES = 16 * 1024
 POLL_SECONDS = 0.05
 HEALTH_TIMEOUT_SECONDS = 2.0
+REDIS_TIMEOUT_SECONDS = 5.0
+LOOPBACK = ("localhost", "::1")
 
 
 @dataclass
@@ -69,8 +71,11 @@ def start_child(
     *,
     address: str,
     folder: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> Child:
     """Start `python -m module arguments` in a process group of its own, its output in a file.
+
+    `environment` goes before our own.
 
     The group keeps a Ctrl-C in the terminal from reaching the children before we have decided in
     which order they end.
@@ -84,7 +89,7 @@ def start_child(
             stderr=subprocess.STDOUT,
             # Workers share the cores: compute threads that wait actively in one keep another's
             # from running. The user's own setting goes before ours.
-            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ},
+            env={"GOMP_SPINCOUNT": OPENMP_SPINS, **os.environ, **(environment or {})},
             start_new_session=True,
         )
     return Child(name, process, path, address)
@@ -150,16 +155,23 @@ def free_port() -> int:
         return port
 
 
-def claim_address(flag: str, address: str) -> str:
+def claim_address(flag: str, address: str, *, insecure_bind: bool = False) -> str:
     """The address with a port of its own instead of port 0.
 
     Raises:
-        InvalidRequest: naming the flag, when the address is none or its port is in use.
+        InvalidRequest: naming the flag, when the address is none, its port is in use, or it can be
+            reached from other machines and `insecure_bind` does not allow it.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidRequest(f"{flag} is HOST:PORT, got {address!r}", field=flag.lstrip("-"))
     bare = host.strip("[]")
+    if not (insecure_bind or bare in LOOPBACK or bare.startswith("127.")):
+        raise InvalidRequest(
+            f"{flag}: {address} can be reached from other machines, without TLS: "
+            "take 127.0.0.1, or allow it with --insecure-bind",
+            field=flag.lstrip("-"),
+        )
     family = socket.AF_INET6 if ":" in bare else socket.AF_INET
     with socket.socket(family) as probe:
         # A port whose last connection has just ended may be bound; one that is listened on not.
@@ -173,3 +185,21 @@ def claim_address(flag: str, address: str) -> str:
                 field=flag.lstrip("-"),
             ) from error
         return f"{host}:{probe.getsockname()[1]}"
+
+
+def reach_redis(url: str) -> None:
+    """Ask a Redis server for a sign of life; raises InvalidRequest when there is none.
+
+    The message leaves the URL out, since it may hold a password.
+    """
+    import redis
+
+    try:
+        with redis.Redis.from_url(
+            url,
+            socket_timeout=REDIS_TIMEOUT_SECONDS,
+            socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+        ) as client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError) as error:
+        raise InvalidRequest(f"--redis: no answer: {error}", field="redis") from error

@@ -33,7 +33,16 @@ _Gateway = Annotated[
 ]
 _Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Compute threads of each worker; default: all cores."),
+    typer.Option(
+        "--threads",
+        min=1,
+        help="Compute threads of each worker; default: the cores that this process may use, shared "
+        "out among the verify workers, and 1 for each draft worker.",
+    ),
+]
+_InsecureBind = Annotated[
+    bool,
+    typer.Option("--insecure-bind", help="Let the router listen beyond this machine, without TLS."),
 ]
 _Logs = Annotated[
     Path | None,
@@ -50,6 +59,7 @@ def up(
     redis: _Redis = None,
     grpc: _Grpc = arguments.DEFAULT_ADDRESS,
     gateway: _Gateway = "127.0.0.1:8000",
+    insecure_bind: _InsecureBind = False,
     dtype: arguments.Dtype = "float32",
     threads: _Threads = None,
     logs: _Logs = None,
@@ -71,6 +81,7 @@ def up(
         redis=redis,
         grpc_address=grpc,
         gateway_address=gateway,
+        insecure_bind=insecure_bind,
         dtype=dtype,
         num_threads=threads,
         logs=logs,

@@ -16,7 +16,7 @@ from specinfer_bench.grown import default_cache, grown_target
 from specinfer_bench.local import local_router, run_local
 from specinfer_bench.options import GROWN_PRESETS, BenchOptions
 from specinfer_router.router import Router
-from specinfer_training.grow import PRESETS, Shape
+from specinfer_training.grow import PRESETS, Shape, grow_checkpoint
 from tests.kit.tiny_models import write_tiny_llama
 
 # Twice the tiny Llama's sizes; its head size and vocabulary stay.
@@ -33,11 +33,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grown_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Presets that were grown, each to the small shape in place of its own."""
     calls: list[str] = []
-    grow = grown.grow_checkpoint
-
     def small(source: Path, folder: Path, preset: str, dtype: torch.dtype) -> Path:
         calls.append(preset)
-        return grow(source, folder, SMALL, dtype)
+        return grow_checkpoint(source, folder, SMALL, dtype)
 
     monkeypatch.setattr(grown, "grow_checkpoint", small)
     return calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +19,13 @@ from typer.testing import CliRunner
 
 from specinfer.errors import InvalidRequest, SpecinferError, Unavailable
 from specinfer_cli.app import app
-from specinfer_cli.cluster import ClusterSettings, RunningCluster
+from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
 from specinfer_cli.models import ModelChoice, choose_models, demo_folder
 from specinfer_cli.processes import (
     Child,
     claim_address,
     free_port,
+    reach_redis,
     start_child,
     stop_children,
     wait_healthy,
@@ -178,6 +181,96 @@ def test_addresses_are_claimed() -> None:
         with pytest.raises(InvalidRequest, match="HOST:PORT"):
             claim_address("--gateway", bad)
     assert 0 < free_port() < 65536
+    with pytest.raises(InvalidRequest, match="--insecure-bind"):
+        claim_address("--gateway", "0.0.0.0:0")
+    assert claim_address("--gateway", "0.0.0.0:0", insecure_bind=True).startswith("0.0.0.0:")
+
+
+def test_redis_is_looked_for(redis_server: str) -> None:
+    reach_redis(redis_server)
+    for url in (f"redis://:secret@127.0.0.1:{free_port()}/0", "no-redis://secret"):
+        with pytest.raises(InvalidRequest, match="--redis") as caught:
+            reach_redis(url)
+        assert "secret" not in caught.value.message
+
+
+@dataclasses.dataclass
+class Starts:
+    """Children that would have been started."""
+
+    flags: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    environments: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+    def start(
+        self,
+        name: str,
+        module: str,
+        flags: list[str],
+        *,
+        address: str,
+        folder: Path,
+        environment: dict[str, str] | None = None,
+    ) -> Any:
+        self.flags[name] = flags
+        self.environments[name] = environment or {}
+        return SimpleNamespace(name=name, address=address)
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> Starts:
+    """Clusters start nothing and write down what they would have started."""
+    seen = Starts()
+    monkeypatch.setattr("specinfer_cli.cluster.start_child", seen.start)
+    for name in ("wait_healthy", "stop_children"):
+        monkeypatch.setattr(f"specinfer_cli.cluster.{name}", lambda *_: None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)))
+    return seen
+
+
+def threads(flags: list[str]) -> str:
+    return flags[flags.index("--threads") + 1]
+
+
+def test_verify_workers_share_the_cores_and_drafters_take_one(starts: Starts) -> None:
+    settings = ClusterSettings(Path("target"), Path("draft"), num_verifiers=2, num_drafters=2)
+    for given, verify, draft in ((None, "4", "1"), (3, "3", "3")):
+        with running_cluster(dataclasses.replace(settings, num_threads=given)):
+            for number in (1, 2):
+                assert threads(starts.flags[f"verify {number}"]) == verify
+                assert threads(starts.flags[f"draft {number}"]) == draft
+
+
+def test_only_the_router_is_told_of_redis_and_of_other_machines(
+    starts: Starts, redis_server: str
+) -> None:
+    settings = ClusterSettings(Path("target"), grpc_address="0.0.0.0:0", redis=redis_server)
+    with running_cluster(dataclasses.replace(settings, insecure_bind=True)):
+        assert "--insecure-bind" in starts.flags["router"]
+        assert "--insecure-bind" not in starts.flags["verify 1"]
+        assert starts.environments["router"] == {"SPECINFER_ROUTER_REDIS": redis_server}
+        assert starts.environments["verify 1"] == {}
+        assert all(redis_server not in flags for flags in starts.flags.values())
+
+
+def test_a_cluster_that_cannot_serve_starts_nothing(starts: Starts) -> None:
+    local = ClusterSettings(Path("target"))
+    for settings, flag in (
+        (dataclasses.replace(local, grpc_address="0.0.0.0:0"), "--grpc"),
+        (dataclasses.replace(local, gateway_address="0.0.0.0:0"), "--gateway"),
+        (dataclasses.replace(local, redis=f"redis://127.0.0.1:{free_port()}/0"), "--redis"),
+    ):
+        with pytest.raises(InvalidRequest, match=flag), running_cluster(settings):
+            pytest.fail("it was started")
+    assert starts.flags == {}
+
+
+def test_a_childs_environment_goes_before_ours(tmp_path: Path) -> None:
+    (tmp_path / "tell.py").write_text("import os; print(os.environ['TOLD'])\n")
+    environment = {"TOLD": "yes", "PYTHONPATH": str(tmp_path)}
+    child = start_child("t", "tell", [], address="", folder=tmp_path, environment=environment)
+    child.process.wait(60)
+    stop_children([child], 1)
+    assert child.tail() == "yes"
 
 
 def test_settings_are_checked() -> None:
