@@ -78,10 +78,17 @@ class LocalDraftLink(LocalLink):
         self._engine = engine
 
     def open(
-        self, session_id: str, epoch: int, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_prompt_tokens: int,
     ) -> asyncio.Future[None]:
         """See DraftLink.open."""
-        return asyncio.wrap_future(self._engine.open(session_id, epoch, token_ids, sampling))
+        return asyncio.wrap_future(
+            self._engine.open(session_id, epoch, token_ids, sampling, num_prompt_tokens)
+        )
 
     def propose(
         self,

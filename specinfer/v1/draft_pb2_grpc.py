@@ -53,7 +53,8 @@ class DraftServiceServicer(object):
 
     def Draft(self, request_iterator, context):
         """One long-lived stream for each router. Every item of every request frame is answered by exactly
-        one result with the same item_id, in any order.
+        one result with the same item_id, in any order. When the stream ends, the sessions that it was
+        the last one to open are closed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class DraftServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DraftServiceAsyncStub: ...
     Draft: _grpc.StreamStreamMultiCallable[_draft_pb2.DraftRequest, _draft_pb2.DraftResponse]
     """One long-lived stream for each router. Every item of every request frame is answered by exactly
-    one result with the same item_id, in any order.
+    one result with the same item_id, in any order. When the stream ends, the sessions that it was
+    the last one to open are closed.
     """
     GetInfo: _grpc.UnaryUnaryMultiCallable[_draft_pb2.DraftServiceGetInfoRequest, _draft_pb2.DraftServiceGetInfoResponse]
     """What this worker is."""
@@ -47,7 +48,8 @@ class DraftServiceAsyncStub(DraftServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Draft: _aio.StreamStreamMultiCallable[_draft_pb2.DraftRequest, _draft_pb2.DraftResponse]  # type: ignore[assignment]
     """One long-lived stream for each router. Every item of every request frame is answered by exactly
-    one result with the same item_id, in any order.
+    one result with the same item_id, in any order. When the stream ends, the sessions that it was
+    the last one to open are closed.
     """
     GetInfo: _aio.UnaryUnaryMultiCallable[_draft_pb2.DraftServiceGetInfoRequest, _draft_pb2.DraftServiceGetInfoResponse]  # type: ignore[assignment]
     """What this worker is."""
@@ -62,7 +64,8 @@ class DraftServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_draft_pb2.DraftResponse], _abc.AsyncIterator[_draft_pb2.DraftResponse]]:
         """One long-lived stream for each router. Every item of every request frame is answered by exactly
-        one result with the same item_id, in any order.
+        one result with the same item_id, in any order. When the stream ends, the sessions that it was
+        the last one to open are closed.
         """
 
     @_abc_1.abstractmethod

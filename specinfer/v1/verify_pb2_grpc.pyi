@@ -35,7 +35,8 @@ class VerifyServiceStub:
     def __new__(cls, channel: _aio.Channel) -> VerifyServiceAsyncStub: ...
     Verify: _grpc.StreamStreamMultiCallable[_verify_pb2.VerifyRequest, _verify_pb2.VerifyResponse]
     """One long-lived stream for each router. Every item of every request frame is answered by exactly
-    one result with the same item_id, in any order.
+    one result with the same item_id, in any order. When the stream ends, the sessions that it was
+    the last one to open are closed.
     """
     GetInfo: _grpc.UnaryUnaryMultiCallable[_verify_pb2.VerifyServiceGetInfoRequest, _verify_pb2.VerifyServiceGetInfoResponse]
     """What this worker is."""
@@ -49,7 +50,8 @@ class VerifyServiceAsyncStub(VerifyServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Verify: _aio.StreamStreamMultiCallable[_verify_pb2.VerifyRequest, _verify_pb2.VerifyResponse]  # type: ignore[assignment]
     """One long-lived stream for each router. Every item of every request frame is answered by exactly
-    one result with the same item_id, in any order.
+    one result with the same item_id, in any order. When the stream ends, the sessions that it was
+    the last one to open are closed.
     """
     GetInfo: _aio.UnaryUnaryMultiCallable[_verify_pb2.VerifyServiceGetInfoRequest, _verify_pb2.VerifyServiceGetInfoResponse]  # type: ignore[assignment]
     """What this worker is."""
@@ -66,7 +68,8 @@ class VerifyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_verify_pb2.VerifyResponse], _abc.AsyncIterator[_verify_pb2.VerifyResponse]]:
         """One long-lived stream for each router. Every item of every request frame is answered by exactly
-        one result with the same item_id, in any order.
+        one result with the same item_id, in any order. When the stream ends, the sessions that it was
+        the last one to open are closed.
         """
 
     @_abc_1.abstractmethod

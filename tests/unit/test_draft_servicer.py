@@ -163,6 +163,14 @@ BAD_ITEMS = [
     (proposing(9, deadline_seconds=-1.0), "INVALID_REQUEST"),
     (proposing(9, deadline_seconds=float("nan")), "INVALID_REQUEST"),
     (
+        draft_pb2.DraftItem(
+            item_id=9,
+            session_id="b",
+            open=draft_pb2.OpenDraft(token_ids=[1], num_prompt_tokens=2),
+        ),
+        "INVALID_REQUEST",
+    ),
+    (
         draft_pb2.DraftItem(item_id=9, session_id="b", open=draft_pb2.OpenDraft()),
         "INVALID_REQUEST",
     ),
@@ -322,3 +330,19 @@ async def test_an_engine_that_is_stopped_answers_what_is_pending() -> None:
         future.result(0)
     with pytest.raises(Unavailable):
         engine.open("a", 0, PROMPT, GREEDY)
+
+
+async def test_a_session_opened_later_counts_its_output_as_output(service: Service) -> None:
+    sampling = SamplingParams(temperature=0.0, frequency_penalty=2.0)
+    tokens = (*PROMPT, *expected(service).token_ids[1:] * 6)
+    fresh = service.bench.fresh_tree(list(tokens), sampling, CHAIN, len(PROMPT))
+    stream, trees = service.stream(), []
+    for num_prompt_tokens in (len(PROMPT), 0, len(tokens)):
+        start = opening(1, sampling=sampling)
+        start.open.token_ids[:] = tokens
+        start.open.num_prompt_tokens = num_prompt_tokens
+        await send(stream, start, proposing(2, known_len=len(tokens)))
+        results = await receive(stream, 2)
+        trees.append(draft_result_from_wire(results[2]).tree.token_ids)
+    assert trees[0] == fresh.token_ids
+    assert trees[0] != trees[1] == trees[2]

@@ -72,6 +72,7 @@ class DraftEngine:
         epoch: int,
         token_ids: Sequence[int],
         sampling: SamplingParams,
+        num_prompt_tokens: int = 0,
         *,
         owner: object | None = None,
     ) -> Future[None]:
@@ -82,6 +83,7 @@ class DraftEngine:
             epoch: commits so far.
             token_ids: prompt and output; the last one is the root.
             sampling: how the target draws, seed included.
+            num_prompt_tokens: how many of `token_ids` are the prompt; 0 means all.
             owner: who has the session from now on, for `close_owned`.
 
         The future fails with InvalidRequest, ResourceExhausted or Unavailable.
@@ -90,7 +92,9 @@ class DraftEngine:
             raise Unavailable("this drafter takes no new session")
         tokens = tuple(token_ids)
         return self._thread.call(
-            lambda: self._drafter.open(session_id, epoch, tokens, sampling, owner=owner)
+            lambda: self._drafter.open(
+                session_id, epoch, tokens, sampling, num_prompt_tokens, owner=owner
+            )
         )
 
     def propose(

@@ -114,7 +114,12 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         if action == "open":
             sampling = sampling_from_wire(item.open.sampling)
             return self._engine.open(
-                item.session_id, item.epoch, item.open.token_ids, sampling, owner=owner
+                item.session_id,
+                item.epoch,
+                item.open.token_ids,
+                sampling,
+                item.open.num_prompt_tokens,
+                owner=owner,
             )
         if action == "close":
             return self._engine.close(item.session_id)

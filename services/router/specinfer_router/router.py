@@ -234,6 +234,7 @@ class Router:
             self._cluster.drafters,
             record.session_id,
             record.sampling,
+            num_prompt_tokens=record.num_prompt_tokens,
             vocab_size=self._cluster.target.vocab_size,
             deadline_seconds=self._limits.propose_seconds,
         )

@@ -72,6 +72,7 @@ class DraftSeat:
         session_id: str,
         sampling: SamplingParams,
         *,
+        num_prompt_tokens: int,
         vocab_size: int,
         deadline_seconds: float,
     ) -> None:
@@ -79,6 +80,7 @@ class DraftSeat:
         self._pool = pool
         self._session_id = session_id
         self._sampling = sampling
+        self._num_prompt_tokens = num_prompt_tokens
         self._vocab_size = vocab_size
         self._deadline_seconds = deadline_seconds
         self._link: DraftLink | None = None
@@ -153,7 +155,9 @@ class DraftSeat:
         link = self._link
         assert link is not None
         if self._known_len == 0:
-            link.open(self._session_id, epoch, token_ids, self._sampling)
+            link.open(
+                self._session_id, epoch, token_ids, self._sampling, self._num_prompt_tokens
+            )
             self._known_len = len(token_ids)
         known_len, self._known_len = self._known_len, len(token_ids)
         return link.propose(

@@ -57,14 +57,23 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
     tier = "draft"
 
     def open(
-        self, session_id: str, epoch: int, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_prompt_tokens: int,
     ) -> asyncio.Future[None]:
         """Let the worker follow a session whose last token is the root."""
         item = draft_pb2.DraftItem(
             item_id=self._item_id(),
             session_id=session_id,
             epoch=epoch,
-            open=draft_pb2.OpenDraft(token_ids=token_ids, sampling=sampling_to_wire(sampling)),
+            open=draft_pb2.OpenDraft(
+                token_ids=token_ids,
+                sampling=sampling_to_wire(sampling),
+                num_prompt_tokens=num_prompt_tokens,
+            ),
         )
         return self._send(item, item.item_id, session_id, _nothing)
 

@@ -1,6 +1,6 @@
 """Drafters: what guesses. One so far, `model.ModelDrafter`; the next ones take the same calls.
 
-    open(session_id, epoch, token_ids, sampling, *, owner)
+    open(session_id, epoch, token_ids, sampling, num_prompt_tokens, *, owner)
                                                     start to follow a session, or replace it
     propose(session_id, query, future)              take what was committed, then guess
     close(session_id)                               forget the session

@@ -135,12 +135,14 @@ class ModelDrafter:
         epoch: int,
         token_ids: Sequence[int],
         sampling: SamplingParams,
+        num_prompt_tokens: int = 0,
         *,
         owner: object | None = None,
     ) -> None:
         """Start to follow a session; what was known under its name is replaced.
 
-        `owner` has the session from now on, for `close_owned`.
+        The first `num_prompt_tokens` tokens are the prompt and the rest is output; 0 means that all
+        are the prompt. `owner` has the session from now on, for `close_owned`.
 
         Raises:
             InvalidRequest: when the tokens or the sampling do not fit the model.
@@ -158,8 +160,13 @@ class ModelDrafter:
                 f"{len(token_ids)} tokens are more than the drafter's {self.limits.max_model_len}",
                 field="token_ids",
             )
-        vocab_size = self.limits.vocab_size
-        forecast = DrawForecast(sampling, vocab_size, len(token_ids), self._device)
+        if not 0 <= num_prompt_tokens <= len(token_ids):
+            raise InvalidRequest(
+                f"{num_prompt_tokens} of {len(token_ids)} tokens cannot be the prompt",
+                field="num_prompt_tokens",
+            )
+        vocab_size, num_prompt = self.limits.vocab_size, num_prompt_tokens or len(token_ids)
+        forecast = DrawForecast(sampling, vocab_size, num_prompt, self._device)
         self.close(session_id)
         self._make_place()
         state = SequenceState(self._blocks, token_ids)
