@@ -255,7 +255,8 @@ def test_the_workers_tree_size_and_the_models_length_bound_a_tree() -> None:
     # Seven tokens: nodes at depths 1 and 2 stand at positions 7 and 8, depth 3 needs no position.
     assert bench.tree("a", 7, shape=ShapeQuery(20, 8, (1,) * 8)).max_depth == 3
     assert bench.tree("a", 7, [1, 2], shape=ShapeQuery(20, 8, (1,) * 8)).max_depth == 1
-    assert bench.tree("a", 9, [3, 4]).num_draft_tokens == 0
+    with pytest.raises(InvalidRequest):
+        bench.propose("a", 9, [3, 4])
 
 
 def test_what_is_not_known_or_too_old_is_a_typed_error(bench: Bench) -> None:

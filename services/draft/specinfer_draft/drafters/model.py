@@ -185,9 +185,15 @@ class ModelDrafter:
             raise NotFound(f"no session {session_id} here; open it again")
         check_shape(query.shape)
         self._check_tokens(query.new_token_ids)
+        num_tokens = query.known_len + len(query.new_token_ids)
+        if num_tokens > self.limits.max_model_len:
+            # The model has no such position, and a pass that fails ends the engine for everybody.
+            raise InvalidRequest(
+                f"{num_tokens} tokens are more than the drafter's {self.limits.max_model_len}",
+                field="new_token_ids",
+            )
         self._drop_growth(session, "a newer proposal for the session came")
         session.advance(query)
-        num_tokens = len(session.state)
         shape = fit_shape(
             query.shape,
             max_nodes=self.limits.max_tree_nodes - 1,
