@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from specinfer import AsyncClient
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
 
@@ -38,6 +40,8 @@ async def run_requests(client: AsyncClient, indices: range) -> None:
             group.create_task(work(indices[worker::CONCURRENCY]))
 
 
+# One core shared with others does a thousand requests in a few minutes.
+@pytest.mark.timeout(300)
 async def test_nothing_grows_over_a_thousand_requests(tiny_settings: ClusterSettings) -> None:
     with running_cluster(tiny_settings) as running:
         async with AsyncClient(running.router) as client:
