@@ -336,3 +336,11 @@ async def test_results_too_large_for_one_frame_leave_in_several(
     frames = [list(frame.results) async for frame in stub.Verify(requests, timeout=TIMEOUT)]
     assert [len(frame) for frame in frames] == [1] * 5
     assert sorted(frame[0].item_id for frame in frames) == [0, 1, 2, 3, 4]
+
+
+async def test_an_open_that_asks_for_other_answers_replaces_the_session(
+    channel: grpc.aio.Channel,
+) -> None:
+    items = [open_item(1, "a", 1, 2, 3), open_item(2, "a", 1, 2, 3, num_logprobs=1)]
+    results = await exchange(channel, [[*items, step_item(3, "a", 0, root(3))]])
+    assert len(results[3].logprobs) == 1

@@ -234,7 +234,9 @@ class VerifyEngine:
             self.limits, session_id, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
         )
         known = self._scheduler.sessions.get(session_id)
-        if known is not None and self._is_same(known, epoch, token_ids, sampling):
+        if known is not None and self._is_same(
+            known, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
+        ):
             return
         if known is not None:
             self._close(session_id, Cancelled("the session was opened again"))
@@ -260,13 +262,20 @@ class VerifyEngine:
         self._empty.clear()
 
     def _is_same(
-        self, known: Session, epoch: int, token_ids: tuple[int, ...], sampling: SamplingParams
+        self,
+        known: Session,
+        epoch: int,
+        token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        num_prompt: int,
+        num_logprobs: int | None,
     ) -> bool:
         """Whether an open repeats what is known; raises StaleEpoch when it is behind it."""
         if epoch < known.epoch:
             raise StaleEpoch(f"session {known.session_id} is at epoch {known.epoch}, not {epoch}")
         same_tokens = epoch == known.epoch and known.state.token_ids == list(token_ids)
-        return same_tokens and known.sampling == sampling
+        same_answers = known.num_prompt_tokens == num_prompt and known.num_logprobs == num_logprobs
+        return same_tokens and known.sampling == sampling and same_answers
 
     def _take_step(
         self,
