@@ -33,6 +33,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grown_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Presets that were grown, each to the small shape in place of its own."""
     calls: list[str] = []
+
     def small(source: Path, folder: Path, preset: str, dtype: torch.dtype) -> Path:
         calls.append(preset)
         return grow_checkpoint(source, folder, SMALL, dtype)
