@@ -11,7 +11,13 @@ from contextlib import contextmanager
 import pytest
 import redis.asyncio
 
-from specinfer import AsyncClient, AsyncCompletionStream, Capabilities, Completion
+from specinfer import (
+    AsyncClient,
+    AsyncCompletionStream,
+    Capabilities,
+    Completion,
+    SpeculationOptions,
+)
 from specinfer.options import GenerateOptions
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
 from specinfer_cli.processes import Child
@@ -26,6 +32,8 @@ LONG: GenerateOptions = {
     "temperature": 0.8,
     "seed": 11,
     "ignore_eos": True,
+    # A shape of its own: the cluster's policy would find this pair, of equal cost, not worth it.
+    "speculation": SpeculationOptions(widths=(2, 1, 1)),
 }
 OTHER: GenerateOptions = {**LONG, "token_ids": [7, 80, 33], "seed": 12}
 

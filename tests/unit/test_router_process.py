@@ -57,14 +57,13 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> No
 def test_shapes_policies_and_deadlines_come_from_settings() -> None:
     costs = (StepCost(1, 0, 0.05), StepCost(8, 0, 0.06))
     plain = RouterSettings(verify=("127.0.0.1:1",))
-    assert plain.shape_policy(costs) == StaticShape(ShapeQuery(max_nodes=8, max_depth=8))
+    assert isinstance(plain.shape_policy(costs), AdaptiveShape)
+    static = RouterSettings(verify=("127.0.0.1:1",), policy="static")
+    assert static.shape_policy(costs) == StaticShape(ShapeQuery(max_nodes=8, max_depth=8))
     assert plain.limits(costs).propose_seconds == pytest.approx(0.2)
     assert plain.limits(()).propose_seconds == 0.1
-    chosen = RouterSettings(
-        verify=("127.0.0.1:1",), widths="3,2", policy="adaptive", propose_deadline=0.7
-    )
+    chosen = RouterSettings(verify=("127.0.0.1:1",), widths="3,2", propose_deadline=0.7)
     assert chosen.shape() == ShapeQuery(max_nodes=9, max_depth=2, widths=(3, 2))
-    assert isinstance(chosen.shape_policy(costs), AdaptiveShape)
     assert chosen.limits(costs).propose_seconds == 0.7
 
 
