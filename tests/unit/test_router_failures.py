@@ -161,6 +161,45 @@ async def test_a_verifier_that_hangs_is_given_up_for_another() -> None:
         assert other.num_steps > 0
 
 
+async def test_a_verifier_that_hangs_costs_one_session_one_deadline() -> None:
+    hanging, other = FakeVerifier(info_of("a")), FakeVerifier(info_of("b"))
+    hanging.gate.clear()
+    limits = RouterLimits(step_seconds=0.5)
+    async with running_router(verifiers=[hanging, other], limits=limits) as bench:
+        link, ready = bench.cluster.verifiers.links[0], asyncio.Event()
+        link._on_ready = ready.set
+        await bench.generate(request_of())
+        async with asyncio.timeout(10):
+            await ready.wait()
+        assert link.ready
+        assert bench.cluster.verifiers.choose() is bench.cluster.verifiers.links[1]
+        second = await bench.generate(request_of())
+        assert second.token_ids == continuation(PROMPT, 40, seed=3)
+        assert hanging.actions()["step"] == 1
+        assert bench.cluster.verifiers.choose(bench.cluster.verifiers.links[1]) is link
+
+
+async def test_a_verifier_that_recovers_is_trusted_after_a_rest() -> None:
+    hanging, other = FakeVerifier(info_of("a")), FakeVerifier(info_of("b"))
+    hanging.gate.clear()
+    limits = RouterLimits(step_seconds=0.2)
+    links = LinkLimits(min_backoff=0.01, min_rest=0.0)
+    async with running_router(verifiers=[hanging, other], limits=limits, links=links) as bench:
+        link, ready = bench.cluster.verifiers.links[0], asyncio.Event()
+        link._on_ready = ready.set
+        await bench.generate(request_of())
+        async with asyncio.timeout(10):
+            await ready.wait()
+        link.num_seats = 1
+        assert not link.trusted, "one session at a time until it has done a round"
+        link.num_seats = 0
+        hanging.gate.set()
+        await bench.generate(request_of())
+        assert hanging.num_steps > 0
+        link.num_seats = 1
+        assert link.trusted
+
+
 @pytest.mark.parametrize("lie", ["tokens", "epoch", "path"])
 async def test_results_that_make_no_sense_are_not_shown(lie: str) -> None:
     lying, honest = FakeVerifier(info_of("a"), lie=lie), FakeVerifier(info_of("b"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -48,6 +49,9 @@ class LinkLimits:
         connect_timeout: seconds for one attempt to connect.
         min_backoff: seconds before the first new attempt.
         max_backoff: most seconds between attempts.
+        min_rest: seconds for which a worker that let a round's deadline pass is avoided; doubled
+            each time that it does so again.
+        max_rest: most seconds of that.
     """
 
     max_frame_items: int = 256
@@ -56,6 +60,8 @@ class LinkLimits:
     connect_timeout: float = 5.0
     min_backoff: float = 0.05
     max_backoff: float = 2.0
+    min_rest: float = 30.0
+    max_rest: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ class WorkerLink(ABC, Generic[ItemT]):
         info: what the worker said it is, or None before the first connection.
         load: what the worker said last.
         refusal: why the worker may not serve here, or None.
-        generation: connections so far; a worker forgets its sessions between two.
+        generation: connections so far; a worker closes a stream's sessions when the stream ends,
+            so that none outlives its generation.
         num_seats: sessions of ours that use this worker.
         attempted: set after the first attempt to connect, however it went.
     """
@@ -111,6 +118,10 @@ class WorkerLink(ABC, Generic[ItemT]):
         self._channel = open_channel(address, tls=tls)
         self._connected = False
         self._failures = 0
+        self._num_strikes = 0
+        self._rest_until = 0.0
+        self._heard = 0.0
+        self._given_up = asyncio.Event()
         self._next_item_id = 1
         self._outbox: deque[ItemT] = deque()
         self._wake = asyncio.Event()
@@ -126,6 +137,30 @@ class WorkerLink(ABC, Generic[ItemT]):
     def ready(self) -> bool:
         """Whether new sessions may be brought here."""
         return self._connected and not self.load.draining
+
+    @property
+    def trusted(self) -> bool:
+        """False for a worker that let a deadline pass; after its rest one session may try it."""
+        if self._num_strikes == 0:
+            return True
+        return self.num_seats == 0 and time.monotonic() >= self._rest_until
+
+    def trust(self) -> None:
+        """Note that the worker did a round."""
+        self._num_strikes = 0
+
+    def distrust(self, since: float) -> None:
+        """Note that a round asked for at `since`, by time.monotonic(), missed its deadline.
+
+        A worker that has answered nothing at all since then loses its stream as well: what waits
+        there fails now and goes elsewhere, rather than each item after a deadline of its own.
+        """
+        rest = min(self._limits.max_rest, self._limits.min_rest * 2**self._num_strikes)
+        self._num_strikes = min(self._num_strikes + 1, 16)
+        self._rest_until = time.monotonic() + rest
+        if self._heard < since:
+            self._connected = False
+            self._given_up.set()
 
     def start(self) -> None:
         """Connect, and again whenever the connection breaks, until `close`."""
@@ -210,7 +245,11 @@ class WorkerLink(ABC, Generic[ItemT]):
         """Carry frames both ways until the stream breaks, which is always an error."""
         call = self._open_stream()
         self._begin()
-        tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
+        tasks = [
+            asyncio.create_task(self._read(call)),
+            asyncio.create_task(self._write(call)),
+            asyncio.create_task(self._watch()),
+        ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             done.pop().result()
@@ -226,6 +265,7 @@ class WorkerLink(ABC, Generic[ItemT]):
         self.load = WorkerLoad()
         self.generation += 1
         self._outbox.clear()
+        self._given_up.clear()
         self._connected = True
         log.info("%s worker at %s connected", self.tier, self.address)
         self.attempted.set()
@@ -237,9 +277,14 @@ class WorkerLink(ABC, Generic[ItemT]):
             if frame is grpc.aio.EOF:
                 raise Unavailable(f"the {self.tier} worker at {self.address} ended the stream")
             self._failures = 0
+            self._heard = time.monotonic()
             self.load = load_from_wire(frame.load)
             for result in frame.results:
                 self._settle(result)
+
+    async def _watch(self) -> None:
+        await self._given_up.wait()
+        raise Unavailable(f"the {self.tier} worker at {self.address} does not answer any more")
 
     async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
         while True:

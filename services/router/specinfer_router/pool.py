@@ -37,11 +37,14 @@ class WorkerPool(Generic[_Link]):
     def choose(self, avoid: _Link | None = None) -> _Link | None:
         """The least loaded worker that takes sessions; `avoid` only when there is no other.
 
-        A worker's own count covers the sessions of other routers but lags behind; ours does not.
+        A worker that lately let a deadline pass has few sessions left and is not preferred for it:
+        it comes after all that are trusted. A worker's own count covers the sessions of other
+        routers but lags behind; ours does not.
         """
         ready = [link for link in self.links if link.ready]
         others = [link for link in ready if link is not avoid]
-        return min(others or ready, key=_load, default=None)
+        trusted = [link for link in others if link.trusted]
+        return min(trusted or others or ready, key=_load, default=None)
 
     async def wait(self, avoid: _Link | None = None, *, seconds: float) -> _Link:
         """Like `choose`, but waits until there is one.

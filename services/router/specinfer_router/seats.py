@@ -240,6 +240,8 @@ class VerifySeat:
                 opening = await self._sit(token_ids, epoch, failed)
                 result = await self._ask(opening, epoch, tree)
                 check_result(result, tree, epoch, self._vocab_size)
+                assert self._link is not None
+                self._link.trust()
                 return Checked(result, time.perf_counter() - start)
             except InvalidRequest:
                 # Perhaps the tree, never the root alone: that is what the user asked for.
@@ -294,6 +296,7 @@ class VerifySeat:
         self, opening: asyncio.Future[None] | None, epoch: int, tree: TokenTree
     ) -> VerifyResult:
         assert self._link is not None
+        asked = time.monotonic()
         stepping = self._link.step(self._session_id, epoch, tree)
         try:
             async with asyncio.timeout(self._step_seconds):
@@ -302,6 +305,7 @@ class VerifySeat:
                     await opening
                 return await stepping
         except TimeoutError as error:
+            self._link.distrust(asked)
             raise Unavailable(
                 f"the verify worker at {self._link.address} took more than "
                 f"{self._step_seconds:g} s for a round"
