@@ -138,4 +138,7 @@ def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN's prepacked linear serves this weight here."""
     if weight.device.type != "cpu" or weight.dtype not in _PACKED_DTYPES:
         return False
-    return torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    # Without AVX-512 or its like oneDNN refuses to lay bfloat16 weights out.
+    return weight.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

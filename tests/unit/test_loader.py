@@ -1,6 +1,9 @@
 """What is not a whole checkpoint of a kind that is served is refused at load, with the reason."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,3 +309,22 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 def test_every_promised_family_has_a_configuration() -> None:
     assert len(architectures()) == 16
+
+
+def test_bfloat16_loads_on_a_processor_without_its_instructions(tmp_path: Path) -> None:
+    """oneDNN is told to do without AVX-512, which it reads once, so in a process of its own."""
+    folder = write_tiny_llama(tmp_path)
+    script = (
+        "import sys; from specinfer_engine.loader import load_model; "
+        "print(load_model(sys.argv[1], dtype='bfloat16').row_invariant)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"

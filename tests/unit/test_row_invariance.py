@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,18 @@ def test_an_element_does_not_know_its_place(width: int, rows: int) -> None:
             one = apply_elementwise(torch.nn.functional.silu, given[row : row + 1])
             assert torch.equal(whole[row : row + 1], one)
         torch.testing.assert_close(whole, torch.nn.functional.silu(given))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 6, 8, 12])
+def test_gelu_is_not_cut_between_threads(threads: int) -> None:
+    """Its loops are cut at a lower length than others, and anywhere the count of threads says."""
+    gelu = partial(torch.nn.functional.gelu, approximate="tanh")
+    values = torch.randn(301, 232, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = apply_elementwise(gelu, values)
+        alone = torch.cat([apply_elementwise(gelu, row[None]) for row in values])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(whole, alone)

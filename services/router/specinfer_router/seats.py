@@ -155,9 +155,7 @@ class DraftSeat:
         link = self._link
         assert link is not None
         if self._known_len == 0:
-            link.open(
-                self._session_id, epoch, token_ids, self._sampling, self._num_prompt_tokens
-            )
+            link.open(self._session_id, epoch, token_ids, self._sampling, self._num_prompt_tokens)
             self._known_len = len(token_ids)
         known_len, self._known_len = self._known_len, len(token_ids)
         return link.propose(
