@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
+# Long enough for the answers that a failure gave to what was pending.
+FAILED_GRACE_SECONDS = 1.0
 _LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 
@@ -113,25 +115,52 @@ async def serve_until_signal(
     *,
     grace_seconds: float,
     on_drain: Callable[[], Awaitable[None]] | None = None,
+    failed: asyncio.Event | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process's patience."""
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the process's patience.
+
+    Args:
+        server: a started server.
+        grace_seconds: how long running calls may take to finish.
+        on_drain: awaited before calls are cut off.
+        failed: set when what is served is broken for good; there is nothing to drain then.
+
+    Raises:
+        InternalError: after the end, when it was `failed` that ended it.
+    """
     stop = asyncio.Event()
+    failed = failed or asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
-    await stop.wait()
+    await _first_of(stop.wait(), failed.wait())
     stop.clear()
     log.info("draining")
     await server.set_serving(False)
+    if failed.is_set():
+        await server.drain(FAILED_GRACE_SECONDS)
+        raise InternalError("the engine has failed; the log above says why")
+    await _first_of(_drain(server, grace_seconds, on_drain), stop.wait())
+    await server.server.stop(0)
+
+
+async def _drain(
+    server: RpcServer, grace_seconds: float, on_drain: Callable[[], Awaitable[None]] | None
+) -> None:
     if on_drain is not None:
         await on_drain()
-    drained = asyncio.ensure_future(server.drain(grace_seconds))
-    impatient = asyncio.ensure_future(stop.wait())
-    await asyncio.wait((drained, impatient), return_when=asyncio.FIRST_COMPLETED)
-    impatient.cancel()
-    if not drained.done():
-        await server.server.stop(0)
-    await drained
+    await server.drain(grace_seconds)
+
+
+async def _first_of(*work: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of them has ended; the others are cancelled."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

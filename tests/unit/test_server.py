@@ -1,5 +1,8 @@
 """Servers and channels: errors travel with their details, ports and binds are checked."""
 
+import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specinfer.errors import InternalError, InvalidRequest, ResourceExhausted
 from specinfer.rpc import error_from_rpc, open_channel
-from specinfer.server import RpcServer, build_server
+from specinfer.server import RpcServer, build_server, serve_until_signal
 from specinfer.v1 import router_pb2, router_pb2_grpc
 
 SERVICE = "specinfer.v1.GenerationService"
@@ -80,3 +83,27 @@ async def test_a_port_in_use_is_said(server: RpcServer) -> None:
 async def test_a_wide_plain_bind_has_to_be_allowed() -> None:
     with pytest.raises(InvalidRequest, match="insecure-bind"):
         build_server("0.0.0.0:0", [SERVICE])
+
+
+async def test_a_failed_engine_ends_the_process_with_an_error(server: RpcServer) -> None:
+    failed = asyncio.Event()
+    ending = asyncio.create_task(serve_until_signal(server, grace_seconds=60.0, failed=failed))
+    failed.set()
+    with pytest.raises(InternalError, match="engine"):
+        await asyncio.wait_for(ending, 30.0)
+
+
+async def test_a_second_signal_ends_the_patience(server: RpcServer) -> None:
+    draining, never = asyncio.Event(), asyncio.Event()
+
+    async def drain() -> None:
+        draining.set()
+        await never.wait()
+
+    ending = asyncio.create_task(serve_until_signal(server, grace_seconds=60.0, on_drain=drain))
+    await asyncio.sleep(0)  # the task installs its handlers before it waits
+    os.kill(os.getpid(), signal.SIGTERM)
+    await draining.wait()
+    assert not ending.done()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(ending, 30.0)

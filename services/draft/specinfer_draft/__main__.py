@@ -28,8 +28,10 @@ async def serve(settings: Settings) -> None:
     )
     loop = asyncio.get_running_loop()
 
+    failed = asyncio.Event()
+
     def report_failure() -> None:
-        asyncio.run_coroutine_threadsafe(server.set_serving(False), loop)
+        loop.call_soon_threadsafe(failed.set)
 
     worker = await asyncio.to_thread(build_worker, settings, report_failure)
     servicer = DraftServicer(worker.engine, worker.info)
@@ -40,7 +42,9 @@ async def serve(settings: Settings) -> None:
     async def drain() -> None:
         await asyncio.to_thread(worker.engine.drain, settings.drain_seconds)
 
-    ending = asyncio.create_task(serve_until_signal(server, grace_seconds=1.0, on_drain=drain))
+    ending = asyncio.create_task(
+        serve_until_signal(server, grace_seconds=1.0, on_drain=drain, failed=failed)
+    )
     await asyncio.sleep(0)  # whoever reads the next line may send a signal, so it listens first
     print(f"draft worker {worker.info.worker_id} ready on port {server.port}", flush=True)
     try:
@@ -50,7 +54,7 @@ async def serve(settings: Settings) -> None:
 
 
 def main() -> int:
-    """Exit status 0 after a drain, 1 with one line when the worker cannot start."""
+    """Exit status 0 after a drain, 1 with one line when it cannot start or its engine fails."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         asyncio.run(serve(parse_settings(sys.argv[1:], os.environ)))

@@ -63,7 +63,7 @@ class DraftEngine:
             num_sessions=self._drafter.num_sessions,
             num_waiting=self._drafter.num_growing,
             num_free_blocks=self._blocks.num_free_blocks,
-            draining=self._draining,
+            draining=self._draining or not self.healthy,
         )
 
     def open(

@@ -115,7 +115,7 @@ class VerifyEngine:
             num_sessions=len(self._scheduler.sessions),
             num_waiting=self._scheduler.num_waiting,
             num_free_blocks=self._blocks.num_free_blocks,
-            draining=self._draining,
+            draining=self._draining or not self.healthy,
         )
 
     def open(
@@ -179,6 +179,7 @@ class VerifyEngine:
         """End the thread; what is pending fails with Unavailable."""
         self._draining = True
         self._thread.stop()
+        self._empty.set()  # nobody is left to wait for
 
     def run_pass(self) -> bool:
         """One pass: schedule, run, walk and commit. Returns whether there was anything to do."""
