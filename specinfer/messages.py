@@ -1,6 +1,6 @@
 """What the tiers tell each other, as plain frozen data.
 
-`convert.py` puts these on the wire and takes them off it again; nothing else sees both forms. This
+`convert` puts these on the wire and takes them off it again; nothing else sees both forms. This
 module knows nothing of protobuf, gRPC or tensors.
 """
 

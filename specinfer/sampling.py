@@ -31,7 +31,7 @@ class SamplingParams:
         temperature: 0 takes the most probable token; otherwise logits are divided by it.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose mass reaches top_p, in (0, 1].
-        min_p: drop tokens less probable than min_p times the most probable one, in [0, 1).
+        min_p: drop tokens less probable than min_p times the most probable one, in [0, 1].
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in the
             prompt or the output; 1 is off.
         presence_penalty: subtracted once from logits of tokens seen in the output.
