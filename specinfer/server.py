@@ -11,6 +11,7 @@ import inspect
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -222,8 +223,9 @@ def _wrap_stream(behaviour: Any, method: str) -> Any:
         request: Any, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
-                yield response
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
         except Exception as error:
             await _end(context, error, method)
 

@@ -125,7 +125,12 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Attent
         )
     num_rows, num_heads, head_dim = query.shape
     num_kv_heads = key_cache.shape[2]
-    if head_dim != key_cache.shape[3] or num_kv_heads == 0 or num_heads % num_kv_heads:
+    if 0 in query.shape[1:] or 0 in key_cache.shape[1:]:
+        raise KernelInputError(
+            f"heads, head size and block size are at least 1, got query {list(query.shape)} and "
+            f"cache {list(key_cache.shape)}"
+        )
+    if head_dim != key_cache.shape[3] or num_heads % num_kv_heads:
         raise KernelInputError(
             f"{num_heads} heads of {head_dim} cannot read {num_kv_heads} kv heads of "
             f"{key_cache.shape[3]}"

@@ -48,3 +48,19 @@ def test_the_table_has_to_reach_the_earlier_nodes_too(backend: Backend) -> None:
 def test_rows_of_one_pass_are_neighbours(backend: Backend) -> None:
     with pytest.raises(KernelInputError, match="own bit"):
         attend([1, 3], backend)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(0, 16), (4, 0)])
+def test_heads_and_their_size_are_not_zero(backend: Backend, num_heads: int, head_dim: int) -> None:
+    layout = AttentionLayout(
+        row_offsets=torch.tensor([0, 1], dtype=torch.int32),
+        context_lens=torch.tensor([0], dtype=torch.int32),
+        block_tables=torch.tensor([[0]], dtype=torch.int32),
+        ancestors=torch.tensor([[1]], dtype=torch.int64),
+    )
+    cache = torch.zeros(1, 4, 1, head_dim)
+    with pytest.raises(KernelInputError, match="at least 1"):
+        tree_attention(
+            torch.zeros(1, num_heads, head_dim), cache, cache, layout, scale=1.0, backend=backend
+        )

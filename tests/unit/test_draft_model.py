@@ -313,6 +313,19 @@ def test_a_newer_proposal_a_close_and_an_open_answer_the_one_before(bench: Bench
     bench.drafter.close("a")
 
 
+def test_an_item_that_comes_late_answers_itself_and_harms_nobody(bench: Bench) -> None:
+    """Negative control for epochs at the drafter: a late item neither cancels nor rewinds."""
+    live = bench.propose("a", 7, epoch=4)
+    with pytest.raises(StaleEpoch):
+        bench.propose("a", 7, epoch=2)
+    while bench.drafter.run_pass():
+        pass
+    assert live.result(0).tree.num_draft_tokens == 8
+    with pytest.raises(StaleEpoch):
+        bench.drafter.open("a", 3, PROMPT, GREEDY)
+    assert bench.drafter.num_sessions == 1
+
+
 def test_the_least_recently_used_session_makes_place() -> None:
     bench = table_drafter(max_sessions=2)
     for session_id in ("a", "b"):

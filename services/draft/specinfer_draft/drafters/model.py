@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specinfer.errors import Cancelled, InvalidRequest, NotFound, ResourceExhausted
+from specinfer.errors import Cancelled, InvalidRequest, NotFound, ResourceExhausted, StaleEpoch
 from specinfer.messages import DraftResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import MAX_TREE_NODES
@@ -146,6 +146,7 @@ class ModelDrafter:
 
         Raises:
             InvalidRequest: when the tokens or the sampling do not fit the model.
+            StaleEpoch: when the session is known here at a later epoch.
             ResourceExhausted: when every session here has a proposal going.
         """
         if not 1 <= len(session_id) <= MAX_SESSION_ID_LENGTH:
@@ -167,6 +168,9 @@ class ModelDrafter:
             )
         vocab_size, num_prompt = self.limits.vocab_size, num_prompt_tokens or len(token_ids)
         forecast = DrawForecast(sampling, vocab_size, num_prompt, self._device)
+        known = self._planner.sessions.get(session_id)
+        if known is not None and epoch < known.epoch:
+            raise StaleEpoch(f"session {session_id[:256]} is at epoch {known.epoch}, not {epoch}")
         self.close(session_id)
         self._make_place()
         state = SequenceState(self._blocks, token_ids)
@@ -182,7 +186,7 @@ class ModelDrafter:
         """
         session = self._planner.sessions.get(session_id)
         if session is None:
-            raise NotFound(f"no session {session_id} here; open it again")
+            raise NotFound(f"no session {session_id[:256]} here; open it again")
         check_shape(query.shape)
         self._check_tokens(query.new_token_ids)
         num_tokens = query.known_len + len(query.new_token_ids)
@@ -192,6 +196,8 @@ class ModelDrafter:
                 f"{num_tokens} tokens are more than the drafter's {self.limits.max_model_len}",
                 field="new_token_ids",
             )
+        # Checked before anything changes: an error answers this call alone.
+        session.check(query)
         self._drop_growth(session, "a newer proposal for the session came")
         session.advance(query)
         shape = fit_shape(

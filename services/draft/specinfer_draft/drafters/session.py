@@ -143,6 +143,25 @@ class DraftSession:
     prefill_eagerly: bool = True
     owner: object | None = None
 
+    def check(self, query: ProposeQuery) -> None:
+        """Change nothing, and say whether the query can be answered.
+
+        Raises:
+            StaleEpoch: when the query is older than the session, or speaks of tokens that are not
+                held.
+            InvalidRequest: when no token is left.
+        """
+        num_held = len(self.state.token_ids)
+        if query.epoch < self.epoch:
+            raise StaleEpoch(f"session {self.session_id[:256]} is at epoch {self.epoch}")
+        if query.known_len > num_held:
+            raise StaleEpoch(
+                f"session {self.session_id[:256]} holds {num_held} tokens, not {query.known_len}; "
+                "open it again"
+            )
+        if query.known_len + len(query.new_token_ids) < 1:
+            raise InvalidRequest("a session keeps at least its root", field="known_len")
+
     def advance(self, query: ProposeQuery) -> None:
         """Move to the tokens that the query tells of, keeping what agrees with them.
 
@@ -150,23 +169,12 @@ class DraftSession:
         Accepted nodes are computed again instead of being moved: they ride in the root's pass,
         which has to be made anyway, and no slot is held between rounds.
 
-        Raises:
-            StaleEpoch: when the query is older than the session, or speaks of tokens that are not
-                held.
-            InvalidRequest: when no token is left.
+        Raises as `check` does.
         """
+        self.check(query)
         held = self.state.token_ids
-        if query.epoch < self.epoch:
-            raise StaleEpoch(f"session {self.session_id} is at epoch {self.epoch}")
-        if query.known_len > len(held):
-            raise StaleEpoch(
-                f"session {self.session_id} holds {len(held)} tokens, not {query.known_len}; "
-                "open it again"
-            )
         new = query.new_token_ids
         total = query.known_len + len(new)
-        if total < 1:
-            raise InvalidRequest("a session keeps at least its root", field="known_len")
         agreed = query.known_len
         while agreed < min(total, len(held)) and held[agreed] == new[agreed - query.known_len]:
             agreed += 1
