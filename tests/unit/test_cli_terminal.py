@@ -20,6 +20,11 @@ CTRL_D = b"\x04"
 PATIENCE_SECONDS = 60.0
 
 
+def _take_interrupts() -> None:
+    """A terminal's programs do not inherit that Ctrl-C is ignored, as background jobs do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A `specinfer chat` on a pseudo-terminal."""
 
@@ -31,6 +36,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            preexec_fn=_take_interrupts,
         )
         os.close(slave)
         self._seen = b""
