@@ -20,6 +20,7 @@ from specinfer.v1 import tree_pb2
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 ERROR_METADATA_KEY = "specinfer-error-bin"
+MAX_ERROR_TEXT = 512
 
 # A server refuses pings that come faster than it permits (`too_many_pings` ends all streams of the
 # connection), so both sides take their numbers from here.
@@ -105,13 +106,19 @@ def error_metadata(error: SpecinferError) -> tuple[tuple[str, bytes], ...]:
     """Trailing metadata that carries an error's details."""
     detail = tree_pb2.ErrorDetail(
         reason=error.reason,
-        message=error.message,
-        field=error.field,
+        message=error_text(error),
+        field=error.field[:MAX_ERROR_TEXT],
         retryable=error.retryable,
         retry_after=error.retry_after,
-        request_id=error.request_id,
+        request_id=error.request_id[:MAX_ERROR_TEXT],
     )
     return ((ERROR_METADATA_KEY, detail.SerializeToString()),)
+
+
+def error_text(error: SpecinferError) -> str:
+    """What an error says, cut to what fits beside the rest: metadata that is too large would turn
+    the status itself into another one."""
+    return error.message[:MAX_ERROR_TEXT]
 
 
 def status_code(error: SpecinferError) -> grpc.StatusCode:

@@ -22,7 +22,13 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError
-from specinfer.rpc import SERVER_OPTIONS, TlsSettings, error_metadata, status_code
+from specinfer.rpc import (
+    SERVER_OPTIONS,
+    TlsSettings,
+    error_metadata,
+    error_text,
+    status_code,
+)
 
 log = logging.getLogger(__name__)
 
@@ -240,5 +246,5 @@ async def _end(
     if not isinstance(error, SpecinferError):
         log.error("call %s failed", method, exc_info=error)
         error = InternalError("a fault inside the server; its log has the details")
-    await context.abort(status_code(error), error.message, error_metadata(error))
+    await context.abort(status_code(error), error_text(error), error_metadata(error))
     raise error

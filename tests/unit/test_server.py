@@ -26,6 +26,8 @@ class FailingService(router_pb2_grpc.GenerationServiceServicer):
         self, request: Any, context: Any
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         yield router_pb2.GenerateResponse()
+        if request.model:
+            raise InvalidRequest(f"no model {request.model}", request_id=request.model)
         raise ResourceExhausted("full", field="prompt", request_id="r1", retry_after=1.5)
 
     async def GetCapabilities(self, request: Any, context: Any) -> Any:
@@ -52,6 +54,17 @@ async def test_our_errors_arrive_with_their_details(server: RpcServer) -> None:
     assert (error.message, error.field, error.request_id) == ("full", "prompt", "r1")
     assert error.retry_after == 1.5
     assert error.retryable
+
+
+async def test_a_long_echo_does_not_change_the_status(server: RpcServer) -> None:
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = router_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stub.Generate(router_pb2.GenerateRequest(model="m" * 20_000)):
+                pass
+    error = error_from_rpc(caught.value)
+    assert isinstance(error, InvalidRequest)
+    assert error.message.startswith("no model mmm")
 
 
 async def test_a_fault_tells_no_secrets(server: RpcServer) -> None:

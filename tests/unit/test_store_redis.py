@@ -156,7 +156,7 @@ async def test_a_redis_that_never_answers_is_given_up() -> None:
     deaf.close()
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:6379", "http://127.0.0.1/0"])
+@pytest.mark.parametrize("url", ["127.0.0.1:6379", "http://127.0.0.1/0", "redis://["])
 def test_what_is_no_redis_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="redis://"):
         RedisStore(url)

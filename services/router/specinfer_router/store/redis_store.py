@@ -50,9 +50,10 @@ class RedisStore:
         max_connections: int = 32,
         num_retries: int = 2,
     ) -> None:
-        self._place = _without_password(url)
+        self._place = "the Redis URL given"
         self._ttl_ms = max(1, round(ttl_seconds * 1000))
         try:
+            self._place = _without_password(url)
             pool = BlockingConnectionPool.from_url(
                 url,
                 max_connections=max_connections,
@@ -69,7 +70,7 @@ class RedisStore:
             )
         except ValueError as error:
             raise InvalidRequest(
-                f"{self._place!r} is no Redis URL; one looks like redis://127.0.0.1:6379/0",
+                f"{self._place} is none; one looks like redis://127.0.0.1:6379/0",
                 field="redis",
             ) from error
         self._redis: Redis = Redis(connection_pool=pool)
