@@ -50,7 +50,7 @@ class RedisStore:
         max_connections: int = 32,
         num_retries: int = 2,
     ) -> None:
-        self._place = "the Redis URL given"
+        self._place = "what was given"
         self._ttl_ms = max(1, round(ttl_seconds * 1000))
         try:
             self._place = _without_password(url)
@@ -70,7 +70,7 @@ class RedisStore:
             )
         except ValueError as error:
             raise InvalidRequest(
-                f"{self._place} is none; one looks like redis://127.0.0.1:6379/0",
+                f"{self._place} is no Redis URL; one looks like redis://127.0.0.1:6379/0",
                 field="redis",
             ) from error
         self._redis: Redis = Redis(connection_pool=pool)
