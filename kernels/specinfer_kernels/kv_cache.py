@@ -26,7 +26,7 @@ def write_kv(
 
     key, value: [num_rows, num_kv_heads, head_dim] of the caches' dtype. key_cache, value_cache:
     contiguous [num_blocks, block_size, num_kv_heads, head_dim]. slot_mapping: int64 [num_rows],
-    distinct slots. Raises KernelInputError on a wrong shape, dtype or (on a CPU) slot.
+    distinct slots. Raises KernelInputError on a wrong shape, dtype, device or (on a CPU) slot.
     """
     rows = (slot_mapping.shape[0], *key_cache.shape[2:])
     if key_cache.dim() != 4 or value_cache.shape != key_cache.shape:
@@ -40,6 +40,9 @@ def write_kv(
         )
     if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype:
         raise KernelInputError(f"dtypes differ: {key.dtype} rows, {key_cache.dtype} caches")
+    tensors = (key, value, key_cache, value_cache, slot_mapping)
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise KernelInputError("rows, caches and slot_mapping are on different devices")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise KernelInputError("the caches must be contiguous")
     chosen = choose_backend(key_cache.device, backend, key.dtype, native.DTYPE_CODES)

@@ -62,6 +62,15 @@ def test_write_kv_refuses_bad_tensors() -> None:
             write_kv(key, rows, cache, values, mapping)
 
 
+@pytest.mark.parametrize("elsewhere", range(5))
+def test_write_kv_refuses_tensors_on_several_devices(elsewhere: int) -> None:
+    cache, rows, slots = torch.zeros(4, 5, 2, 3), torch.ones(2, 2, 3), torch.tensor([0, 1])
+    tensors = [rows, rows, cache, cache.clone(), slots]
+    tensors[elsewhere] = tensors[elsewhere].to("meta")
+    with pytest.raises(KernelInputError, match="different devices"):
+        write_kv(*tensors)
+
+
 def accepted_paths() -> list[tuple[list[int], list[int]]]:
     """Every accepted path of up to 5 of 8 nodes under the root: slot L + a_j moves to L + j."""
     length = 6
