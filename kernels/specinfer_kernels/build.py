@@ -36,13 +36,16 @@ def find_compiler() -> str:
 
 
 def library_path(compiler: str, cache: Path | None = None) -> Path:
-    """Where the library for these sources, this compiler and this processor belongs."""
+    """Where the library for these sources, this compiler and this processor belongs.
+
+    Raises BuildError when no folder is given and the user has none.
+    """
     digest = hashlib.sha256()
     for source in sorted(SOURCE_FOLDER.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     for part in (_run([compiler, "--version"]), *_options(), _processor_features()):
         digest.update(b"\0" + part.encode())
-    folder = cache or Path.home() / ".cache" / "specinfer" / "kernels"
+    folder = cache or _user_cache() / "specinfer" / "kernels"
     return folder / f"specinfer_kernels-{digest.hexdigest()[:20]}.so"
 
 
@@ -62,6 +65,17 @@ def build(cache: Path | None = None) -> Path:
     except OSError as error:
         raise BuildError(f"cannot write the library to {target.parent}: {error}") from error
     return target
+
+
+def _user_cache() -> Path:
+    """XDG_CACHE_HOME, which counts only when absolute, or .cache in the home folder."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():
+        return named
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BuildError(f"no folder to keep the library in: {error}") from error
 
 
 def _options() -> tuple[str, ...]:

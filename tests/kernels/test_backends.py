@@ -126,6 +126,30 @@ def test_no_compiler_is_an_error_of_its_own(
         build(tmp_path / "cache")
 
 
+def test_the_users_cache_folder_is_honoured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_compilers(monkeypatch, fake_compiler(tmp_path / "bin", COPY))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "named"))
+    assert library_path(find_compiler()).parent == tmp_path / "named" / "specinfer" / "kernels"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert library_path(find_compiler()).parent.parent.parent == tmp_path / "home" / ".cache"
+
+
+def test_a_user_without_a_home_is_a_build_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    use_compilers(monkeypatch, fake_compiler(tmp_path / "bin", COPY))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(BuildError, match="no folder to keep the library in"):
+        build()
+
+
 def test_without_a_compiler_the_reference_serves(tmp_path: Path) -> None:
     """In a process that finds no compiler and no cached library."""
     package = Path(specinfer_kernels.__file__).parent.parent
