@@ -117,6 +117,18 @@ def test_noise_has_the_same_bits_in_every_backend_and_batch() -> None:
             assert torch.equal(alone[0], expected[row])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_words_and_noise_have_the_same_bits_on_a_gpu() -> None:
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 123456789])
+    positions = torch.tensor([0, 1, 5, 2**31, 2**63 - 1, 1000])
+    for purpose in Purpose:
+        words = counter_hash(seeds.cuda(), positions.cuda(), purpose, 1000)
+        assert torch.equal(words.cpu(), counter_hash(seeds, positions, purpose, 1000))
+    noise = gumbel_noise(seeds.cuda(), positions.cuda(), 1000)
+    assert torch.equal(noise.cpu(), gumbel_noise(seeds, positions, 1000))
+
+
 def test_noise_of_extreme_words_is_finite() -> None:
     words = torch.tensor([0, -1, 2**63 - 1, -(2**63), 1 << 11])
     assert bool(reference.gumbel_from_words(words).isfinite().all())
