@@ -57,10 +57,10 @@ class PackedLinear(nn.Module):
         if self.packed and not padding:
             return self._packed(x)
         rows = x.reshape(-1, self.in_features)
-        if num_rows == 0:
-            result = rows.new_empty(0, self.out_features)
-        elif self.packed:
+        if self.packed:
             result = self._packed(functional.pad(rows, (0, 0, 0, padding)))[:num_rows]
+        elif num_rows == 0:
+            result = rows.new_empty(0, self.out_features)
         elif self.row_invariant:
             result = self._blocked(rows)
         else:

@@ -135,11 +135,12 @@ def test_trees_of_any_node_order(loaded: LoadedModel) -> None:
         assert torch.equal(results[0][node], plain)
 
 
-def test_keys_reduced_in_slot_order_are_caught(tmp_path: Path) -> None:
+def test_context_blocks_in_another_order_are_caught(tmp_path: Path) -> None:
     """Negative control: the same keys in another order give other bits, and equality sees it.
 
-    A block table with two full context blocks swapped is how a kernel would read the pool that
-    walks slots as they lie in place of positions as they count.
+    The full blocks of the context are put in another order in the block table; the order within
+    a block and among the nodes stays. A kernel that sums in slot order is the control of
+    `test_negative_control_slot_order_is_detected` in tests/kernels/test_tree_attention.py.
     """
     config = LlamaConfig(**{**architectures()["llama"].to_dict(), "num_hidden_layers": 1})
     loaded = load_model(write_tiny(tmp_path, config), dtype="float32")
@@ -149,9 +150,9 @@ def test_keys_reduced_in_slot_order_are_caught(tmp_path: Path) -> None:
     prefill(runner, context, table)
     tree = SequenceRows.tree(random_tree(random.Random(9), 8, VOCAB_SIZE), len(context), table)
     (expected,) = runner.forward([tree])
-    in_slot_order = (*sorted(table[:9]), *table[9:])
-    assert in_slot_order != table
-    (wrong,) = runner.forward([replace(tree, block_table=in_slot_order)])
+    reordered_table = (*sorted(table[:9]), *table[9:])
+    assert reordered_table != table
+    (wrong,) = runner.forward([replace(tree, block_table=reordered_table)])
     torch.testing.assert_close(wrong, expected, rtol=1e-4, atol=1e-4)
     assert not torch.equal(wrong, expected)
 
