@@ -1,10 +1,12 @@
 """Every promised decoder family says on pages, in trees, what stock `transformers` says."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.fused import FusedDecoder
@@ -25,6 +27,10 @@ CONFIGS = architectures()
 # These run written out unless told otherwise.
 FUSED = {"llama", "mistral", "qwen2", "qwen3"}
 CASES = [(name, True) for name in sorted(CONFIGS)] + [(name, False) for name in sorted(FUSED)]
+# Activations long enough for several threads, and in most families no multiple of a vector.
+NUM_ROWS = 200
+WIDE_HIDDEN = 128
+WIDE_INNER = 388
 # Layers of these see WINDOW keys, one layer or all.
 WINDOWED = {"mistral", "qwen2", "gemma2", "gemma3", "phi3", "mixtral"}
 
@@ -70,6 +76,48 @@ def test_windows_are_seen_and_rows_are_invariant(name: str, folders: Path) -> No
         assert loaded.row_invariant
         assert loaded.dtype_name == dtype
         assert (WINDOW in loaded.sliding_windows) == (name in WINDOWED)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """More threads than one, in a number that no width divides by."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_rows_of_long_passes_are_invariant(name: str, dtype: str, tmp_path: Path) -> None:
+    """A pass of many rows over wide layers equals the same tokens in pieces, some of one row."""
+    loaded = load_model(write_tiny(tmp_path, widened(name)), dtype=dtype)
+    runner = Runner(loaded, num_blocks=128, block_size=16)
+    pages = Pages(128, 16)
+    generator = random.Random(name)
+    tokens = [generator.randrange(VOCAB_SIZE) for _ in range(NUM_ROWS)]
+    whole = prefill(runner, tokens, pages.table(NUM_ROWS))
+    pieces = prefill(runner, tokens, pages.table(NUM_ROWS), 1, 2, 5, 33, 100, NUM_ROWS - 1)
+    assert torch.equal(whole, pieces)
+
+
+def widened(name: str) -> PreTrainedConfig:
+    """The configuration with WIDE_HIDDEN features and room for NUM_ROWS tokens."""
+    config = architectures()[name]
+    wide = {
+        "hidden_size": WIDE_HIDDEN,
+        "word_embed_proj_dim": WIDE_HIDDEN,
+        "ffn_dim": WIDE_INNER,
+        "intermediate_size": WIDE_INNER,
+        "moe_intermediate_size": WIDE_INNER,
+        "max_position_embeddings": 256,
+    }
+    for field, value in wide.items():
+        # Through the names that a family gives them: GPT-2 says n_embd and n_positions.
+        if hasattr(config, field):
+            setattr(config, field, value)
+    return config
 
 
 def test_a_lost_window_would_be_seen(folders: Path) -> None:
