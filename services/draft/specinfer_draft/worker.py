@@ -8,10 +8,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
 from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
@@ -95,12 +95,5 @@ def _describe(settings: Settings, loaded: LoadedModel, runner: Runner) -> Worker
         block_size=settings.block_size,
         row_invariant=loaded.row_invariant,
         step_costs=runner.measure_step_costs(rows, MEASURED_CONTEXT),
-        version=_version(),
+        version=__version__,
     )
-
-
-def _version() -> str:
-    try:
-        return version("specinfer")
-    except PackageNotFoundError:
-        return "unknown"

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry
 
+from specinfer import __version__
 from specinfer.errors import SpecinferError
 from specinfer.metrics import RouterMetrics
 from specinfer.server import build_server, serve_until_signal
@@ -85,7 +85,7 @@ async def build_router(
         tokenizer=await load_tokenizer(cluster, settings.max_prompt_characters),
         policy=settings.shape_policy(cluster.target.step_costs),
         metrics=metrics,
-        version=own_version(),
+        version=__version__,
         limits=settings.limits(cluster.target.step_costs),
         telemetry=telemetry,
     )
@@ -111,14 +111,6 @@ async def load_tokenizer(cluster: Cluster, max_prompt_characters: int) -> Served
         eos_token=files.eos_token,
         max_prompt_characters=max_prompt_characters,
     )
-
-
-def own_version() -> str:
-    """Version of the installed distribution."""
-    try:
-        return version("specinfer")
-    except PackageNotFoundError:
-        return "0"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
 from specinfer_engine.blocks import BlockManager
@@ -79,7 +79,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         row_invariant=loaded.row_invariant,
         acceptance_rules=ACCEPTANCE_RULES,
         step_costs=costs,
-        version=_version(),
+        version=__version__,
     )
     return Worker(loaded, engine, info)
 
@@ -96,10 +96,3 @@ def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
         raise InvalidRequest(
             f"a KV pool of {size} MiB does not fit in memory: {error}", field="kv_memory"
         ) from error
-
-
-def _version() -> str:
-    try:
-        return version("specinfer")
-    except PackageNotFoundError:
-        return "unknown"
