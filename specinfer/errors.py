@@ -5,9 +5,12 @@
     │   ├── InvalidTree           INVALID_ARGUMENT     a token tree that is none
     │   └── InvalidCheckpoint     FAILED_PRECONDITION  a model folder that cannot be served
     ├── NotFound                  NOT_FOUND            unknown model or session
+    ├── Unauthenticated           UNAUTHENTICATED      no key, or one that is not known
+    ├── PermissionDenied          PERMISSION_DENIED    a key that may not do this
     ├── StaleEpoch                ABORTED              the session has moved on
     ├── Mismatch                  FAILED_PRECONDITION  parts that do not belong together
     ├── ResourceExhausted         RESOURCE_EXHAUSTED   full for now; retry later
+    │   └── ReaderStalled         RESOURCE_EXHAUSTED   a stream that was not read; resume it
     ├── Unavailable               UNAVAILABLE          nobody can serve this now; retry
     ├── DeadlineExceeded          DEADLINE_EXCEEDED    the caller's time ran out
     ├── Cancelled                 CANCELLED            the caller left
@@ -80,6 +83,20 @@ class NotFound(SpecinferError):
     reason = "NOT_FOUND"
 
 
+class Unauthenticated(SpecinferError):
+    """A call without a key, or with one that is not known."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(SpecinferError):
+    """A call with a key that may not make it."""
+
+    code = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
+
+
 class StaleEpoch(SpecinferError):
     """An item for an epoch that the session has left."""
 
@@ -100,6 +117,12 @@ class ResourceExhausted(SpecinferError):
     code = "RESOURCE_EXHAUSTED"
     reason = "RESOURCE_EXHAUSTED"
     retryable = True
+
+
+class ReaderStalled(ResourceExhausted):
+    """A stream that nobody read was cut off; resuming it at its offset goes on with it."""
+
+    reason = "READER_STALLED"
 
 
 class Unavailable(SpecinferError):
@@ -140,9 +163,12 @@ _KINDS: tuple[type[SpecinferError], ...] = (
     InvalidTree,
     InvalidCheckpoint,
     NotFound,
+    Unauthenticated,
+    PermissionDenied,
     StaleEpoch,
     Mismatch,
     ResourceExhausted,
+    ReaderStalled,
     Unavailable,
     DeadlineExceeded,
     Cancelled,

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from specinfer.errors import InvalidRequest
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer.tree import TokenTree
+
+GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "choice", "lark")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,27 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a completion has to match; the noise is drawn among the tokens it allows.
+
+    Attributes:
+        kind: one of GRAMMAR_KINDS.
+        text: a JSON schema, a regular expression, a JSON list of strings or a grammar in Lark's
+            notation; "" for "json_object".
+    """
+
+    kind: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            raise InvalidRequest(
+                f"a grammar is one of {', '.join(GRAMMAR_KINDS)}, got {self.kind!r}",
+                field="grammar",
+            )
 
 
 @dataclass(frozen=True)
@@ -177,11 +201,31 @@ class SpeculationOptions:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool; `arguments` is JSON."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class ChatMessage:
-    """One turn of a conversation, such as ("user", "What does textwrap.dedent do?")."""
+    """One turn of a conversation, such as ("user", "What does textwrap.dedent do?").
+
+    Attributes:
+        role: who speaks: "system", "user", "assistant" or "tool".
+        content: what is said.
+        name: of the speaker, or of the tool that answers, or "".
+        tool_call_id: call that a tool's answer belongs to, or "".
+        tool_calls: calls that the assistant made.
+    """
 
     role: str
     content: str
+    name: str = ""
+    tool_call_id: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +243,13 @@ class GenerateRequest:
         num_logprobs: most probable tokens to report with each token; None reports no logprobs.
         speculation: how to speculate.
         request_id: the caller's id; "" lets the router choose.
+        tools: tools that the chat template tells the model of, one JSON object each.
+        grammar: what the completion has to match, or None.
+        prediction: text that the completion is expected to be like, or ""; it is guessed from.
+        affinity_key: requests with the same key go to the same verify worker where its load
+            allows; "" goes to the least loaded.
+        priority: among requests that wait, higher ones start first.
+        detail: send each round's tree with its texts along.
     """
 
     prompt: str | None = None
@@ -210,6 +261,27 @@ class GenerateRequest:
     stop: StopConditions = field(default_factory=StopConditions)
     num_logprobs: int | None = None
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
+    request_id: str = ""
+    tools: tuple[str, ...] = ()
+    grammar: Grammar | None = None
+    prediction: str = ""
+    affinity_key: str = ""
+    priority: int = 0
+    detail: bool = False
+
+
+@dataclass(frozen=True)
+class ResumeRequest:
+    """Asks for the rest of a stream that broke.
+
+    Attributes:
+        session_id: from the stream's Started event.
+        offset: tokens of the completion that the caller has.
+        request_id: the caller's id; "" keeps that of the request.
+    """
+
+    session_id: str
+    offset: int = 0
     request_id: str = ""
 
 
@@ -263,6 +335,8 @@ class RoundFacts:
         queue_seconds: waiting inside both workers.
         network_seconds: round trips less what the workers account for.
         router_seconds: the rest: commit, text and bookkeeping.
+        commit_seconds: the store's part of `router_seconds`.
+        draft_depth: depth of the tree.
     """
 
     epoch: int
@@ -274,6 +348,86 @@ class RoundFacts:
     queue_seconds: float = 0.0
     network_seconds: float = 0.0
     router_seconds: float = 0.0
+    commit_seconds: float = 0.0
+    draft_depth: int = 0
+
+
+@dataclass(frozen=True)
+class RoundDetail:
+    """The tree of one round with its texts.
+
+    Attributes:
+        tree: a root and what was guessed below it.
+        accepted: nodes below the root that the target confirmed, in order.
+        node_texts: text of each node's token, the root's first.
+        token_texts: text of each token that the round brought.
+    """
+
+    tree: TokenTree
+    accepted: tuple[int, ...]
+    node_texts: tuple[str, ...]
+    token_texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a request went, in seconds.
+
+    Attributes:
+        queue_seconds: waiting for admission.
+        prepare_seconds: from admission to the first round: template, tokenizer and store.
+        first_token_seconds: from arrival to the first tokens.
+        total_seconds: from arrival to the end.
+    """
+
+    queue_seconds: float = 0.0
+    prepare_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round of a request, for `explain`.
+
+    Attributes:
+        offset: index of the round's first token in the completion.
+        num_tokens: tokens that the round brought.
+        start_seconds: from the request's arrival to the start of the round.
+        seconds: what the round took.
+        facts: what it did.
+    """
+
+    offset: int
+    num_tokens: int
+    start_seconds: float
+    seconds: float
+    facts: RoundFacts
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """Where the time of a request went, round by round.
+
+    Attributes:
+        request_id: id of the request.
+        session_id: id of its session.
+        outcome: "running", or how the request ended.
+        arrived_at: when the request came, in seconds since 1970.
+        num_prompt_tokens: tokens of the prompt.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+        timings: where the time went, rounds apart.
+        rounds: in order; a long request keeps its last ones.
+    """
+
+    request_id: str
+    session_id: str
+    outcome: str
+    arrived_at: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    timings: Timings
+    rounds: tuple[RoundReport, ...]
 
 
 @dataclass(frozen=True)
@@ -307,6 +461,7 @@ class TokensEvent:
         num_accepted_tokens: how many of `token_ids` were guessed and confirmed.
         logprobs: one entry a token when asked for.
         round: facts of the round.
+        detail: the round's tree, when asked for.
     """
 
     offset: int
@@ -315,6 +470,7 @@ class TokensEvent:
     num_accepted_tokens: int
     logprobs: tuple[TokenLogprob, ...]
     round: RoundFacts
+    detail: RoundDetail | None = None
 
 
 @dataclass(frozen=True)
@@ -325,13 +481,15 @@ class Finished:
         reason: "stop", "length" or "cancelled".
         stop_match: the stop string or token that ended it, or "".
         usage: token counts.
-        speculation: summary over all rounds.
+        speculation: summary over all rounds; a resumed stream counts those since it was resumed.
+        timings: where the time went.
     """
 
     reason: str
     stop_match: str
     usage: Usage
     speculation: SpeculationSummary
+    timings: Timings = field(default_factory=Timings)
 
 
 GenerateEvent = Started | TokensEvent | Finished
@@ -356,6 +514,9 @@ class Capabilities:
         num_verifiers: verify workers ready now.
         chat: whether the model brings a chat template.
         version: the router's version.
+        features: what else requests may ask for, such as "grammar", "tools" or "prediction".
+        plain_round_seconds: measured time of a round without guesses, which is what plain decoding
+            takes for one token; 0 before it was measured.
     """
 
     model: str
@@ -372,3 +533,5 @@ class Capabilities:
     num_verifiers: int
     chat: bool
     version: str
+    features: tuple[str, ...] = ()
+    plain_round_seconds: float = 0.0

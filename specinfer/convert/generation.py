@@ -1,103 +1,29 @@
-"""What users and routers tell each other, on the wire."""
+"""What routers tell users, on the wire."""
 
 from __future__ import annotations
 
 from specinfer.convert.shared import (
     logprob_from_wire,
     logprob_to_wire,
-    sampling_from_wire,
-    sampling_to_wire,
+    tree_from_wire,
+    tree_to_wire,
 )
 from specinfer.errors import InvalidRequest
 from specinfer.messages import (
     Capabilities,
-    ChatMessage,
     Finished,
     GenerateEvent,
-    GenerateRequest,
+    RequestReport,
+    RoundDetail,
     RoundFacts,
-    SpeculationOptions,
+    RoundReport,
     SpeculationSummary,
     Started,
+    Timings,
     TokensEvent,
     Usage,
 )
-from specinfer.sampling import StopConditions
 from specinfer.v1 import router_pb2
-
-
-def request_to_wire(request: GenerateRequest) -> router_pb2.GenerateRequest:
-    """Message of a user call."""
-    wire = router_pb2.GenerateRequest(
-        model=request.model,
-        sampling=sampling_to_wire(request.sampling, with_seed=not request.random_seed),
-        stop=router_pb2.StopConditions(
-            max_tokens=request.stop.max_tokens,
-            stop=request.stop.stop,
-            stop_token_ids=request.stop.stop_token_ids,
-            ignore_eos=request.stop.ignore_eos,
-        ),
-        num_logprobs=request.num_logprobs,
-        speculation=router_pb2.SpeculationOptions(
-            disabled=not request.speculation.enabled,
-            max_nodes=request.speculation.max_nodes,
-            max_depth=request.speculation.max_depth,
-            widths=request.speculation.widths,
-        ),
-        request_id=request.request_id,
-    )
-    if request.prompt is not None:
-        wire.prompt = request.prompt
-    elif request.token_ids is not None:
-        wire.token_ids.token_ids.extend(request.token_ids)
-        wire.token_ids.SetInParent()
-    elif request.messages is not None:
-        for message in request.messages:
-            wire.conversation.messages.add(role=message.role, content=message.content)
-        wire.conversation.SetInParent()
-    return wire
-
-
-def request_from_wire(wire: router_pb2.GenerateRequest) -> GenerateRequest:
-    """User call of a message; raises InvalidRequest naming the field at fault."""
-    kind = wire.WhichOneof("input")
-    if kind is None:
-        raise InvalidRequest("give a prompt, token ids or a conversation", field="input")
-    return GenerateRequest(
-        prompt=wire.prompt if kind == "prompt" else None,
-        token_ids=tuple(wire.token_ids.token_ids) if kind == "token_ids" else None,
-        messages=_messages_from_wire(wire.conversation) if kind == "conversation" else None,
-        model=wire.model,
-        sampling=sampling_from_wire(wire.sampling),
-        random_seed=not wire.sampling.HasField("seed"),
-        stop=_stop_from_wire(wire.stop),
-        num_logprobs=wire.num_logprobs if wire.HasField("num_logprobs") else None,
-        speculation=_speculation_from_wire(wire.speculation),
-        request_id=wire.request_id,
-    )
-
-
-def _messages_from_wire(wire: router_pb2.Conversation) -> tuple[ChatMessage, ...]:
-    return tuple(ChatMessage(message.role, message.content) for message in wire.messages)
-
-
-def _stop_from_wire(wire: router_pb2.StopConditions) -> StopConditions:
-    return StopConditions(
-        max_tokens=wire.max_tokens if wire.HasField("max_tokens") else None,
-        stop=tuple(wire.stop),
-        stop_token_ids=tuple(wire.stop_token_ids),
-        ignore_eos=wire.ignore_eos,
-    )
-
-
-def _speculation_from_wire(wire: router_pb2.SpeculationOptions) -> SpeculationOptions:
-    return SpeculationOptions(
-        enabled=not wire.disabled,
-        max_nodes=wire.max_nodes if wire.HasField("max_nodes") else None,
-        max_depth=wire.max_depth if wire.HasField("max_depth") else None,
-        widths=tuple(wire.widths),
-    )
-
 
 _ROUND_FIELDS = tuple(RoundFacts.__dataclass_fields__)
 
@@ -106,6 +32,9 @@ _STARTED_FIELDS = tuple(Started.__dataclass_fields__)
 
 
 _USAGE_FIELDS = tuple(Usage.__dataclass_fields__)
+
+
+_TIMING_FIELDS = tuple(Timings.__dataclass_fields__)
 
 
 def event_to_wire(event: GenerateEvent) -> router_pb2.GenerateResponse:
@@ -137,7 +66,8 @@ def _tokens_to_wire(event: TokensEvent) -> router_pb2.Tokens:
         token_ids=event.token_ids,
         num_accepted_tokens=event.num_accepted_tokens,
         logprobs=[logprob_to_wire(logprob) for logprob in event.logprobs],
-        round=router_pb2.RoundFacts(**{n: getattr(event.round, n) for n in _ROUND_FIELDS}),
+        round=_facts_to_wire(event.round),
+        detail=None if event.detail is None else _detail_to_wire(event.detail),
     )
 
 
@@ -148,7 +78,34 @@ def _tokens_from_wire(wire: router_pb2.Tokens) -> TokensEvent:
         token_ids=tuple(wire.token_ids),
         num_accepted_tokens=wire.num_accepted_tokens,
         logprobs=tuple(logprob_from_wire(logprob) for logprob in wire.logprobs),
-        round=RoundFacts(**{name: getattr(wire.round, name) for name in _ROUND_FIELDS}),
+        round=_facts_from_wire(wire.round),
+        detail=_detail_from_wire(wire.detail) if wire.HasField("detail") else None,
+    )
+
+
+def _facts_to_wire(facts: RoundFacts) -> router_pb2.RoundFacts:
+    return router_pb2.RoundFacts(**{name: getattr(facts, name) for name in _ROUND_FIELDS})
+
+
+def _facts_from_wire(wire: router_pb2.RoundFacts) -> RoundFacts:
+    return RoundFacts(**{name: getattr(wire, name) for name in _ROUND_FIELDS})
+
+
+def _detail_to_wire(detail: RoundDetail) -> router_pb2.RoundDetail:
+    return router_pb2.RoundDetail(
+        tree=tree_to_wire(detail.tree),
+        accepted=detail.accepted,
+        node_texts=detail.node_texts,
+        token_texts=detail.token_texts,
+    )
+
+
+def _detail_from_wire(wire: router_pb2.RoundDetail) -> RoundDetail:
+    return RoundDetail(
+        tree_from_wire(wire.tree),
+        tuple(wire.accepted),
+        tuple(wire.node_texts),
+        tuple(wire.token_texts),
     )
 
 
@@ -166,6 +123,7 @@ def _finished_to_wire(event: Finished) -> router_pb2.Finished:
             num_accepted_tokens_per_pos=summary.num_accepted_tokens_per_pos,
             root_only_reasons=dict(summary.root_only_reasons),
         ),
+        timings=_timings_to_wire(event.timings),
     )
 
 
@@ -183,11 +141,68 @@ def _finished_from_wire(wire: router_pb2.Finished) -> Finished:
             num_accepted_tokens_per_pos=tuple(summary.num_accepted_tokens_per_pos),
             root_only_reasons=tuple(sorted(summary.root_only_reasons.items())),
         ),
+        timings=_timings_from_wire(wire.timings),
+    )
+
+
+def _timings_to_wire(timings: Timings) -> router_pb2.Timings:
+    return router_pb2.Timings(**{name: getattr(timings, name) for name in _TIMING_FIELDS})
+
+
+def _timings_from_wire(wire: router_pb2.Timings) -> Timings:
+    return Timings(**{name: getattr(wire, name) for name in _TIMING_FIELDS})
+
+
+_REPORT_FIELDS = (
+    "request_id",
+    "session_id",
+    "outcome",
+    "arrived_at",
+    "num_prompt_tokens",
+    "num_cached_tokens",
+)
+
+
+def report_to_wire(report: RequestReport) -> router_pb2.ExplainResponse:
+    """Message of where a request's time went."""
+    return router_pb2.ExplainResponse(
+        **{name: getattr(report, name) for name in _REPORT_FIELDS},
+        timings=_timings_to_wire(report.timings),
+        rounds=[
+            router_pb2.RoundReport(
+                offset=one.offset,
+                num_tokens=one.num_tokens,
+                start_seconds=one.start_seconds,
+                seconds=one.seconds,
+                facts=_facts_to_wire(one.facts),
+            )
+            for one in report.rounds
+        ],
+    )
+
+
+def report_from_wire(wire: router_pb2.ExplainResponse) -> RequestReport:
+    """Where a request's time went, of a message."""
+    return RequestReport(
+        **{name: getattr(wire, name) for name in _REPORT_FIELDS},
+        timings=_timings_from_wire(wire.timings),
+        rounds=tuple(
+            RoundReport(
+                one.offset,
+                one.num_tokens,
+                one.start_seconds,
+                one.seconds,
+                _facts_from_wire(one.facts),
+            )
+            for one in wire.rounds
+        ),
     )
 
 
 _CAPABILITY_FIELDS = tuple(
-    name for name in Capabilities.__dataclass_fields__ if name != "acceptance_rules"
+    name
+    for name in Capabilities.__dataclass_fields__
+    if name not in ("acceptance_rules", "features")
 )
 
 
@@ -196,6 +211,7 @@ def capabilities_to_wire(capabilities: Capabilities) -> router_pb2.GetCapabiliti
     return router_pb2.GetCapabilitiesResponse(
         **{name: getattr(capabilities, name) for name in _CAPABILITY_FIELDS},
         acceptance_rules=capabilities.acceptance_rules,
+        features=capabilities.features,
     )
 
 
@@ -204,4 +220,5 @@ def capabilities_from_wire(wire: router_pb2.GetCapabilitiesResponse) -> Capabili
     return Capabilities(
         **{name: getattr(wire, name) for name in _CAPABILITY_FIELDS},
         acceptance_rules=tuple(wire.acceptance_rules),
+        features=tuple(wire.features),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from specinfer.errors import SpecinferError, error_class
-from specinfer.messages import TokenLogprob
+from specinfer.messages import Grammar, TokenLogprob
 from specinfer.sampling import SamplingParams
 from specinfer.tree import MAX_TREE_NODES, TokenTree
 from specinfer.v1 import tree_pb2
@@ -70,6 +70,21 @@ def sampling_from_wire(wire: tree_pb2.SamplingParams) -> SamplingParams:
     """Parameters of a message, absent fields at their defaults; raises InvalidRequest."""
     given = {name: getattr(wire, name) for name in _SAMPLING_FIELDS if wire.HasField(name)}
     return SamplingParams(**given, logit_bias=dict(wire.logit_bias))
+
+
+def grammar_to_wire(grammar: Grammar | None) -> tree_pb2.Grammar | None:
+    """Message of a grammar; None stays None."""
+    if grammar is None:
+        return None
+    kind = tree_pb2.GrammarKind.Value(f"GRAMMAR_KIND_{grammar.kind.upper()}")
+    return tree_pb2.Grammar(kind=kind, text=grammar.text)
+
+
+def grammar_from_wire(wire: tree_pb2.Grammar) -> Grammar:
+    """Grammar of a message; raises InvalidRequest for a kind that this version does not know."""
+    names = {number: name for name, number in tree_pb2.GrammarKind.items()}
+    name = names.get(wire.kind, "").removeprefix("GRAMMAR_KIND_").lower()
+    return Grammar(name, wire.text)
 
 
 def status_to_wire(error: SpecinferError) -> tree_pb2.ItemStatus:

@@ -102,6 +102,7 @@ class OpenDraft(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """How many of the tokens are the prompt; penalties of the output count the rest. 0 means all."""
     @_builtins.property
@@ -112,16 +113,21 @@ class OpenDraft(_message.Message):
     def sampling(self) -> _tree_pb2.SamplingParams:
         """How the target draws, so that the drafter can share its noise."""
 
+    @_builtins.property
+    def grammar(self) -> _tree_pb2.Grammar:
+        """What the output has to match, so that nothing else is guessed; unset allows anything."""
+
     def __init__(
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _tree_pb2.SamplingParams | None = ...,
         num_prompt_tokens: _builtins.int = ...,
+        grammar: _tree_pb2.Grammar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,11 @@ class GenerateRequest(_message.Message):
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    AFFINITY_KEY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Text."""
     model: _builtins.str
@@ -42,6 +47,14 @@ class GenerateRequest(_message.Message):
     """Most probable tokens to report with each token; unset reports no logprobs."""
     request_id: _builtins.str
     """The caller's id for logs and errors; empty lets the router choose."""
+    prediction: _builtins.str
+    """Text that the completion is expected to be like; it is guessed from, and changes no token."""
+    affinity_key: _builtins.str
+    """Requests with the same key go to the same verify worker where its load allows."""
+    priority: _builtins.int
+    """Among requests that wait, higher ones start first. Default 0."""
+    detail: _builtins.bool
+    """Send each round's tree with its texts along."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Tokens."""
@@ -62,6 +75,10 @@ class GenerateRequest(_message.Message):
     def speculation(self) -> Global___SpeculationOptions:
         """How to speculate; changes no token."""
 
+    @_builtins.property
+    def grammar(self) -> _tree_pb2.Grammar:
+        """What the completion has to match; unset allows anything."""
+
     def __init__(
         self,
         *,
@@ -74,10 +91,15 @@ class GenerateRequest(_message.Message):
         num_logprobs: _builtins.int | None = ...,
         speculation: Global___SpeculationOptions | None = ...,
         request_id: _builtins.str = ...,
+        grammar: _tree_pb2.Grammar | None = ...,
+        prediction: _builtins.str = ...,
+        affinity_key: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        detail: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "conversation", b"conversation", "input", b"input", "num_logprobs", b"num_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "conversation", b"conversation", "grammar", b"grammar", "input", b"input", "num_logprobs", b"num_logprobs", "prompt", b"prompt", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "conversation", b"conversation", "input", b"input", "model", b"model", "num_logprobs", b"num_logprobs", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "affinity_key", b"affinity_key", "conversation", b"conversation", "detail", b"detail", "grammar", b"grammar", "input", b"input", "model", b"model", "num_logprobs", b"num_logprobs", "prediction", b"prediction", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "stop", b"stop", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_logprobs: _TypeAlias = _typing.Literal["num_logprobs"]  # noqa: Y015
     _WhichOneofArgType__num_logprobs: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs"]  # noqa: Y015
@@ -121,18 +143,24 @@ class Conversation(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """At least one turn."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tools that the model may call, for the chat template: one JSON object each."""
 
     def __init__(
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,23 +174,67 @@ class ChatMessage(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """Who speaks, such as "user"."""
     content: _builtins.str
     """What is said."""
+    name: _builtins.str
+    """Name of the speaker or of the tool that answers, or empty."""
+    tool_call_id: _builtins.str
+    """Call that a tool's answer belongs to, or empty."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """Calls that the assistant made."""
+
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
+        name: _builtins.str = ...,
+        tool_call_id: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class ToolCall(_message.Message):
+    """One call of a tool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Unique in the conversation."""
+    name: _builtins.str
+    """The tool."""
+    arguments: _builtins.str
+    """Arguments as JSON."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        arguments: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class StopConditions(_message.Message):
@@ -286,6 +358,215 @@ class GenerateResponse(_message.Message):
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
+class ResumeRequest(_message.Message):
+    """Asks for the rest of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Session of the stream, from its Started event."""
+    offset: _builtins.int
+    """Tokens of the completion that the caller has."""
+    request_id: _builtins.str
+    """The caller's id for logs and errors; empty keeps that of the request."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
+class ResumeResponse(_message.Message):
+    """One event of a resumed stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> Global___GenerateResponse:
+        """As Generate sends them; the first one is Started."""
+
+    def __init__(
+        self,
+        *,
+        event: Global___GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeResponse: _TypeAlias = ResumeResponse  # noqa: Y015
+
+@_typing.final
+class CancelRequest(_message.Message):
+    """Ends a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Session to end."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
+
+@_typing.final
+class CancelResponse(_message.Message):
+    """The session has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Asks where the time of a request went."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Id of the request or of its session."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """Where the time of a request went."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    ARRIVED_AT_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Id of the request."""
+    session_id: _builtins.str
+    """Id of the session."""
+    outcome: _builtins.str
+    """"running", or how the request ended."""
+    arrived_at: _builtins.float
+    """When the request came, in seconds since 1970."""
+    num_prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    num_cached_tokens: _builtins.int
+    """Prompt tokens found in the prefix cache."""
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where the time went, rounds apart."""
+
+    @_builtins.property
+    def rounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundReport]:
+        """The rounds, in order; a long request keeps its last ones."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        arrived_at: _builtins.float = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        num_cached_tokens: _builtins.int = ...,
+        timings: Global___Timings | None = ...,
+        rounds: _abc.Iterable[Global___RoundReport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at", b"arrived_at", "num_cached_tokens", b"num_cached_tokens", "num_prompt_tokens", b"num_prompt_tokens", "outcome", b"outcome", "request_id", b"request_id", "rounds", b"rounds", "session_id", b"session_id", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class RoundReport(_message.Message):
+    """One round of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    START_SECONDS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Index of the round's first token in the completion."""
+    num_tokens: _builtins.int
+    """Tokens that the round brought."""
+    start_seconds: _builtins.float
+    """Seconds from the request's arrival to the start of the round."""
+    seconds: _builtins.float
+    """Seconds that the round took."""
+    @_builtins.property
+    def facts(self) -> Global___RoundFacts:
+        """What it did."""
+
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        start_seconds: _builtins.float = ...,
+        seconds: _builtins.float = ...,
+        facts: Global___RoundFacts | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "num_tokens", b"num_tokens", "offset", b"offset", "seconds", b"seconds", "start_seconds", b"start_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundReport: _TypeAlias = RoundReport  # noqa: Y015
+
+@_typing.final
 class Started(_message.Message):
     """The stream begins."""
 
@@ -335,6 +616,7 @@ class Tokens(_message.Message):
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     """Index of the first token in the completion."""
     text: _builtins.str
@@ -353,6 +635,10 @@ class Tokens(_message.Message):
     def round(self) -> Global___RoundFacts:
         """What the round did."""
 
+    @_builtins.property
+    def detail(self) -> Global___RoundDetail:
+        """The round's tree, when asked for."""
+
     def __init__(
         self,
         *,
@@ -362,14 +648,57 @@ class Tokens(_message.Message):
         num_accepted_tokens: _builtins.int = ...,
         logprobs: _abc.Iterable[_tree_pb2.TokenLogprob] | None = ...,
         round: Global___RoundFacts | None = ...,
+        detail: Global___RoundDetail | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "num_accepted_tokens", b"num_accepted_tokens", "offset", b"offset", "round", b"round", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "logprobs", b"logprobs", "num_accepted_tokens", b"num_accepted_tokens", "offset", b"offset", "round", b"round", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Tokens: _TypeAlias = Tokens  # noqa: Y015
+
+@_typing.final
+class RoundDetail(_message.Message):
+    """The tree of one round with its texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    NODE_TEXTS_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tree(self) -> _tree_pb2.TokenTree:
+        """A root and what was guessed below it."""
+
+    @_builtins.property
+    def accepted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Nodes below the root that the target confirmed, in order."""
+
+    @_builtins.property
+    def node_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Text of each node's token."""
+
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Text of each token that the round brought."""
+
+    def __init__(
+        self,
+        *,
+        tree: _tree_pb2.TokenTree | None = ...,
+        accepted: _abc.Iterable[_builtins.int] | None = ...,
+        node_texts: _abc.Iterable[_builtins.str] | None = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tree", b"tree"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "node_texts", b"node_texts", "token_texts", b"token_texts", "tree", b"tree"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundDetail: _TypeAlias = RoundDetail  # noqa: Y015
 
 @_typing.final
 class RoundFacts(_message.Message):
@@ -386,6 +715,8 @@ class RoundFacts(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
     NETWORK_SECONDS_FIELD_NUMBER: _builtins.int
     ROUTER_SECONDS_FIELD_NUMBER: _builtins.int
+    COMMIT_SECONDS_FIELD_NUMBER: _builtins.int
+    DRAFT_DEPTH_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch of the session after the round."""
     num_draft_tokens: _builtins.int
@@ -404,6 +735,10 @@ class RoundFacts(_message.Message):
     """Seconds of round trips less what the workers account for."""
     router_seconds: _builtins.float
     """Seconds of the rest."""
+    commit_seconds: _builtins.float
+    """Seconds of the store's commit; they are part of router_seconds."""
+    draft_depth: _builtins.int
+    """Depth of the tree."""
     def __init__(
         self,
         *,
@@ -416,10 +751,12 @@ class RoundFacts(_message.Message):
         queue_seconds: _builtins.float = ...,
         network_seconds: _builtins.float = ...,
         router_seconds: _builtins.float = ...,
+        commit_seconds: _builtins.float = ...,
+        draft_depth: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_seconds", b"draft_seconds", "epoch", b"epoch", "network_seconds", b"network_seconds", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "queue_seconds", b"queue_seconds", "root_only_reason", b"root_only_reason", "router_seconds", b"router_seconds", "verify_seconds", b"verify_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seconds", b"commit_seconds", "draft_depth", b"draft_depth", "draft_seconds", b"draft_seconds", "epoch", b"epoch", "network_seconds", b"network_seconds", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "queue_seconds", b"queue_seconds", "root_only_reason", b"root_only_reason", "router_seconds", b"router_seconds", "verify_seconds", b"verify_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -435,6 +772,7 @@ class Finished(_message.Message):
     STOP_MATCH_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """"stop", "length" or "cancelled"."""
     stop_match: _builtins.str
@@ -445,7 +783,11 @@ class Finished(_message.Message):
 
     @_builtins.property
     def speculation(self) -> Global___SpeculationSummary:
-        """Summary over all rounds."""
+        """Summary over all rounds; a resumed stream counts the rounds since it was resumed."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where the time went."""
 
     def __init__(
         self,
@@ -454,14 +796,49 @@ class Finished(_message.Message):
         stop_match: _builtins.str = ...,
         usage: Global___Usage | None = ...,
         speculation: Global___SpeculationSummary | None = ...,
+        timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["speculation", b"speculation", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["speculation", b"speculation", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "speculation", b"speculation", "stop_match", b"stop_match", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "speculation", b"speculation", "stop_match", b"stop_match", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class Timings(_message.Message):
+    """Where the time of a request went, in seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    PREPARE_SECONDS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
+    queue_seconds: _builtins.float
+    """Waiting for admission."""
+    prepare_seconds: _builtins.float
+    """From admission to the start of the first round: template, tokenizer and store."""
+    first_token_seconds: _builtins.float
+    """From arrival to the first tokens."""
+    total_seconds: _builtins.float
+    """From arrival to the end."""
+    def __init__(
+        self,
+        *,
+        queue_seconds: _builtins.float = ...,
+        prepare_seconds: _builtins.float = ...,
+        first_token_seconds: _builtins.float = ...,
+        total_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_seconds", b"first_token_seconds", "prepare_seconds", b"prepare_seconds", "queue_seconds", b"queue_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
@@ -596,6 +973,8 @@ class GetCapabilitiesResponse(_message.Message):
     NUM_VERIFIERS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    PLAIN_ROUND_SECONDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name."""
     model_hash: _builtins.str
@@ -622,9 +1001,15 @@ class GetCapabilitiesResponse(_message.Message):
     """Whether the model brings a chat template."""
     version: _builtins.str
     """The router's version."""
+    plain_round_seconds: _builtins.float
+    """Seconds of a round without guesses, measured: what plain decoding takes for one token."""
     @_builtins.property
     def acceptance_rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Rules that the verifiers walk by."""
+
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What else requests may ask for, such as "grammar", "tools", "prediction", "resume"."""
 
     def __init__(
         self,
@@ -643,10 +1028,12 @@ class GetCapabilitiesResponse(_message.Message):
         num_verifiers: _builtins.int = ...,
         chat: _builtins.bool = ...,
         version: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        plain_round_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rules", b"acceptance_rules", "chat", b"chat", "dtype", b"dtype", "lossless", b"lossless", "max_model_len", b"max_model_len", "max_tree_nodes", b"max_tree_nodes", "model", b"model", "model_hash", b"model_hash", "num_drafters", b"num_drafters", "num_verifiers", b"num_verifiers", "row_invariant", b"row_invariant", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rules", b"acceptance_rules", "chat", b"chat", "dtype", b"dtype", "features", b"features", "lossless", b"lossless", "max_model_len", b"max_model_len", "max_tree_nodes", b"max_tree_nodes", "model", b"model", "model_hash", b"model_hash", "num_drafters", b"num_drafters", "num_verifiers", b"num_verifiers", "plain_round_seconds", b"plain_round_seconds", "row_invariant", b"row_invariant", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

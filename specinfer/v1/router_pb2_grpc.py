@@ -40,6 +40,21 @@ class GenerationServiceStub(object):
                 request_serializer=specinfer_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=specinfer_dot_v1_dot_router__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/specinfer.v1.GenerationService/Resume',
+                request_serializer=specinfer_dot_v1_dot_router__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=specinfer_dot_v1_dot_router__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/specinfer.v1.GenerationService/Cancel',
+                request_serializer=specinfer_dot_v1_dot_router__pb2.CancelRequest.SerializeToString,
+                response_deserializer=specinfer_dot_v1_dot_router__pb2.CancelResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/specinfer.v1.GenerationService/Explain',
+                request_serializer=specinfer_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=specinfer_dot_v1_dot_router__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.GetCapabilities = channel.unary_unary(
                 '/specinfer.v1.GenerationService/GetCapabilities',
                 request_serializer=specinfer_dot_v1_dot_router__pb2.GetCapabilitiesRequest.SerializeToString,
@@ -53,6 +68,29 @@ class GenerationServiceServicer(object):
 
     def Generate(self, request, context):
         """Streams one Started event, then tokens round by round, then one Finished event.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with a session whose stream broke: the same events from a token offset on, each token
+        exactly once, through any router that shares the store. Whoever read the session before loses
+        it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a session for good, wherever it runs. A session that has ended already is fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Where the time of a request went, while the router that ran it remembers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +110,21 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=specinfer_dot_v1_dot_router__pb2.GenerateRequest.FromString,
                     response_serializer=specinfer_dot_v1_dot_router__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=specinfer_dot_v1_dot_router__pb2.ResumeRequest.FromString,
+                    response_serializer=specinfer_dot_v1_dot_router__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=specinfer_dot_v1_dot_router__pb2.CancelRequest.FromString,
+                    response_serializer=specinfer_dot_v1_dot_router__pb2.CancelResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=specinfer_dot_v1_dot_router__pb2.ExplainRequest.FromString,
+                    response_serializer=specinfer_dot_v1_dot_router__pb2.ExplainResponse.SerializeToString,
             ),
             'GetCapabilities': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCapabilities,
@@ -107,6 +160,87 @@ class GenerationService(object):
             '/specinfer.v1.GenerationService/Generate',
             specinfer_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
             specinfer_dot_v1_dot_router__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/specinfer.v1.GenerationService/Resume',
+            specinfer_dot_v1_dot_router__pb2.ResumeRequest.SerializeToString,
+            specinfer_dot_v1_dot_router__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/specinfer.v1.GenerationService/Cancel',
+            specinfer_dot_v1_dot_router__pb2.CancelRequest.SerializeToString,
+            specinfer_dot_v1_dot_router__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/specinfer.v1.GenerationService/Explain',
+            specinfer_dot_v1_dot_router__pb2.ExplainRequest.SerializeToString,
+            specinfer_dot_v1_dot_router__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

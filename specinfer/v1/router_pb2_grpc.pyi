@@ -35,6 +35,15 @@ class GenerationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]
     """Streams one Started event, then tokens round by round, then one Finished event."""
+    Resume: _grpc.UnaryStreamMultiCallable[_router_pb2.ResumeRequest, _router_pb2.ResumeResponse]
+    """Goes on with a session whose stream broke: the same events from a token offset on, each token
+    exactly once, through any router that shares the store. Whoever read the session before loses
+    it.
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_router_pb2.CancelRequest, _router_pb2.CancelResponse]
+    """Ends a session for good, wherever it runs. A session that has ended already is fine."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]
+    """Where the time of a request went, while the router that ran it remembers."""
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetCapabilitiesRequest, _router_pb2.GetCapabilitiesResponse]
     """What this cluster accepts."""
 
@@ -45,6 +54,15 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams one Started event, then tokens round by round, then one Finished event."""
+    Resume: _aio.UnaryStreamMultiCallable[_router_pb2.ResumeRequest, _router_pb2.ResumeResponse]  # type: ignore[assignment]
+    """Goes on with a session whose stream broke: the same events from a token offset on, each token
+    exactly once, through any router that shares the store. Whoever read the session before loses
+    it.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_router_pb2.CancelRequest, _router_pb2.CancelResponse]  # type: ignore[assignment]
+    """Ends a session for good, wherever it runs. A session that has ended already is fine."""
+    Explain: _aio.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Where the time of a request went, while the router that ran it remembers."""
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_router_pb2.GetCapabilitiesRequest, _router_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """What this cluster accepts."""
 
@@ -58,6 +76,33 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_pb2.GenerateResponse], _abc.AsyncIterator[_router_pb2.GenerateResponse]]:
         """Streams one Started event, then tokens round by round, then one Finished event."""
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _router_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.ResumeResponse], _abc.AsyncIterator[_router_pb2.ResumeResponse]]:
+        """Goes on with a session whose stream broke: the same events from a token offset on, each token
+        exactly once, through any router that shares the store. Whoever read the session before loses
+        it.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _router_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.CancelResponse, _abc.Awaitable[_router_pb2.CancelResponse]]:
+        """Ends a session for good, wherever it runs. A session that has ended already is fine."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _router_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.ExplainResponse, _abc.Awaitable[_router_pb2.ExplainResponse]]:
+        """Where the time of a request went, while the router that ran it remembers."""
 
     @_abc_1.abstractmethod
     def GetCapabilities(

@@ -51,6 +51,42 @@ LAW_KIND_WITHOUT_REPLACEMENT: LawKind.ValueType  # 4
 """The law of the draw before it at the same parent, without the token drawn there."""
 Global___LawKind: _TypeAlias = LawKind  # noqa: Y015
 
+class _GrammarKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GrammarKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GrammarKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRAMMAR_KIND_UNSPECIFIED: _GrammarKind.ValueType  # 0
+    """Not said."""
+    GRAMMAR_KIND_JSON_OBJECT: _GrammarKind.ValueType  # 1
+    """Any JSON object."""
+    GRAMMAR_KIND_JSON_SCHEMA: _GrammarKind.ValueType  # 2
+    """JSON that a JSON schema allows; the text is the schema."""
+    GRAMMAR_KIND_REGEX: _GrammarKind.ValueType  # 3
+    """Text that a regular expression matches as a whole."""
+    GRAMMAR_KIND_CHOICE: _GrammarKind.ValueType  # 4
+    """One of some strings; the text is a JSON list of them."""
+    GRAMMAR_KIND_LARK: _GrammarKind.ValueType  # 5
+    """Text that a grammar in Lark's notation allows."""
+
+class GrammarKind(_GrammarKind, metaclass=_GrammarKindEnumTypeWrapper):
+    """Forms of a grammar."""
+
+GRAMMAR_KIND_UNSPECIFIED: GrammarKind.ValueType  # 0
+"""Not said."""
+GRAMMAR_KIND_JSON_OBJECT: GrammarKind.ValueType  # 1
+"""Any JSON object."""
+GRAMMAR_KIND_JSON_SCHEMA: GrammarKind.ValueType  # 2
+"""JSON that a JSON schema allows; the text is the schema."""
+GRAMMAR_KIND_REGEX: GrammarKind.ValueType  # 3
+"""Text that a regular expression matches as a whole."""
+GRAMMAR_KIND_CHOICE: GrammarKind.ValueType  # 4
+"""One of some strings; the text is a JSON list of them."""
+GRAMMAR_KIND_LARK: GrammarKind.ValueType  # 5
+"""Text that a grammar in Lark's notation allows."""
+Global___GrammarKind: _TypeAlias = GrammarKind  # noqa: Y015
+
 @_typing.final
 class TokenTree(_message.Message):
     """A tree of guessed tokens below one root, as flat arrays in topological order: parents stand
@@ -281,6 +317,32 @@ class SamplingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class Grammar(_message.Message):
+    """What a completion has to match."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    kind: Global___GrammarKind.ValueType
+    """How the text is read."""
+    text: _builtins.str
+    """The schema, expression, list or grammar; empty for any JSON object."""
+    def __init__(
+        self,
+        *,
+        kind: Global___GrammarKind.ValueType = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):

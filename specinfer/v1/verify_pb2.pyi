@@ -106,6 +106,7 @@ class OpenVerify(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     ACCEPTANCE_RULE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     num_prompt_tokens: _builtins.int
     """How many of them are the prompt."""
     num_logprobs: _builtins.int
@@ -120,6 +121,10 @@ class OpenVerify(_message.Message):
     def sampling(self) -> _tree_pb2.SamplingParams:
         """How to draw."""
 
+    @_builtins.property
+    def grammar(self) -> _tree_pb2.Grammar:
+        """What the output has to match; unset allows anything."""
+
     def __init__(
         self,
         *,
@@ -128,10 +133,11 @@ class OpenVerify(_message.Message):
         sampling: _tree_pb2.SamplingParams | None = ...,
         num_logprobs: _builtins.int | None = ...,
         acceptance_rule: _builtins.str = ...,
+        grammar: _tree_pb2.Grammar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "num_logprobs", b"num_logprobs", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "grammar", b"grammar", "num_logprobs", b"num_logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "acceptance_rule", b"acceptance_rule", "num_logprobs", b"num_logprobs", "num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "acceptance_rule", b"acceptance_rule", "grammar", b"grammar", "num_logprobs", b"num_logprobs", "num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_logprobs: _TypeAlias = _typing.Literal["num_logprobs"]  # noqa: Y015
     _WhichOneofArgType__num_logprobs: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs"]  # noqa: Y015

@@ -1,0 +1,43 @@
+"""Who calls, and how much of the cluster they may use at once.
+
+This module knows nothing of HTTP, gRPC or what is generated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class KeyLimits:
+    """Bounds of one API key; None sets no bound of its own.
+
+    Attributes:
+        max_streams: requests in progress or waiting at once.
+        requests_per_minute: requests begun.
+        tokens_per_minute: prompt and completion tokens together.
+        max_priority: highest priority that requests may ask for.
+    """
+
+    max_streams: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_priority: int = 0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whoever made a call.
+
+    Attributes:
+        key_id: public name of the key, "" where no keys are asked for. Sessions belong to it.
+        limits: of the key.
+        seconds_left: until the caller's deadline when the call came, or None.
+    """
+
+    key_id: str = ""
+    limits: KeyLimits = field(default_factory=KeyLimits)
+    seconds_left: float | None = None
+
+
+ANYBODY = Caller()
