@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from specinfer.errors import InvalidRequest
 from specinfer.messages import SpeculationOptions
-from specinfer_router.gateway import Gateway, operator_routes
+from specinfer_router.gateway.operator import operator_routes
+from specinfer_router.gateway.server import Gateway
 from tests.kit.router import Bench, request_of, running_router
 
 

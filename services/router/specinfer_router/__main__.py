@@ -17,7 +17,8 @@ from specinfer.metrics import RouterMetrics
 from specinfer.server import build_server, serve_until_signal
 from specinfer.settings import read_settings
 from specinfer.telemetry import Telemetry, set_up
-from specinfer_router.gateway import Gateway, operator_routes
+from specinfer_router.gateway.operator import operator_routes
+from specinfer_router.gateway.server import Gateway
 from specinfer_router.pool import Cluster
 from specinfer_router.router import Router
 from specinfer_router.servicer import SERVICE, add_generation

@@ -1,55 +1,21 @@
-"""The HTTP side: health for machines and metrics for Prometheus, in the router's own event loop.
+"""The HTTP server: a socket and uvicorn in the router's own event loop.
 
-Further routes are given to `Gateway` beside these. This module knows nothing of sessions, workers
-or gRPC.
+Routes are given to it. This module knows nothing of what they answer, of sessions, workers or gRPC.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import uvicorn
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from specinfer.errors import InvalidRequest
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def operator_routes(
-    not_ready_reason: Callable[[], str], registry: CollectorRegistry
-) -> list[Route]:
-    """Routes for health checks and metrics.
-
-    Args:
-        not_ready_reason: why requests would fail now, or "" when they would not.
-        registry: metrics to show.
-    """
-
-    async def live(request: Request) -> Response:
-        return JSONResponse({"status": "live"})
-
-    async def ready(request: Request) -> Response:
-        reason = not_ready_reason()
-        if reason:
-            return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
-        return JSONResponse({"status": "ready"})
-
-    async def metrics(request: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-    return [
-        Route("/health/live", live),
-        Route("/health/ready", ready),
-        Route("/metrics", metrics),
-    ]
 
 
 class Gateway:

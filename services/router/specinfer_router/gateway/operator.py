@@ -1,0 +1,43 @@
+"""Routes for machines: health for load balancers and metrics for Prometheus.
+
+This module knows nothing of sessions, workers or generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+def operator_routes(
+    not_ready_reason: Callable[[], str], registry: CollectorRegistry
+) -> list[Route]:
+    """Routes for health checks and metrics.
+
+    Args:
+        not_ready_reason: why requests would fail now, or "" when they would not.
+        registry: metrics to show.
+    """
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        reason = not_ready_reason()
+        if reason:
+            return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return [
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/metrics", metrics),
+    ]
