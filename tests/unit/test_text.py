@@ -183,3 +183,17 @@ def test_examples_of_stop_strings(
     stops: list[str], pieces: list[str], expected: tuple[str, str]
 ) -> None:
     assert run_matcher(stops, pieces) == expected
+
+
+@KINDS
+def test_the_bytes_of_tokens_put_together_are_the_text(vocabulary: Vocabulary) -> None:
+    text = "the naïve cat 日本語 🙂"
+    token_ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+    joined = b"".join(vocabulary.token_bytes(token_id) for token_id in token_ids).decode()
+    assert joined.removeprefix(" ") == text
+
+
+def test_a_token_that_is_part_of_a_character_has_a_text_that_can_be_shown() -> None:
+    part = BYTE_LEVEL.tokenizer.token_to_id("ð")
+    assert BYTE_LEVEL.token_bytes(part) == b"\xf0"
+    assert BYTE_LEVEL.token_texts([part, 10**6]) == ("\ufffd", "")

@@ -10,11 +10,14 @@ import codecs
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
+# SentencePiece's sign for a space.
+WORD_START = "\u2581"
 MAX_HELD_TOKENS = 32
 CONTEXT_TOKENS = 6
 
@@ -48,6 +51,23 @@ class Vocabulary:
             byte_ids=frozenset(token_id for token_id in bytes_found if token_id is not None),
         )
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of one token by itself, perhaps a part of a character; special tokens by name."""
+        token = self.tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self.special_ids:
+            return token.encode()
+        if self.byte_level:
+            return byte_level_bytes(token)
+        if token_id in self.byte_ids:
+            return bytes([int(token[3:5], 16)])
+        return token.replace(WORD_START, " ").encode()
+
+    def token_texts(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """Text of each token by itself; a part of a character reads as U+FFFD."""
+        return tuple(self.token_bytes(token).decode(errors="replace") for token in token_ids)
+
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """A detokenizer for the completion of a prompt."""
         if self.byte_level:
@@ -72,7 +92,6 @@ class ByteDetokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._byte_of = _byte_alphabet()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -80,18 +99,11 @@ class ByteDetokenizer:
         if token_id in self._vocabulary.special_ids:
             return ""
         token = self._vocabulary.tokenizer.id_to_token(token_id)
-        return "" if token is None else self._decoder.decode(self._bytes(token))
+        return "" if token is None else self._decoder.decode(byte_level_bytes(token))
 
     def flush(self) -> str:
         """The rest at the end of the stream."""
         return self._decoder.decode(b"", final=True)
-
-    def _bytes(self, token: str) -> bytes:
-        try:
-            return bytes([self._byte_of[character] for character in token])
-        except KeyError:
-            # An added token that is plain text rather than letters of the byte alphabet.
-            return token.encode()
 
 
 class WindowDetokenizer:
@@ -197,6 +209,17 @@ def _fallbacks(stop: str) -> tuple[int, ...]:
     return tuple(table)
 
 
+def byte_level_bytes(token: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for."""
+    byte_of = _byte_alphabet()
+    try:
+        return bytes([byte_of[character] for character in token])
+    except KeyError:
+        # An added token that is plain text rather than letters of the byte alphabet.
+        return token.encode()
+
+
+@cache
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's letters for bytes: printable ones stand for themselves, the others follow U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
