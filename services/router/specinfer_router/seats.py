@@ -23,7 +23,7 @@ from specinfer.errors import (
     StaleEpoch,
     Unavailable,
 )
-from specinfer.messages import DraftResult, ShapeQuery, VerifyResult
+from specinfer.messages import DraftResult, Grammar, ShapeQuery, VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_router.pool import WorkerPool
@@ -75,6 +75,7 @@ class DraftSeat:
         num_prompt_tokens: int,
         vocab_size: int,
         deadline_seconds: float,
+        grammar: Grammar | None = None,
     ) -> None:
         """Take down the session; nothing is sent before the first propose."""
         self._pool = pool
@@ -83,6 +84,7 @@ class DraftSeat:
         self._num_prompt_tokens = num_prompt_tokens
         self._vocab_size = vocab_size
         self._deadline_seconds = deadline_seconds
+        self._grammar = grammar
         self._link: DraftLink | None = None
         self._generation = 0
         self._known_len = 0
@@ -155,7 +157,14 @@ class DraftSeat:
         link = self._link
         assert link is not None
         if self._known_len == 0:
-            link.open(self._session_id, epoch, token_ids, self._sampling, self._num_prompt_tokens)
+            link.open(
+                self._session_id,
+                epoch,
+                token_ids,
+                self._sampling,
+                self._num_prompt_tokens,
+                grammar=self._grammar,
+            )
             self._known_len = len(token_ids)
         known_len, self._known_len = self._known_len, len(token_ids)
         return link.propose(
@@ -189,6 +198,7 @@ class VerifySeat:
         num_prompt_tokens: int,
         num_logprobs: int | None,
         vocab_size: int,
+        grammar: Grammar | None = None,
         max_tries: int = 4,
         step_seconds: float = 120.0,
         failover_seconds: float = 30.0,
@@ -202,6 +212,7 @@ class VerifySeat:
             num_prompt_tokens: tokens of the prompt.
             num_logprobs: most probable tokens to report, or None.
             vocab_size: tokens the target knows.
+            grammar: what the completion has to match, or None.
             max_tries: workers tried for one round.
             step_seconds: a worker that takes longer for a round is taken to be lost.
             failover_seconds: how long to wait for a worker when none is ready.
@@ -212,6 +223,7 @@ class VerifySeat:
         self._num_prompt_tokens = num_prompt_tokens
         self._num_logprobs = num_logprobs
         self._vocab_size = vocab_size
+        self._grammar = grammar
         self._max_tries = max_tries
         self._step_seconds = step_seconds
         self._failover_seconds = failover_seconds
@@ -288,6 +300,7 @@ class VerifySeat:
             self._num_prompt_tokens,
             self._sampling,
             self._num_logprobs,
+            grammar=self._grammar,
         )
 
     async def _ask(

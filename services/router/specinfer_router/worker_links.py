@@ -15,6 +15,7 @@ import grpc.aio
 
 from specinfer.convert import (
     draft_result_from_wire,
+    grammar_to_wire,
     sampling_to_wire,
     shape_to_wire,
     tree_to_wire,
@@ -22,7 +23,7 @@ from specinfer.convert import (
     worker_info_from_wire,
 )
 from specinfer.errors import ResourceExhausted
-from specinfer.messages import DraftResult, ShapeQuery, VerifyResult, WorkerInfo
+from specinfer.messages import DraftResult, Grammar, ShapeQuery, VerifyResult, WorkerInfo
 from specinfer.rpc import error_from_rpc
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
@@ -63,6 +64,8 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
         token_ids: Sequence[int],
         sampling: SamplingParams,
         num_prompt_tokens: int,
+        *,
+        grammar: Grammar | None = None,
     ) -> asyncio.Future[None]:
         """Let the worker follow a session whose last token is the root."""
         item = draft_pb2.DraftItem(
@@ -73,6 +76,7 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
                 token_ids=token_ids,
                 sampling=sampling_to_wire(sampling),
                 num_prompt_tokens=num_prompt_tokens,
+                grammar=grammar_to_wire(grammar),
             ),
         )
         return self._send(item, item.item_id, session_id, _nothing)
@@ -135,6 +139,8 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
         num_prompt_tokens: int,
         sampling: SamplingParams,
         num_logprobs: int | None,
+        *,
+        grammar: Grammar | None = None,
     ) -> asyncio.Future[None]:
         """Bring a session to the worker; its last token is the root."""
         item = verify_pb2.VerifyItem(
@@ -146,6 +152,7 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
                 num_prompt_tokens=num_prompt_tokens,
                 sampling=sampling_to_wire(sampling),
                 num_logprobs=num_logprobs,
+                grammar=grammar_to_wire(grammar),
             ),
         )
         return self._send(item, item.item_id, session_id, _nothing)
