@@ -65,6 +65,8 @@ class GenerateOptions(TypedDict, total=False):
     """Most probable tokens to report with each token; None reports no logprobs."""
     speculation: SpeculationOptions | bool
     """How to speculate; False decodes one token a round. It changes no token."""
+    detail: bool
+    """Send each round's tree with its texts along."""
     timeout: float | None
     """Seconds for the whole call with its retries; left out it is the client's timeout."""
     request_id: str
@@ -101,6 +103,7 @@ def build_request(prompt: str | None, options: GenerateOptions) -> GenerateReque
         num_logprobs=_num_logprobs(given.get("logprobs")),
         speculation=_speculation(given.get("speculation", True)),
         request_id=_request_id(given.get("request_id")),
+        detail=_detail(given.get("detail")),
     )
 
 
@@ -201,6 +204,12 @@ def _stop(given: Mapping[str, Any]) -> StopConditions:
     if not isinstance(chosen.get("ignore_eos", False), bool):
         raise InvalidRequest("ignore_eos is true or false", field="ignore_eos")
     return StopConditions(**chosen)
+
+
+def _detail(value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest("detail is true or false", field="detail")
+    return value is True
 
 
 def _num_logprobs(value: object) -> int | None:
