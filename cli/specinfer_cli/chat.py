@@ -1,62 +1,52 @@
-"""`specinfer chat`: a conversation in the terminal, or line by line from a pipe."""
+"""`specinfer chat`: a conversation in the terminal, or line by line from a pipe.
+
+This module reads lines and decides which failure ends the command; it knows nothing of how answers
+are drawn or what the commands do.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from specinfer import ChatMessage, Client
+from specinfer import Client
 from specinfer.errors import InvalidRequest, SpecinferError
 from specinfer.options import GenerateOptions
 from specinfer_cli import arguments
-from specinfer_cli.console import friendly, messages, write
-from specinfer_cli.statistics import Statistics
-
-HELP = """\
-/stats   what speculation did so far: confirmed guesses by depth, tokens a round, tokens/s
-/reset   forget the conversation
-/quit    leave (or Ctrl-D); Ctrl-C stops an answer"""
+from specinfer_cli.chat_commands import COMMANDS, Chat, Screen, run_command
+from specinfer_cli.chat_screen import LiveAnswer, PlainAnswer
+from specinfer_cli.console import friendly, messages, output, write
+from specinfer_cli.conversation import Conversation, Show
 
 _System = Annotated[str | None, typer.Option("--system", help="System message to put first.")]
 
 
-@dataclass
-class Conversation:
-    """A conversation with one cluster.
+class PipeScreen:
+    """Answers as plain text."""
 
-    Attributes:
-        client: the open client.
-        options: options of every call.
-        system: system message, or None.
-        turns: what was said, without the system message.
-        statistics: sums over all answers since the start.
-    """
+    tree = False
 
-    client: Client
-    options: GenerateOptions
-    system: str | None = None
-    turns: list[ChatMessage] = field(default_factory=list)
-    statistics: Statistics = field(default_factory=Statistics)
+    def answering(self, conversation: Conversation) -> AbstractContextManager[Show]:
+        """The text alone."""
+        return PlainAnswer()
 
-    def ask(self, text: str, show: Callable[[str], None]) -> None:
-        """Stream the answer to `text` through `show`; an error or an interrupt forgets the turn."""
-        question = ChatMessage("user", text)
-        first = [ChatMessage("system", self.system)] if self.system is not None else []
-        began = time.perf_counter()
-        options = self.options.copy()
-        options["messages"] = [*first, *self.turns, question]
-        with self.client.stream(**options) as stream:
-            for event in stream:
-                show(event.text)
-            completion = stream.completion
-        self.statistics = self.statistics.add(completion, time.perf_counter() - began)
-        self.turns += [question, ChatMessage("assistant", completion.text)]
+
+class TerminalScreen:
+    """Answers with their rounds."""
+
+    def __init__(self, console: Console) -> None:
+        self.tree = True
+        self._console = console
+
+    def answering(self, conversation: Conversation) -> AbstractContextManager[Show]:
+        """The text, tinted, with a live panel below it."""
+        return LiveAnswer(self._console, conversation.plain_speed(), tree=self.tree)
 
 
 @friendly
@@ -73,7 +63,10 @@ def chat(
     max_nodes: arguments.MaxNodes = None,
     max_depth: arguments.MaxDepth = None,
 ) -> None:
-    """Talk with the model of a running cluster; /help lists what else can be typed."""
+    """Talk with the model of a running cluster and see how speculation makes its answers.
+
+    /help lists what else can be typed.
+    """
     options: GenerateOptions = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -90,47 +83,59 @@ def chat(
                 f"{capabilities.model} has no chat template; use `specinfer generate --raw`"
             )
         interactive = sys.stdin.isatty()
+        screen: Screen = PipeScreen()
+        if interactive and _can_redraw(output()):
+            screen = TerminalScreen(output())
+            options["detail"] = True
         if interactive:
             messages().print(f"{capabilities.model}. /help lists the commands.", markup=False)
-        _loop(Conversation(client, options, system), interactive)
+            _edit_lines()
+        _loop(Chat(Conversation(client, options, system), screen, messages()), interactive)
 
 
-def _loop(conversation: Conversation, interactive: bool) -> None:
+def _can_redraw(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def _edit_lines() -> None:
+    """Arrow keys, history and Tab for commands, where Python was built with readline."""
+    with contextlib.suppress(ModuleNotFoundError):
+        readline = importlib.import_module("readline")
+        readline.set_completer_delims(" ")
+        readline.set_completer(_completed)
+        readline.parse_and_bind("tab: complete")
+
+
+def _completed(start: str, number: int) -> str | None:
+    found = [name for name in COMMANDS if start and name.startswith(start)]
+    return found[number] if number < len(found) else None
+
+
+def _loop(chat: Chat, interactive: bool) -> None:
     """Answer line after line; from a pipe the first failed answer ends the command."""
-    console = messages()
     read = _prompted if interactive else _piped
     while (line := read()) is not None:
-        text = line.strip()
-        if text == "/quit":
+        try:
+            _answer(chat, line.strip(), interactive)
+        except EOFError:
             return
-        if text.startswith("/"):
-            _command(conversation, text, console)
+
+
+def _answer(chat: Chat, text: str, interactive: bool) -> None:
+    is_command = text.startswith("/")
+    try:
+        if is_command:
+            run_command(chat, text)
         elif text:
-            try:
-                conversation.ask(text, write)
-            except SpecinferError as error:
-                if not interactive:
-                    raise
-                console.print(f"\nerror: {error.message}", style="red", markup=False)
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-                console.print("\nstopped; the turn is forgotten", style="dim", markup=False)
-            else:
-                write("\n")
-
-
-def _command(conversation: Conversation, text: str, console: Console) -> None:
-    if text == "/stats":
-        for line in conversation.statistics.lines():
-            console.print(line, markup=False, soft_wrap=True)
-    elif text == "/reset":
-        conversation.turns.clear()
-        console.print("forgotten", markup=False)
-    elif text == "/help":
-        console.print(HELP, markup=False)
-    else:
-        console.print(f"unknown command {text}\n{HELP}", markup=False)
+            chat.ask(text)
+    except SpecinferError as error:
+        if not interactive and not (is_command and isinstance(error, InvalidRequest)):
+            raise
+        chat.console.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        chat.console.print("\nstopped; the turn is forgotten", style="dim", markup=False)
 
 
 def _prompted() -> str | None:
