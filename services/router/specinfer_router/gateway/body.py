@@ -1,0 +1,118 @@
+"""From a request's bytes to a checked model: bounded, and with errors that name the parameter.
+
+This module knows nothing of what the models mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from specinfer.errors import Cancelled, InvalidRequest
+from specinfer_router.gateway.errors import BodyTooLarge, UnknownParameter
+
+MAX_BODY_BYTES = 2**23
+# Smaller bodies are read in less time than a thread takes to start.
+OFF_LOOP_BYTES = 2**14
+MAX_PARAMETER_LENGTH = 200
+
+
+class Body(BaseModel):
+    """A request's body: no coercion, no unknown fields, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+_Body = TypeVar("_Body", bound=Body)
+
+
+async def parse_body(
+    request: Request, model: type[_Body], *, max_bytes: int = MAX_BODY_BYTES
+) -> _Body:
+    """The body of a request, checked.
+
+    Raises:
+        BodyTooLarge: it has more than `max_bytes` bytes; the rest is not read.
+        UnknownParameter: it has a field that `model` does not know.
+        InvalidRequest: it is no JSON, or a parameter has a wrong value.
+        Cancelled: the caller left while sending it.
+    """
+    content = await _read(request, max_bytes)
+    if len(content) <= OFF_LOOP_BYTES:
+        return validate(content, model)
+    return await asyncio.to_thread(validate, content, model)
+
+
+def validate(content: bytes, model: type[_Body]) -> _Body:
+    """A model from JSON; raises InvalidRequest."""
+    try:
+        data = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is no JSON that is served here: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidRequest("the body is a JSON object")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, data) from error
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    pieces = bytearray()
+    try:
+        async for piece in request.stream():
+            pieces += piece
+            if len(pieces) > max_bytes:
+                raise BodyTooLarge(f"a body has at most {max_bytes} bytes")
+    except ClientDisconnect as error:
+        raise Cancelled("the caller left while sending the body") from error
+    return bytes(pieces)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _explained(error: ValidationError, data: Any) -> InvalidRequest:
+    """The complaint that reaches deepest into the body; a union complains once for each member."""
+    complaints = error.errors(include_url=False, include_context=False, include_input=False)
+    complaint = max(complaints, key=lambda item: len(_steps(item["loc"], item["type"], data)))
+    steps = _steps(complaint["loc"], complaint["type"], data)
+    parameter = _parameter(steps)
+    if complaint["type"] == "extra_forbidden":
+        return UnknownParameter(f"unknown parameter: {parameter!r}", field=parameter)
+    if complaint["type"] == "missing":
+        return InvalidRequest(f"missing required parameter: {parameter!r}", field=parameter)
+    reason = complaint["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"invalid value for {parameter!r}: {reason}", field=parameter)
+
+
+def _steps(location: tuple[int | str, ...], kind: str, data: Any) -> list[int | str]:
+    """The part of a complaint's location that exists in the body: unions add names of their own."""
+    steps: list[int | str] = []
+    for step in location:
+        if _holds(data, step):
+            data = data[step]
+            steps.append(step)
+    if kind == "missing":
+        steps.append(location[-1])
+    return steps
+
+
+def _holds(data: Any, step: int | str) -> bool:
+    if isinstance(data, list):
+        return isinstance(step, int) and 0 <= step < len(data)
+    return isinstance(data, dict) and step in data
+
+
+def _parameter(steps: list[int | str]) -> str:
+    """OpenAI's notation, such as messages[0].content."""
+    name = ""
+    for step in steps:
+        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
+    # A caller's own key may be as long as it likes, and go into a header or a log.
+    return name[:MAX_PARAMETER_LENGTH]
