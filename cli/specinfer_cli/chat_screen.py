@@ -16,7 +16,7 @@ from rich.text import Text
 from specinfer import TokensEvent
 from specinfer_cli.console import write
 from specinfer_cli.conversation import PlainSpeed, Show
-from specinfer_cli.round_view import LEGEND, Progress, panel, speed_line, tinted
+from specinfer_cli.round_view import LEGEND, Progress, depth_line, panel, speed_line, tinted
 
 REFRESHES_PER_SECOND = 12
 MARGIN_COLUMNS = 1
@@ -82,13 +82,18 @@ class LiveAnswer:
             row, self._row = self._row, Text()
         self._console.print(row, soft_wrap=True)
         if kind is None and self._progress.num_rounds:
-            self._console.print(speed_line(self._progress, self._plain), soft_wrap=True)
-            if self._progress.detail is not None and self._progress.num_drafts:
-                self._console.print(LEGEND, soft_wrap=True)
+            self._console.print(self._summary(), soft_wrap=True)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
             yield Group(self._row.copy(), panel(self._progress, self._plain, tree=self._tree))
+
+    def _summary(self) -> Text:
+        """What stays below an answer; one without guesses has nothing to be compared with."""
+        if not self._progress.num_drafts:
+            return speed_line(self._progress, None)
+        lines = [depth_line(self._progress), speed_line(self._progress, self._plain)]
+        return Text("\n").join(lines if self._progress.detail is None else [*lines, LEGEND])
 
     def _show(self, event: TokensEvent) -> None:
         text = tinted(event)

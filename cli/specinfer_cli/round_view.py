@@ -180,11 +180,8 @@ def _rows(node: _Node) -> Iterator[Text]:
         for line, row in enumerate(_rows(child)):
             first = place == 0 and line == 0
             connector = _connector(place, last, line, accepted=child.accepted)
-            yield Text.assemble(label if first else indent, (connector, _line(child)), row)
-
-
-def _line(child: _Node) -> str:
-    return GUESSED if child.accepted else REJECTED
+            lit = GUESSED if first and child.accepted else REJECTED
+            yield Text.assemble(label if first else indent, (connector, lit), row)
 
 
 def _connector(place: int, last: int, line: int, *, accepted: bool) -> str:
@@ -229,9 +226,9 @@ def depth_line(progress: Progress) -> Text:
     if not progress.num_drafts:
         return Text("acceptance by depth: no guesses yet", "dim")
     shares = [count / progress.num_drafts for count in progress.accepted_by_depth]
-    shown = [f"{depth}{bar(share)}{share:.0%}" for depth, share in _numbered(shares)]
+    shown = [f"{depth}{bar(share)} {share:.0%}" for depth, share in _numbered(shares)]
     rest = " …" if len(shares) > MAX_DEPTHS else ""
-    return Text.assemble(("acceptance by depth  ", "dim"), "  ".join(shown) + rest)
+    return Text.assemble(("acceptance by depth  ", "dim"), "   ".join(shown) + rest)
 
 
 def _numbered(shares: Sequence[float]) -> Iterator[tuple[int, float]]:
@@ -244,11 +241,13 @@ def bar(share: float) -> str:
 
 
 def speed_line(progress: Progress, plain: PlainSpeed | None) -> Text:
-    """Tokens a round and tokens a second, beside what plain decoding does."""
+    """Tokens a round and tokens a second, beside what plain decoding does where that matters."""
     a_round = progress.num_tokens / progress.num_rounds if progress.num_rounds else 0.0
     speed = progress.tokens_per_second
     result = Text.assemble(f"{a_round:.2f} ", ("tokens a round  ", "dim"))
     result.append_text(Text.assemble((f"{speed:.1f}", "bold"), (" tokens/s  ", "dim")))
+    if not progress.num_drafts:
+        return result.append("plain decoding", "dim")
     if plain is None:
         return result.append("plain decoding: not measured yet", "dim")
     told = f"plain decoding {plain.tokens_per_second:.1f} ({plain.source})"

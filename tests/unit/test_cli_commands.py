@@ -156,6 +156,82 @@ def test_chat_keeps_the_conversation(router: FakeRouter) -> None:
     assert "unknown command /nonsense" in result.stderr
 
 
+def test_chat_commands_change_the_next_request(router: FakeRouter) -> None:
+    lines = [
+        *("/set temperature 0.7", "/set top_k 9", "/set max_nodes 5", "/set seed 3", "one"),
+        *("/set top_k none", "/speculation off", "/system be short", "/settings", "two"),
+        *("/system", "/speculation on", "three", "/again"),
+    ]
+    result = run("chat", "--router", router.address, text="\n".join(lines))
+    assert result.exit_code == 0, result.output
+    one, two, three, again = router.requests
+    assert (one.sampling.temperature, one.sampling.top_k, one.sampling.seed) == (0.7, 9, 3)
+    assert (one.speculation.enabled, one.speculation.max_nodes) == (True, 5)
+    assert (two.sampling.top_k, two.speculation.enabled) == (0, False)
+    assert two.messages is not None
+    assert two.messages[0] == ChatMessage("system", "be short")
+    assert three.messages is not None
+    assert [message.role for message in three.messages][:2] == ["user", "assistant"]
+    assert three.speculation.enabled
+    assert (again.speculation.enabled, again.messages) == (False, three.messages)
+    assert "temperature         0.7" in result.stderr
+    assert "speculation         off" in result.stderr
+    assert "identical: all 9 tokens; speculation ran at" in result.stderr
+    assert not any(request.detail for request in router.requests)
+
+
+def test_again_tells_of_another_text(router: FakeRouter) -> None:
+    async def wrong(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        token_ids = [1, 2, 3] if request.speculation.enabled else [1, 2, 4]
+        yield started_event(request)
+        yield tokens_event(request, 0, token_ids[:2])
+        yield tokens_event(request, 2, token_ids[2:])
+        yield finished_event(3, 2)
+
+    router.script = wrong
+    result = run("chat", "--router", router.address, text="one\n/again\n")
+    assert "NOT identical: the first 2 tokens are" in result.stderr
+
+
+def test_chat_commands_refuse_what_they_cannot_do(router: FakeRouter) -> None:
+    for line, reason in (
+        ("/again", "nothing was asked yet"),
+        ("/speculation maybe", "/speculation on, or /speculation off"),
+        ("/set", "/set NAME VALUE"),
+        ("/set top_q 1", "there is no setting 'top_q'"),
+        ("/set top_k many", "top_k is a whole number or none"),
+        ("/set top_p 9", "top_p is between 0 and 1"),
+        ("/set max_nodes -1", "max_nodes is between 0 and"),
+        ("/save", "/save FILE"),
+        ("/save /nowhere/at/all", "cannot write"),
+    ):
+        result = run("chat", "--router", router.address, text=f"{line}\nhello\n")
+        assert result.exit_code == 0, result.output
+        assert reason in result.stderr, line
+        # The chat goes on, with the settings as they were.
+        assert router.requests[-1].sampling.greedy
+    assert len(router.requests) == 9
+
+
+def test_a_chat_is_saved_once(router: FakeRouter, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    lines = f"/system short\nhello\n/save {path}\n/save {path}\n/stats\n"
+    result = run("chat", "--router", router.address, text=lines)
+    saved = json.loads(path.read_text())
+    request = router.requests[0]
+    assert saved["system"] == "short"
+    assert saved["messages"] == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": text_of(request)},
+    ]
+    assert saved["settings"]["temperature"] == 0
+    assert saved["settings"]["speculation"]["enabled"] is True
+    assert saved["last_request_id"] == request.request_id
+    assert saved["statistics"]["num_tokens"] == 9
+    assert "is there already" in result.stderr
+    assert f"specinfer explain {request.request_id}" in result.stderr
+
+
 def test_chat_ends_with_its_input_and_with_an_error(router: FakeRouter) -> None:
     async def refuse(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
         yield started_event(request)

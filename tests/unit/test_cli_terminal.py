@@ -1,8 +1,9 @@
-"""`specinfer chat` in a terminal: the prompt, Ctrl-C during an answer, Ctrl-D at the prompt."""
+"""`specinfer chat` in a terminal: tinted answers, live rounds, Ctrl-C, Ctrl-D, a dumb terminal."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import pty
 import select
@@ -13,8 +14,17 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from specinfer.messages import GenerateEvent, GenerateRequest
-from tests.kit.fake_router import FakeRouter, answer, running, started_event, tokens_event
+from specinfer.messages import GenerateEvent, GenerateRequest, RoundDetail
+from specinfer.tree import TokenTree
+from tests.kit.fake_router import (
+    FakeRouter,
+    answer,
+    fake_tokens,
+    finished_event,
+    running,
+    started_event,
+    tokens_event,
+)
 
 CTRL_D = b"\x04"
 PATIENCE_SECONDS = 60.0
@@ -28,13 +38,15 @@ def _take_interrupts() -> None:
 class Terminal:
     """A `specinfer chat` on a pseudo-terminal."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, kind: str = "xterm-256color") -> None:
         self._master, slave = pty.openpty()
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "specinfer_cli.main", "chat", "--router", address],
             stdin=slave,
             stdout=slave,
             stderr=slave,
+            env=environment | {"TERM": kind},
             start_new_session=True,
             preexec_fn=_take_interrupts,
         )
@@ -81,17 +93,64 @@ def test_an_answer_can_be_stopped(router: FakeRouter, terminal: Terminal) -> Non
     terminal.wait_for("> ")
     router.script = endless
     terminal.type(b"first\r")
-    terminal.wait_for(" w77")
+    terminal.wait_for("w77")
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("the turn is forgotten")
     assert router.cancelled.wait(PATIENCE_SECONDS)
     terminal.wait_for("> ")
     router.script = answer
     terminal.type(b"second\r")
-    terminal.wait_for(" w")
+    terminal.wait_for("tokens a round")
     terminal.wait_for("> ")
     last = router.requests[-1].messages
     assert last is not None
     assert [message.content for message in last] == ["second"]
     terminal.type(CTRL_D)
     assert terminal.process.wait(PATIENCE_SECONDS) == 0
+
+
+async def detailed(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+    """Two rounds: a guess of two of which one is confirmed, then none."""
+    tree = TokenTree((9, 10, 11), (-1, 0, 0))
+    yield started_event(request)
+    for offset, tokens in ((0, [10, 12]), (2, [13])):
+        event = tokens_event(request, offset, tokens)
+        accepted = (1,) if event.num_accepted_tokens else ()
+        words = tuple(f" w{token}" for token in tokens)
+        detail = RoundDetail(tree, accepted, (" w9", " w10", " w11"), words)
+        yield dataclasses.replace(event, detail=detail if request.detail else None)
+    yield finished_event(3, 2)
+
+
+def test_an_answer_shows_its_rounds(router: FakeRouter, terminal: Terminal) -> None:
+    router.script = detailed
+    terminal.wait_for("> ")
+    terminal.type(b"first\r")
+    shown = terminal.wait_for("the target's own")
+    assert router.requests[-1].detail
+    # Green is what was guessed and confirmed, a line below what is the target's own.
+    assert "\x1b[32m w10\x1b[0m" in shown
+    assert "\x1b[4mw12\x1b[0m" in shown
+    assert "1.50 " in shown
+    assert "100%" in shown
+    terminal.wait_for("> ")
+    terminal.type(b"/again\r")
+    terminal.wait_for("once more without speculation, seed 4242")
+    terminal.wait_for("identical: all 3 tokens; speculation ran at ")
+    assert not router.requests[-1].speculation.enabled
+    assert router.requests[-1].sampling.seed == 4242
+    assert router.requests[-1].messages == router.requests[-2].messages
+
+
+def test_a_terminal_that_cannot_redraw_gets_plain_text(router: FakeRouter) -> None:
+    terminal = Terminal(router.address, kind="dumb")
+    try:
+        terminal.wait_for("> ")
+        terminal.type(b"first\r")
+        shown = terminal.wait_for("> ")
+        assert "\x1b[" not in shown
+        words = [f"w{token}" for token in fake_tokens(router.requests[-1], 9)]
+        assert " ".join(words) in shown
+        assert not router.requests[-1].detail
+    finally:
+        terminal.close()
