@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specinfer.convert import draft_result_from_wire, sampling_to_wire, worker_info_from_wire
 from specinfer.errors import InternalError, InvalidRequest, Unavailable
+from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import ShapeQuery, WorkerInfo
 from specinfer.rpc import open_channel
 from specinfer.sampling import SamplingParams
@@ -71,7 +72,8 @@ async def service() -> AsyncIterator[Service]:
     assert isinstance(bench.runner, GatedRunner)
     engine = DraftEngine(bench.drafter, bench.blocks, clock=bench.clock, max_pending=64)
     server = build_server("127.0.0.1:0", [SERVICE_NAME])
-    servicer = DraftServicer(engine, INFO)
+    grammars = GrammarChecker(GrammarCompiler(b"{}", INFO.vocab_size, (0,)))
+    servicer = DraftServicer(engine, INFO, grammars)
     draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.server)
     engine.start()
     await server.start()

@@ -34,7 +34,7 @@ async def serve(settings: Settings) -> None:
         loop.call_soon_threadsafe(failed.set)
 
     worker = await asyncio.to_thread(build_worker, settings, report_failure)
-    servicer = DraftServicer(worker.engine, worker.info)
+    servicer = DraftServicer(worker.engine, worker.info, worker.grammars)
     draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.server)
     worker.engine.start()
     await server.start()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from specinfer.errors import InvalidRequest, Unavailable
+from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult, ShapeQuery, WorkerLoad
 from specinfer.sampling import SamplingParams
 from specinfer_draft.drafters.model import ModelDrafter
@@ -74,6 +75,7 @@ class DraftEngine:
         sampling: SamplingParams,
         num_prompt_tokens: int = 0,
         *,
+        grammar: GrammarState | None = None,
         owner: object | None = None,
     ) -> Future[None]:
         """Start to follow a session, or replace what is known of it.
@@ -84,6 +86,7 @@ class DraftEngine:
             token_ids: prompt and output; the last one is the root.
             sampling: how the target draws, seed included.
             num_prompt_tokens: how many of `token_ids` are the prompt; 0 means all.
+            grammar: a state of this session alone, for what its output has to match, or None.
             owner: who has the session from now on, for `close_owned`.
 
         The future fails with InvalidRequest, ResourceExhausted or Unavailable.
@@ -93,7 +96,13 @@ class DraftEngine:
         tokens = tuple(token_ids)
         return self._thread.call(
             lambda: self._drafter.open(
-                session_id, epoch, tokens, sampling, num_prompt_tokens, owner=owner
+                session_id,
+                epoch,
+                tokens,
+                sampling,
+                num_prompt_tokens,
+                grammar=grammar,
+                owner=owner,
             )
         )
 

@@ -1,13 +1,14 @@
 """DraftService on the wire: checks, calls, translates. No tensors and no decisions here.
 
 One stream carries frames of items of many sessions. Items go to the engine in the order they came;
-results leave as they are made, those that are ready together in one frame.
+results leave as they are made, those that are ready together in one frame. A grammar is compiled on
+another thread; its session's later items wait for it, those of others do not.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import grpc.aio
 
 from specinfer.convert import (
     draft_result_to_wire,
+    grammar_from_wire,
     load_to_wire,
     sampling_from_wire,
     shape_from_wire,
@@ -23,9 +25,11 @@ from specinfer.convert import (
     worker_info_to_wire,
 )
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError
+from specinfer.grammar import GrammarChecker, GrammarState
 from specinfer.messages import DraftResult, WorkerInfo
 from specinfer.outbox import Outbox, split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES
+from specinfer.turns import Turns
 from specinfer.v1 import draft_pb2, draft_pb2_grpc
 from specinfer_draft.engine import DraftEngine
 
@@ -53,11 +57,13 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     Args:
         engine: grows the trees.
         info: what this worker is.
+        grammars: compiles what outputs have to match.
     """
 
-    def __init__(self, engine: DraftEngine, info: WorkerInfo) -> None:
+    def __init__(self, engine: DraftEngine, info: WorkerInfo, grammars: GrammarChecker) -> None:
         self._engine = engine
         self._info = info
+        self._grammars = grammars
 
     async def Draft(
         self, request_iterator: Frames, context: Context
@@ -65,7 +71,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         """Answer every item of every frame exactly once."""
         outbox = Outbox[Answer](max_unanswered=MAX_UNANSWERED, max_batch=MAX_FRAME_RESULTS)
         # The outbox stands for the stream: sessions are its own until another one opens them.
-        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        turns = Turns[draft_pb2.DraftItem](lambda item: self._handle(item, outbox))
+        reader = asyncio.create_task(_read(request_iterator, outbox, turns))
         reader.add_done_callback(lambda _: outbox.close())
         try:
             async for answers in outbox.batches():
@@ -76,6 +83,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             await reader
         finally:
             reader.cancel()
+            turns.cancel()
             self._engine.close_owned(outbox)
 
     async def GetInfo(
@@ -84,22 +92,41 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         """What this worker is."""
         return draft_pb2.DraftServiceGetInfoResponse(info=worker_info_to_wire(self._info))
 
-    async def _read(self, frames: Frames, outbox: Outbox[Answer]) -> None:
-        async for frame in frames:
-            for item in frame.items:
-                await outbox.expect_one()
-                self._submit(item, outbox)
+    def _handle(
+        self, item: draft_pb2.DraftItem, outbox: Outbox[Answer]
+    ) -> Coroutine[Any, Any, None] | None:
+        if item.open.HasField("grammar"):
+            return self._open_with_grammar(item, outbox)
+        self._submit(item, outbox)
+        return None
 
-    def _submit(self, item: draft_pb2.DraftItem, outbox: Outbox[Answer]) -> None:
+    async def _open_with_grammar(self, item: draft_pb2.DraftItem, outbox: Outbox[Answer]) -> None:
+        try:
+            num_prompt = item.open.num_prompt_tokens or len(item.open.token_ids)
+            grammar = grammar_from_wire(item.open.grammar)
+            state = await self._grammars.begin(grammar, item.open.token_ids[num_prompt:])
+        except SpecinferError as error:
+            outbox.put(Answer(item, error))
+            return
+        self._submit(item, outbox, state)
+
+    def _submit(
+        self,
+        item: draft_pb2.DraftItem,
+        outbox: Outbox[Answer],
+        grammar: GrammarState | None = None,
+    ) -> None:
         """Hand one item to the engine; a bad one is answered at once."""
         try:
-            future = self._call(item, outbox)
+            future = self._call(item, outbox, grammar)
         except SpecinferError as error:
             outbox.put(Answer(item, error))
             return
         future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
-    def _call(self, item: draft_pb2.DraftItem, owner: object) -> Future[Any]:
+    def _call(
+        self, item: draft_pb2.DraftItem, owner: object, grammar: GrammarState | None
+    ) -> Future[Any]:
         action = item.WhichOneof("action")
         if action == "propose":
             propose = item.propose
@@ -119,11 +146,20 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 item.open.token_ids,
                 sampling,
                 item.open.num_prompt_tokens,
+                grammar=grammar,
                 owner=owner,
             )
         if action == "close":
             return self._engine.close(item.session_id)
         raise InvalidRequest("an item opens, proposes or closes", field="action")
+
+
+async def _read(frames: Frames, outbox: Outbox[Answer], turns: Turns[draft_pb2.DraftItem]) -> None:
+    async for frame in frames:
+        for item in frame.items:
+            await outbox.expect_one()
+            turns.put(item.session_id, item)
+    await turns.finish()
 
 
 def _outcome(future: Future[Any]) -> DraftResult | SpecinferError | None:

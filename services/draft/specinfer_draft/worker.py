@@ -13,6 +13,7 @@ import torch
 
 from specinfer import __version__
 from specinfer.errors import InvalidRequest
+from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import WorkerInfo
 from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
 from specinfer_draft.engine import DraftEngine
@@ -29,10 +30,11 @@ MEASURED_CONTEXT = 256
 
 @dataclass(frozen=True)
 class Worker:
-    """An engine over a model and what to tell others of it."""
+    """An engine over a model, its grammars, and what to tell others of it."""
 
     engine: DraftEngine
     info: WorkerInfo
+    grammars: GrammarChecker
 
 
 def build_worker(settings: Settings, on_failure: Callable[[], None] | None = None) -> Worker:
@@ -61,7 +63,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     )
     info = _describe(settings, loaded, runner)
     drafter = ModelDrafter(runner, blocks, limits, device=loaded.device)
-    return Worker(DraftEngine(drafter, blocks, on_failure=on_failure), info)
+    return Worker(DraftEngine(drafter, blocks, on_failure=on_failure), info, _make_grammars(loaded))
 
 
 def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
@@ -76,6 +78,11 @@ def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
         raise InvalidRequest(
             f"a KV pool of {size} MiB does not fit in memory: {error}", field="kv_memory"
         ) from error
+
+
+def _make_grammars(loaded: LoadedModel) -> GrammarChecker:
+    tokenizer_json = loaded.tokenizer_files.tokenizer_json
+    return GrammarChecker(GrammarCompiler(tokenizer_json, loaded.vocab_size, loaded.eos_token_ids))
 
 
 def _describe(settings: Settings, loaded: LoadedModel, runner: Runner) -> WorkerInfo:

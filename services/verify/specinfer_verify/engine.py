@@ -16,6 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specinfer.errors import Cancelled, NotFound, SpecinferError, StaleEpoch, Unavailable
+from specinfer.grammar import GrammarState
 from specinfer.messages import VerifyResult, WorkerLoad
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
@@ -127,6 +128,7 @@ class VerifyEngine:
         num_prompt_tokens: int,
         num_logprobs: int | None = None,
         *,
+        grammar: GrammarState | None = None,
         owner: object | None = None,
     ) -> Future[None]:
         """Take a session at an epoch, replacing what an earlier epoch left of it.
@@ -138,6 +140,7 @@ class VerifyEngine:
             sampling: how tokens are drawn.
             num_prompt_tokens: how many of `token_ids` are the prompt.
             num_logprobs: most probable tokens to report with each token; None reports no logprobs.
+            grammar: a state of this session alone, for what its output has to match, or None.
             owner: who has the session from now on, for `close_owned`.
 
         The future fails with InvalidRequest, StaleEpoch, ResourceExhausted or Unavailable.
@@ -145,7 +148,9 @@ class VerifyEngine:
         tokens = tuple(token_ids)
 
         def take() -> None:
-            self._open(session_id, epoch, tokens, sampling, num_prompt_tokens, num_logprobs)
+            self._open(
+                session_id, epoch, tokens, sampling, num_prompt_tokens, num_logprobs, grammar
+            )
             self._scheduler.sessions[session_id].owner = owner
 
         return self._thread.call(take)
@@ -230,13 +235,14 @@ class VerifyEngine:
         sampling: SamplingParams,
         num_prompt_tokens: int,
         num_logprobs: int | None,
+        grammar: GrammarState | None,
     ) -> None:
         check_open(
             self.limits, session_id, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
         )
         known = self._scheduler.sessions.get(session_id)
         if known is not None and self._is_same(
-            known, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
+            known, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs, grammar
         ):
             return
         if known is not None:
@@ -258,6 +264,7 @@ class VerifyEngine:
                 num_logprobs=num_logprobs,
                 state=state,
                 last_active=now,
+                grammar=grammar,
             )
         )
         self._empty.clear()
@@ -270,13 +277,16 @@ class VerifyEngine:
         sampling: SamplingParams,
         num_prompt: int,
         num_logprobs: int | None,
+        grammar: GrammarState | None,
     ) -> bool:
         """Whether an open repeats what is known; raises StaleEpoch when it is behind it."""
         if epoch < known.epoch:
             raise StaleEpoch(f"session {known.session_id} is at epoch {known.epoch}, not {epoch}")
         same_tokens = epoch == known.epoch and known.state.token_ids == list(token_ids)
         same_answers = known.num_prompt_tokens == num_prompt and known.num_logprobs == num_logprobs
-        return same_tokens and known.sampling == sampling and same_answers
+        known_grammar = None if known.grammar is None else known.grammar.grammar
+        same_grammar = known_grammar == (None if grammar is None else grammar.grammar)
+        return same_tokens and known.sampling == sampling and same_answers and same_grammar
 
     def _take_step(
         self,

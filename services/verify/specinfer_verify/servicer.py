@@ -1,13 +1,14 @@
 """VerifyService on the wire: checks, calls, translates. No tensors and no decisions here.
 
 One stream carries frames of items of many sessions. Items go to the engine in the order they came;
-results leave as they are made, those that are ready together in one frame.
+results leave as they are made, those that are ready together in one frame. A grammar is compiled on
+another thread; its session's later items wait for it, those of others do not.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import grpc.aio
 
 from specinfer.convert import (
+    grammar_from_wire,
     load_to_wire,
     sampling_from_wire,
     status_to_wire,
@@ -23,9 +25,11 @@ from specinfer.convert import (
     worker_info_to_wire,
 )
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError
+from specinfer.grammar import GrammarChecker, GrammarCompiler, GrammarState
 from specinfer.messages import VerifyResult, WorkerInfo
 from specinfer.outbox import Outbox, split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES
+from specinfer.turns import Turns
 from specinfer.v1 import verify_pb2, verify_pb2_grpc
 from specinfer_engine.model import TokenizerFiles
 from specinfer_verify.engine import VerifyEngine
@@ -70,6 +74,9 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         self._info = info
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
+        self._grammars = GrammarChecker(
+            GrammarCompiler(tokenizer.tokenizer_json, info.vocab_size, self._eos_token_ids)
+        )
 
     async def Verify(
         self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Context
@@ -77,7 +84,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         """Answer every item of every frame exactly once."""
         outbox = Outbox[Answer](max_unanswered=MAX_UNANSWERED, max_batch=MAX_FRAME_RESULTS)
         # The outbox stands for the stream: sessions are its own until another one opens them.
-        reader = asyncio.create_task(self._read(request_iterator, outbox))
+        turns = Turns[verify_pb2.VerifyItem](lambda item: self._handle(item, outbox))
+        reader = asyncio.create_task(_read(request_iterator, outbox, turns))
         reader.add_done_callback(lambda _: outbox.close())
         try:
             async for answers in outbox.batches():
@@ -88,6 +96,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             await reader
         finally:
             reader.cancel()
+            turns.cancel()
             self._engine.close_owned(outbox)
 
     async def GetInfo(
@@ -112,35 +121,54 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             piece = content[start : start + TOKENIZER_PIECE_BYTES]
             yield verify_pb2.GetTokenizerResponse(tokenizer_json=piece)
 
-    async def _read(
-        self, frames: AsyncIterator[verify_pb2.VerifyRequest], outbox: Outbox[Answer]
-    ) -> None:
-        async for frame in frames:
-            for item in frame.items:
-                await outbox.expect_one()
-                self._submit(item, outbox)
+    def _handle(
+        self, item: verify_pb2.VerifyItem, outbox: Outbox[Answer]
+    ) -> Coroutine[Any, Any, None] | None:
+        if item.open.HasField("grammar"):
+            return self._open_with_grammar(item, outbox)
+        self._submit(item, outbox)
+        return None
 
-    def _submit(self, item: verify_pb2.VerifyItem, outbox: Outbox[Answer]) -> None:
+    async def _open_with_grammar(self, item: verify_pb2.VerifyItem, outbox: Outbox[Answer]) -> None:
+        try:
+            output_ids = item.open.token_ids[item.open.num_prompt_tokens :]
+            grammar = grammar_from_wire(item.open.grammar)
+            state = await self._grammars.begin(grammar, output_ids)
+        except SpecinferError as error:
+            outbox.put(Answer(item, error))
+            return
+        self._submit(item, outbox, state)
+
+    def _submit(
+        self,
+        item: verify_pb2.VerifyItem,
+        outbox: Outbox[Answer],
+        grammar: GrammarState | None = None,
+    ) -> None:
         """Hand one item to the engine; a bad one is answered at once."""
         try:
-            future = self._call(item, outbox)
+            future = self._call(item, outbox, grammar)
         except SpecinferError as error:
             outbox.put(Answer(item, error))
             return
         future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
-    def _call(self, item: verify_pb2.VerifyItem, owner: object) -> Future[Any]:
+    def _call(
+        self, item: verify_pb2.VerifyItem, owner: object, grammar: GrammarState | None
+    ) -> Future[Any]:
         action = item.WhichOneof("action")
         if action == "step":
             tree = tree_from_wire(item.step.tree)
             return self._engine.step(item.session_id, item.epoch, tree)
         if action == "open":
-            return self._open(item, owner)
+            return self._open(item, owner, grammar)
         if action == "close":
             return self._engine.close(item.session_id)
         raise InvalidRequest("an item opens, steps or closes", field="action")
 
-    def _open(self, item: verify_pb2.VerifyItem, owner: object) -> Future[None]:
+    def _open(
+        self, item: verify_pb2.VerifyItem, owner: object, grammar: GrammarState | None
+    ) -> Future[None]:
         rule = item.open.acceptance_rule or ACCEPTANCE_RULES[0]
         if rule not in ACCEPTANCE_RULES:
             raise InvalidRequest(
@@ -154,8 +182,21 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             sampling_from_wire(item.open.sampling),
             item.open.num_prompt_tokens,
             item.open.num_logprobs if item.open.HasField("num_logprobs") else None,
+            grammar=grammar,
             owner=owner,
         )
+
+
+async def _read(
+    frames: AsyncIterator[verify_pb2.VerifyRequest],
+    outbox: Outbox[Answer],
+    turns: Turns[verify_pb2.VerifyItem],
+) -> None:
+    async for frame in frames:
+        for item in frame.items:
+            await outbox.expect_one()
+            turns.put(item.session_id, item)
+    await turns.finish()
 
 
 def _outcome(future: Future[Any]) -> VerifyResult | SpecinferError | None:

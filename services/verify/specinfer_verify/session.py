@@ -8,6 +8,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from specinfer.grammar import GrammarState
 from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
@@ -48,6 +49,7 @@ class Session:
         num_logprobs: most probable tokens to report, or None.
         state: tokens and where their keys and values lie.
         last_active: when the last item came or was answered.
+        grammar: where the session stands in what its output has to match, or None.
         prefill_eagerly: whether the prompt is computed before a step asks for it; a preempted
             session waits for its next step instead, so that idle sessions never fight for blocks.
         pending: the step that waits, or None.
@@ -64,6 +66,7 @@ class Session:
     num_logprobs: int | None
     state: SequenceState
     last_active: float
+    grammar: GrammarState | None = None
     prefill_eagerly: bool = True
     pending: PendingStep | None = None
     last_result: VerifyResult | None = None

@@ -17,6 +17,7 @@ from specinfer.messages import TokenLogprob, VerifyResult
 from specinfer.tree import TokenTree
 from specinfer_engine.acceptance import Walk, match_walk
 from specinfer_engine.batch import SequenceRows
+from specinfer_engine.grammar import constrain
 from specinfer_engine.logits import process_logits, token_logprob
 from specinfer_engine.sequence import Moves, SequenceState
 from specinfer_verify.scheduler import ScheduledRows
@@ -89,16 +90,20 @@ def finish(item: ScheduledRows, logits: Tensor, facts: PassFacts) -> Outcome:
 
 def walk_tree(session: Session, tree: TokenTree, logits: Tensor) -> Walk:
     """Rule MATCH over the session's processed logits, made for visited nodes only."""
-    sampling = session.sampling
+    sampling, grammar = session.sampling, session.grammar
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
-    if sampling.penalised:
+    if sampling.penalised or grammar is not None:
         prompt = session.state.token_ids[: session.num_prompt_tokens]
         output = session.state.token_ids[session.num_prompt_tokens :]
 
     def p_at(node: int) -> Tensor:
-        path = tree.path_token_ids(node)[1:] if sampling.penalised else ()
-        return process_logits(logits[node], sampling, prompt, (*output, *path))
+        row, after = logits[node], output
+        if sampling.penalised or grammar is not None:
+            after = [*output, *tree.path_token_ids(node)[1:]]
+        if grammar is not None:
+            row = constrain(row, grammar, after)
+        return process_logits(row, sampling, prompt, after)
 
     return match_walk(
         tree, p_at, base_len=session.base_len, seed=sampling.seed, greedy=sampling.greedy

@@ -10,13 +10,14 @@ difference between the two models' logits is modelled as Gumbel noise of scale s
 that the target picks v given the shared g is exactly softmax(z / s)_v, which is the score used
 here; at T = 0 and s = 1 that is the drafter's own probability q.
 
-Penalties, bias and cuts are applied as the target applies them, but in float32, for many rows at
-once, and what ties with the last token kept stays: this only has to agree often. Knows no model,
-tree or session.
+A grammar's mask, penalties, bias and cuts are applied as the target applies them, but in float32,
+for many rows at once, and what ties with the last token kept stays: this only has to agree often.
+Knows no model, tree or session.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -24,9 +25,13 @@ import torch
 from torch import Tensor
 
 from specinfer.errors import InvalidRequest
+from specinfer.grammar import GrammarState
 from specinfer.sampling import SamplingParams
 from specinfer_draft.grow import Candidates
+from specinfer_engine.grammar import allowed_tokens
 from specinfer_kernels import gumbel_noise
+
+log = logging.getLogger(__name__)
 
 # top-p looks at this many of the best tokens first and sorts all only where they hold too little.
 _TOP_P_TOKENS = 256
@@ -39,6 +44,7 @@ class DrawForecast:
         sampling: the target's parameters.
         vocab_size: tokens of the model.
         num_prompt_tokens: presence and frequency penalties count the tokens after these.
+        grammar: a state of this session alone, for what its output has to match, or None.
 
     Raises:
         InvalidRequest: when a bias names a token outside the vocabulary.
@@ -50,6 +56,7 @@ class DrawForecast:
         vocab_size: int,
         num_prompt_tokens: int,
         device: torch.device | str = "cpu",
+        grammar: GrammarState | None = None,
     ) -> None:
         if any(token_id >= vocab_size for token_id in sampling.logit_bias):
             raise InvalidRequest(
@@ -60,6 +67,8 @@ class DrawForecast:
         self._vocab_size = vocab_size
         self._num_prompt_tokens = num_prompt_tokens
         self._device = device
+        self._grammar = grammar
+        self._output: list[int] = []
         self._noise: dict[int, Tensor] = {}
         self._seen = torch.empty(0, dtype=torch.bool)  # [vocab_size], prompt and output
         self._counts = torch.empty(0)  # float32 [vocab_size], output
@@ -71,6 +80,8 @@ class DrawForecast:
         """Take the committed tokens, root included, that the next rows come after."""
         for position in [known for known in self._noise if known < len(token_ids)]:
             del self._noise[position]
+        if self._grammar is not None:
+            self._output = list(token_ids[self._num_prompt_tokens :])
         if self.sampling.penalised:
             tokens = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
             output = tokens[self._num_prompt_tokens :]
@@ -88,6 +99,9 @@ class DrawForecast:
             positions: absolute position of the token that each row decides.
         """
         sampling, logits = self.sampling, logits.float()
+        if self._grammar is not None:
+            allowed = torch.stack([self._allowed(self._grammar, path) for path in paths])
+            logits = logits.masked_fill(~allowed.to(logits.device), -math.inf)
         if sampling.penalised:
             logits = self._penalise(logits, paths)
         if len(self._bias_ids):
@@ -96,6 +110,18 @@ class DrawForecast:
             return logits
         logits = _cut(logits, sampling)
         return logits + self._scaled_noise(positions)
+
+    def _allowed(self, grammar: GrammarState, path: Sequence[int]) -> Tensor:
+        """Tokens that may follow a path, bool [vocab_size]; none where the text is over."""
+        try:
+            mask = grammar.mask_after([*self._output, *path])
+        except InvalidRequest as error:
+            # The verifier says so to the caller; here it costs the session its guesses.
+            log.info("no guess within the grammar: %s", error.message)
+            mask = None
+        if mask is None:
+            return torch.zeros(self._vocab_size, dtype=torch.bool)
+        return allowed_tokens(mask, self._vocab_size)
 
     def _penalise(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
         """The target's penalties, with the tokens of each row's path counted as output."""

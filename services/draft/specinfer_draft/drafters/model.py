@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specinfer.errors import Cancelled, InvalidRequest, NotFound, ResourceExhausted, StaleEpoch
+from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import MAX_TREE_NODES
@@ -137,12 +138,14 @@ class ModelDrafter:
         sampling: SamplingParams,
         num_prompt_tokens: int = 0,
         *,
+        grammar: GrammarState | None = None,
         owner: object | None = None,
     ) -> None:
         """Start to follow a session; what was known under its name is replaced.
 
         The first `num_prompt_tokens` tokens are the prompt and the rest is output; 0 means that all
-        are the prompt. `owner` has the session from now on, for `close_owned`.
+        are the prompt. Guesses stay within `grammar`, a state of this session alone. `owner` has
+        the session from now on, for `close_owned`.
 
         Raises:
             InvalidRequest: when the tokens or the sampling do not fit the model.
@@ -167,7 +170,7 @@ class ModelDrafter:
                 field="num_prompt_tokens",
             )
         vocab_size, num_prompt = self.limits.vocab_size, num_prompt_tokens or len(token_ids)
-        forecast = DrawForecast(sampling, vocab_size, num_prompt, self._device)
+        forecast = DrawForecast(sampling, vocab_size, num_prompt, self._device, grammar)
         known = self._planner.sessions.get(session_id)
         if known is not None and epoch < known.epoch:
             raise StaleEpoch(f"session {session_id[:256]} is at epoch {known.epoch}, not {epoch}")
