@@ -9,6 +9,7 @@ import typer
 from specinfer import __version__
 from specinfer_cli.bench import bench
 from specinfer_cli.chat import chat
+from specinfer_cli.explain import explain
 from specinfer_cli.generate import generate
 from specinfer_cli.lossless import lossless
 from specinfer_cli.services import PASS_ON, draft, router, verify
@@ -29,7 +30,9 @@ def _print_version(wanted: bool) -> None:
 
 _Version = Annotated[
     bool,
-    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    typer.Option(
+        "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ]
 
 
@@ -38,7 +41,7 @@ def _options(version: _Version = False) -> None:
     """Lossless speculative decoding, served as a gRPC cluster."""
 
 
-for _command in (up, generate, chat, lossless, bench):
+for _command in (up, generate, chat, explain, lossless, bench):
     app.command()(_command)
 for _service in (router, draft, verify):
     app.command(rich_help_panel="Services, for hand use", **PASS_ON)(_service)

@@ -54,7 +54,9 @@ Dtype = Annotated[
         "--dtype", callback=check_dtype, help=f"Number format of the weights: {', '.join(DTYPES)}."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON document to stdout.")
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", help="Most tokens to generate; default: the model's length."),
@@ -74,7 +76,10 @@ Seed = Annotated[
     int | None, typer.Option("--seed", help="Decides all noise; default: the router chooses.")
 ]
 NoSpeculation = Annotated[
-    bool, typer.Option("--no-speculation", help="Decode one token a round; changes no token.")
+    bool,
+    typer.Option(
+        "--no-speculation", metavar="", help="Decode one token a round; changes no token."
+    ),
 ]
 MaxNodes = Annotated[
     int | None, typer.Option("--max-nodes", help="Most guessed tokens a round.", min=0)

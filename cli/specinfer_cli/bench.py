@@ -66,7 +66,9 @@ _Repeats = Annotated[
 _Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first prompt.")]
 _InProcess = Annotated[
     bool,
-    typer.Option("--in-process", help="Also run the same loop in one process, without gRPC."),
+    typer.Option(
+        "--in-process", metavar="", help="Also run the same loop in one process, without gRPC."
+    ),
 ]
 _Output = Annotated[
     Path | None,

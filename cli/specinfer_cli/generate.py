@@ -21,6 +21,7 @@ _Raw = Annotated[
     bool,
     typer.Option(
         "--raw",
+        metavar="",
         help="Continue the text as it stands. Without it the model's chat template is used, "
         "if the model has one.",
     ),
@@ -29,7 +30,9 @@ _System = Annotated[str | None, typer.Option("--system", help="System message to
 _Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be repeated.")
 ]
-_Stats = Annotated[bool, typer.Option("--stats", help="Tell on stderr how the tokens came about.")]
+_Stats = Annotated[
+    bool, typer.Option("--stats", metavar="", help="Tell on stderr how the tokens came about.")
+]
 
 
 @friendly
@@ -112,7 +115,8 @@ def _report(completion: Completion, seconds: float, *, stats: bool, json: bool) 
         usage = completion.usage
         console.print(
             f"prompt {usage.num_prompt_tokens} tokens ({usage.num_cached_tokens} cached), "
-            f"finished by {completion.finish_reason}, seed {completion.seed}",
+            f"finished by {completion.finish_reason}, seed {completion.seed}, "
+            f"request {completion.request_id}",
             style="dim",
             markup=False,
             soft_wrap=True,

@@ -47,7 +47,10 @@ _Concurrency = Annotated[
     int, typer.Option("--concurrency", min=1, max=256, help="Cases under way at a time.")
 ]
 _Raw = Annotated[
-    bool, typer.Option("--raw", help="Send prompts as they stand, without the chat template.")
+    bool,
+    typer.Option(
+        "--raw", metavar="", help="Send prompts as they stand, without the chat template."
+    ),
 ]
 
 

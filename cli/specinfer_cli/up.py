@@ -42,7 +42,11 @@ _Threads = Annotated[
 ]
 _InsecureBind = Annotated[
     bool,
-    typer.Option("--insecure-bind", help="Let the router listen beyond this machine, without TLS."),
+    typer.Option(
+        "--insecure-bind",
+        metavar="",
+        help="Let the router listen beyond this machine, without TLS.",
+    ),
 ]
 _Logs = Annotated[
     Path | None,

@@ -1,0 +1,52 @@
+"""`specinfer explain`: where the time of one request went, round by round.
+
+This module asks the router that ran the request; it knows nothing of how the answer is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from specinfer import Client
+from specinfer_cli import arguments
+from specinfer_cli.console import friendly, output, print_json
+from specinfer_cli.timeline import picture, totals, words
+
+DEFAULT_ROUNDS = 40
+
+_RequestId = Annotated[
+    str,
+    typer.Argument(
+        metavar="REQUEST_ID",
+        help="Id of the request, as `generate --stats` and the chat's /stats print it.",
+    ),
+]
+_Rounds = Annotated[
+    int, typer.Option("--rounds", min=1, help="Most rounds to show; the last ones are taken.")
+]
+
+
+@friendly
+def explain(
+    request_id: _RequestId,
+    router: arguments.Router = arguments.DEFAULT_ADDRESS,
+    rounds: _Rounds = DEFAULT_ROUNDS,
+    json: arguments.Json = False,
+) -> None:
+    """Tell where the time of a request went: waiting, drafting, verifying, the way, the store."""
+    with Client(router) as client:
+        report = client.explain(request_id)
+    if json:
+        found = totals(report)
+        parts = {f"{part.name}_seconds": seconds for part, seconds in found.parts}
+        print_json(dataclasses.asdict(report) | {"totals": parts})
+        return
+    console = output()
+    for line in words(report):
+        console.print(line, markup=False, soft_wrap=True)
+    if report.rounds:
+        console.print()
+        console.print(picture(report, rounds))
