@@ -23,6 +23,7 @@ from specinfer.metrics import RouterMetrics
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer_router.__main__ import load_tokenizer
 from specinfer_router.links import LinkLimits
+from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import StaticShape, TreeShapePolicy
 from specinfer_router.pool import Cluster
 from specinfer_router.router import Router, RouterLimits
@@ -139,7 +140,7 @@ async def running_router(
             policy=policy or StaticShape(ShapeQuery(max_nodes=8, max_depth=5)),
             metrics=RouterMetrics(registry, "table"),
             version="test",
-            limits=limits or RouterLimits(max_tree_nodes=32, propose_seconds=2.0),
+            limits=limits or RouterLimits(max_tree_nodes=32, seats=SeatLimits(propose_seconds=2.0)),
         )
         yield Bench(router, cluster, kept, registry, verifiers, drafters)
     finally:

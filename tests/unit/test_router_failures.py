@@ -11,6 +11,7 @@ import pytest
 from specinfer.errors import ResourceExhausted, Unavailable
 from specinfer.messages import TokensEvent
 from specinfer_router.links import LinkLimits
+from specinfer_router.opening import SeatLimits
 from specinfer_router.router import RouterLimits
 from tests.kit.fake_drafter import FakeDrafter
 from tests.kit.fake_workers import FakeVerifier, continuation, info_of
@@ -64,7 +65,7 @@ async def test_the_other_drafter_takes_over() -> None:
 
 
 async def test_a_drafter_that_hangs_costs_one_deadline() -> None:
-    limits = RouterLimits(max_tree_nodes=32, propose_seconds=0.2)
+    limits = RouterLimits(max_tree_nodes=32, seats=SeatLimits(propose_seconds=0.2))
     async with running_router(limits=limits) as bench:
         bench.drafters[0].gate.clear()
         start = time.perf_counter()
@@ -77,7 +78,7 @@ async def test_a_drafter_that_hangs_costs_one_deadline() -> None:
 
 
 async def test_a_tree_that_comes_late_is_dropped_and_the_next_one_used() -> None:
-    limits = RouterLimits(max_tree_nodes=32, propose_seconds=0.05)
+    limits = RouterLimits(max_tree_nodes=32, seats=SeatLimits(propose_seconds=0.05))
     async with running_router(limits=limits) as bench:
         drafter = bench.drafters[0]
         drafter.gate.clear()
@@ -143,7 +144,7 @@ async def test_a_verifier_that_forgot_the_session_gets_it_again() -> None:
 
 async def test_with_no_verifier_left_the_user_is_told_to_retry() -> None:
     verifier = FakeVerifier(info_of("verify"), break_steps=frozenset({3}))
-    limits = RouterLimits(failover_seconds=0.2)
+    limits = RouterLimits(seats=SeatLimits(failover_seconds=0.2))
     async with running_router(verifiers=[verifier], limits=limits) as bench:
         with pytest.raises(Unavailable) as gone:
             await bench.generate(request_of(request_id="mine"))
@@ -154,7 +155,7 @@ async def test_with_no_verifier_left_the_user_is_told_to_retry() -> None:
 async def test_a_verifier_that_hangs_is_given_up_for_another() -> None:
     hanging, other = FakeVerifier(info_of("a")), FakeVerifier(info_of("b"))
     hanging.gate.clear()
-    limits = RouterLimits(step_seconds=0.2)
+    limits = RouterLimits(seats=SeatLimits(step_seconds=0.2))
     async with running_router(verifiers=[hanging, other], limits=limits) as bench:
         result = await bench.generate(request_of())
         assert result.token_ids == continuation(PROMPT, 40, seed=3)
@@ -164,7 +165,7 @@ async def test_a_verifier_that_hangs_is_given_up_for_another() -> None:
 async def test_a_verifier_that_hangs_costs_one_session_one_deadline() -> None:
     hanging, other = FakeVerifier(info_of("a")), FakeVerifier(info_of("b"))
     hanging.gate.clear()
-    limits = RouterLimits(step_seconds=0.5)
+    limits = RouterLimits(seats=SeatLimits(step_seconds=0.5))
     async with running_router(verifiers=[hanging, other], limits=limits) as bench:
         link, ready = bench.cluster.verifiers.links[0], asyncio.Event()
         link._on_ready = ready.set
@@ -182,7 +183,7 @@ async def test_a_verifier_that_hangs_costs_one_session_one_deadline() -> None:
 async def test_a_verifier_that_recovers_is_trusted_after_a_rest() -> None:
     hanging, other = FakeVerifier(info_of("a")), FakeVerifier(info_of("b"))
     hanging.gate.clear()
-    limits = RouterLimits(step_seconds=0.2)
+    limits = RouterLimits(seats=SeatLimits(step_seconds=0.2))
     links = LinkLimits(min_backoff=0.01, min_rest=0.0)
     async with running_router(verifiers=[hanging, other], limits=limits, links=links) as bench:
         link, ready = bench.cluster.verifiers.links[0], asyncio.Event()
@@ -260,7 +261,7 @@ async def test_sessions_are_closed_at_both_tiers(finish: str) -> None:
                 if finish == "left" and isinstance(event, TokensEvent):
                     break
         await closed(bench)
-        expected = "length" if finish == "whole" else "cancelled"
+        expected = "length" if finish == "whole" else "abandoned"
         assert (await bench.store.load(session_id)).finish_reason == expected
         steps = bench.verifiers[0].num_steps
         again = await bench.generate(request_of(max_tokens=1))

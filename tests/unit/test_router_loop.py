@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from specinfer.errors import StaleEpoch
-from specinfer.messages import ShapeQuery, SpeculationOptions, Started, TokensEvent
+from specinfer.messages import Finished, ShapeQuery, SpeculationOptions, Started, TokensEvent
+from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import AdaptiveShape, StaticShape, StepCurve
 from specinfer_router.router import RouterLimits
 from tests.kit.fake_drafter import FakeDrafter
@@ -175,23 +176,36 @@ async def test_tokens_are_committed_before_they_are_shown() -> None:
         assert record.finish_reason == "length"
 
 
-async def test_a_session_that_was_finished_elsewhere_ends_with_its_id() -> None:
+async def test_a_session_that_was_taken_over_elsewhere_ends_with_its_id() -> None:
     async with running_router() as bench:
 
-        async def finish_at_once() -> None:
+        async def lose_at_once() -> None:
             async for event in bench.router.generate(request_of(request_id="mine")):
                 if isinstance(event, Started):
-                    await bench.store.finish(event.session_id, "cancelled")
+                    await bench.store.claim(event.session_id)
 
-        with pytest.raises(StaleEpoch) as stale:
-            await finish_at_once()
+        with pytest.raises(StaleEpoch, match="taken over") as stale:
+            await lose_at_once()
         assert stale.value.request_id == "mine"
+
+
+async def test_a_session_that_is_cancelled_elsewhere_ends_as_cancelled() -> None:
+    async with running_router() as bench:
+        events = []
+        async for event in bench.router.generate(request_of(max_tokens=300)):
+            events.append(event)
+            if isinstance(event, Started):
+                await bench.router.cancel(event.session_id)
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        assert finished.reason == "cancelled"
+        assert finished.usage.num_completion_tokens < 300
 
 
 async def test_a_drafter_with_nothing_to_say_is_plain_decoding() -> None:
     policy = StaticShape(ShapeQuery(max_nodes=4, max_depth=4))
     drafter = FakeDrafter(info_of("draft"), skill=0.0)
-    limits = RouterLimits(max_tree_nodes=32, propose_seconds=2.0)
+    limits = RouterLimits(max_tree_nodes=32, seats=SeatLimits(propose_seconds=2.0))
     async with running_router(drafters=[drafter], policy=policy, limits=limits) as bench:
         result = await bench.generate(request_of(max_tokens=12))
         assert result.token_ids == continuation(PROMPT, 12, seed=3)

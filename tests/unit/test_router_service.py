@@ -24,6 +24,7 @@ from specinfer.rpc import error_from_rpc, open_channel
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer.server import build_server
 from specinfer.v1 import router_pb2, router_pb2_grpc
+from specinfer_router.admission import AdmissionLimits
 from specinfer_router.router import RouterLimits
 from specinfer_router.servicer import SERVICE, add_generation
 from tests.kit.fake_workers import VOCAB_SIZE, FakeVerifier, continuation, info_of
@@ -204,7 +205,7 @@ async def test_a_caller_that_leaves_cancels_its_session(caller: Caller, num_read
         steps = caller.bench.verifiers[0].num_steps
         await caller.generate(request_of(max_tokens=1))
         assert caller.bench.verifiers[0].num_steps == steps + 1
-        assert (await caller.bench.store.load(session_id)).finish_reason == "cancelled"
+        assert (await caller.bench.store.load(session_id)).finish_reason == "abandoned"
 
 
 async def test_a_deadline_of_the_caller_ends_the_session(caller: Caller) -> None:
@@ -232,7 +233,9 @@ async def test_a_reader_that_stops_reading_holds_nobody_up() -> None:
 
 
 async def test_too_many_streams_are_refused_with_a_time_to_come_back() -> None:
-    async with serving(limits=RouterLimits(max_streams=2)) as caller:
+    async with serving(
+        limits=RouterLimits(admission=AdmissionLimits(max_streams=2, max_waiting=0))
+    ) as caller:
         caller.bench.verifiers[0].gate.clear()
         calls = [aiter(caller.stub.Generate(request_to_wire(request_of()))) for _ in range(2)]
         for call in calls:

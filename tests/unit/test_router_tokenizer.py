@@ -10,8 +10,9 @@ import pytest
 
 from specinfer.errors import InvalidRequest, Mismatch
 from specinfer.messages import ChatMessage
-from specinfer_router import tokenizer as module
-from specinfer_router.tokenizer import ChatTemplate, ServedTokenizer
+from specinfer_router import chat_template as module
+from specinfer_router.chat_template import ChatTemplate
+from specinfer_router.tokenizer import ServedTokenizer
 from tests.kit.fake_workers import CHAT_TEMPLATE, TOKENIZER_JSON
 from tests.kit.tokenizers import sentencepiece_tokenizer
 

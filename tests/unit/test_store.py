@@ -8,18 +8,49 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from specinfer.errors import NotFound, ResourceExhausted, StaleEpoch
-from specinfer.sampling import SamplingParams
-from specinfer_router.store import MemoryStore, RedisStore, SessionRecord, SessionStore
+from specinfer.errors import (
+    Cancelled,
+    InvalidRequest,
+    NotFound,
+    ResourceExhausted,
+    StaleEpoch,
+)
+from specinfer.messages import Grammar, SpeculationOptions
+from specinfer.sampling import SamplingParams, StopConditions
+from specinfer_router.store import (
+    ABANDONED,
+    CANCELLED,
+    ERROR,
+    MemoryStore,
+    RedisStore,
+    SessionRecord,
+    SessionStore,
+    SessionTerms,
+)
+from specinfer_router.store.documents import MemoryDocuments
+from specinfer_router.store.interface import MAX_DOCUMENT_BYTES
 
 
 def record_of(session_id: str = "", num_tokens: int = 3) -> SessionRecord:
     return SessionRecord(
         session_id=session_id or uuid.uuid4().hex,
-        model_hash="cafe",
-        num_prompt_tokens=num_tokens,
+        terms=SessionTerms(
+            model_hash="cafe",
+            num_prompt_tokens=num_tokens,
+            sampling=SamplingParams(
+                temperature=0.8, top_p=0.9, logit_bias={7: -1.5}, seed=2**62 + 1
+            ),
+            stop=StopConditions(max_tokens=9, stop=("\n", "é"), stop_token_ids=(4,)),
+            request_id="r1",
+            key_id="k1",
+            num_logprobs=2,
+            grammar=Grammar("regex", "a+"),
+            speculation=SpeculationOptions(widths=(2, 1)),
+            prediction=(3, 4),
+            affinity_key="team",
+            detail=True,
+        ),
         token_ids=tuple(range(num_tokens)),
-        sampling=SamplingParams(temperature=0.8, top_p=0.9, logit_bias={7: -1.5}, seed=2**62 + 1),
     )
 
 
@@ -183,3 +214,99 @@ async def test_memory_is_bounded_and_running_sessions_stay(finish: bool) -> None
     with pytest.raises(NotFound):
         await store.load(records[1].session_id)
     assert (await store.load(records[0].session_id)).epoch == 0
+
+
+async def test_whoever_claims_a_session_is_the_only_one_who_commits(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.commit(record.session_id, 0, [11])
+    claimed = await store.claim(record.session_id)
+    assert (claimed.owner, claimed.epoch, claimed.output_ids) == (1, 1, (11,))
+    with pytest.raises(StaleEpoch, match="taken over"):
+        await store.commit(record.session_id, 1, [12])
+    # Nor may the old owner end what the new one goes on with, or repeat its last commit.
+    await store.finish(record.session_id, ABANDONED, owner=0)
+    with pytest.raises(StaleEpoch, match="taken over"):
+        await store.commit(record.session_id, 0, [11])
+    assert await store.commit(record.session_id, 1, [13], "stop", owner=1) == 2
+    assert (await store.load(record.session_id)).output_ids == (11, 13)
+
+
+@pytest.mark.parametrize("reason", [ABANDONED, ERROR])
+async def test_a_broken_session_runs_again_once_claimed(store: SessionStore, reason: str) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.finish(record.session_id, reason, owner=0)
+    with pytest.raises(StaleEpoch):
+        await store.commit(record.session_id, 0, [11])
+    assert (await store.claim(record.session_id)).finish_reason == ""
+    assert await store.commit(record.session_id, 0, [11], owner=1) == 1
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", CANCELLED])
+async def test_what_ended_stays_ended_when_claimed(store: SessionStore, reason: str) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.finish(record.session_id, reason)
+    assert (await store.claim(record.session_id)).finish_reason == reason
+
+
+async def test_a_cancelled_session_tells_its_run_so(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.finish(record.session_id, ABANDONED, owner=0)
+    await store.finish(record.session_id, CANCELLED)
+    with pytest.raises(Cancelled):
+        await store.commit(record.session_id, 0, [11])
+
+
+async def test_an_unknown_session_cannot_be_claimed(store: SessionStore) -> None:
+    with pytest.raises(NotFound):
+        await store.claim("nobody")
+
+
+async def test_documents_come_back_until_they_are_deleted(store: SessionStore) -> None:
+    await store.put_document("response:a1", "one")
+    await store.put_document("response:a1", "zwei ü")
+    assert await store.get_document("response:a1") == "zwei ü"
+    await store.delete_document("response:a1")
+    await store.delete_document("response:a1")
+    with pytest.raises(NotFound):
+        await store.get_document("response:a1")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("no spaces", ""), ("", ""), ("big", "x" * (MAX_DOCUMENT_BYTES + 1))]
+)
+async def test_documents_are_bounded(store: SessionStore, name: str, text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await store.put_document(name, text)
+    assert caught.value.field == "name"
+
+
+async def test_memory_keeps_no_more_tokens_than_it_may() -> None:
+    store = MemoryStore(max_tokens=100)
+    first, second, third = (record_of(num_tokens=40) for _ in range(3))
+    await store.create(first)
+    await store.create(second)
+    with pytest.raises(ResourceExhausted):
+        await store.create(third)
+    await store.finish(first.session_id, "stop")
+    await store.create(third)
+    with pytest.raises(NotFound):
+        await store.load(first.session_id)
+    assert (await store.load(second.session_id)).token_ids == second.token_ids
+
+
+def test_documents_in_memory_expire_and_make_room() -> None:
+    now = 0.0
+    documents = MemoryDocuments(max_bytes=10, ttl_seconds=5.0, clock=lambda: now)
+    documents.put("a", "1234")
+    documents.put("b", "1234")
+    documents.put("c", "1234")
+    with pytest.raises(NotFound):
+        documents.get("a")
+    assert documents.get("b") == documents.get("c") == "1234"
+    now = 5.0
+    with pytest.raises(NotFound):
+        documents.get("c")

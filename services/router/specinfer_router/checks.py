@@ -6,6 +6,7 @@ that is served. It knows nothing of sessions or workers.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 
 from specinfer.errors import InvalidRequest, NotFound
@@ -14,6 +15,10 @@ from specinfer.sampling import MAX_LOGPROBS
 from specinfer_router.policy import num_nodes
 
 MAX_REQUEST_ID_LENGTH = 128
+MAX_AFFINITY_KEY_LENGTH = 256
+MAX_PRIORITY = 100
+MAX_TOOLS = 128
+MAX_TOOLS_LENGTH = 256 * 1024
 
 
 def check_request(request: GenerateRequest, target: WorkerInfo, max_tree_nodes: int) -> None:
@@ -28,17 +33,47 @@ def check_request(request: GenerateRequest, target: WorkerInfo, max_tree_nodes: 
             f"no model {request.model!r} here; this cluster serves {target.model_name!r}",
             field="model",
         )
-    identity = request.request_id
-    if len(identity) > MAX_REQUEST_ID_LENGTH or not (identity.isascii() and identity.isprintable()):
-        raise InvalidRequest(
-            f"a request id has at most {MAX_REQUEST_ID_LENGTH} printable ASCII characters",
-            field="request_id",
-        )
     if request.num_logprobs is not None and not 0 <= request.num_logprobs <= MAX_LOGPROBS:
         raise InvalidRequest(f"num_logprobs is 0 to {MAX_LOGPROBS}", field="num_logprobs")
     check_token_ids(tuple(request.sampling.logit_bias), target.vocab_size, "logit_bias")
     check_token_ids(request.stop.stop_token_ids, target.vocab_size, "stop_token_ids")
     check_speculation(request.speculation, max_tree_nodes)
+    check_extras(request)
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise InvalidRequest unless the id may stand in logs, spans and metadata."""
+    printable = request_id.isascii() and request_id.isprintable()
+    if len(request_id) > MAX_REQUEST_ID_LENGTH or not (printable or not request_id):
+        raise InvalidRequest(
+            f"a request id has at most {MAX_REQUEST_ID_LENGTH} printable ASCII characters",
+            field="request_id",
+            # Not the one that was sent: it may not stand in a log.
+            request_id=uuid.uuid4().hex,
+        )
+
+
+def check_extras(request: GenerateRequest) -> None:
+    """Raise InvalidRequest for extras out of bounds, or that contradict each other."""
+    if request.grammar is not None and request.stop.ignore_eos:
+        raise InvalidRequest(
+            "a grammar says where the completion ends; ignore_eos would go on", field="ignore_eos"
+        )
+    if len(request.affinity_key) > MAX_AFFINITY_KEY_LENGTH:
+        raise InvalidRequest(
+            f"an affinity key has at most {MAX_AFFINITY_KEY_LENGTH} characters",
+            field="affinity_key",
+        )
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority is between {-MAX_PRIORITY} and {MAX_PRIORITY}", field="priority"
+        )
+    if request.tools and request.messages is None:
+        raise InvalidRequest("tools go with a conversation, not with a prompt", field="tools")
+    if len(request.tools) > MAX_TOOLS or sum(map(len, request.tools)) > MAX_TOOLS_LENGTH:
+        raise InvalidRequest(
+            f"at most {MAX_TOOLS} tools of {MAX_TOOLS_LENGTH} characters in all", field="tools"
+        )
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> None:

@@ -13,9 +13,10 @@ from itertools import accumulate
 from operator import mul
 from typing import Protocol
 
-from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
+from specinfer.messages import RoundFacts, ShapeQuery, SpeculationOptions, StepCost
 
 PROBE_ROUNDS = 16
+PLAIN_WEIGHT = 0.05
 
 
 @dataclass
@@ -140,6 +141,31 @@ class StepCurve:
         left = right - 1
         slope = (seconds[right] - seconds[left]) / (rows[right] - rows[left])
         return seconds[left] + slope * (num_rows - rows[left])
+
+
+class PlainSpeed:
+    """What one token costs without guesses: a moving average over rounds of the root alone.
+
+    Until there was one it is the measured step of a single row.
+    """
+
+    def __init__(self, costs: Sequence[StepCost]) -> None:
+        """Begin with what the target measured of itself."""
+        self._seconds = StepCurve(costs).at(1) if costs else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a round without guesses; 0 while nothing is known."""
+        return self._seconds
+
+    def observe(self, facts: RoundFacts) -> None:
+        """Take in a round that is not a session's first, which computes the prompt."""
+        if facts.num_draft_tokens:
+            return
+        seconds = facts.verify_seconds + facts.queue_seconds + facts.router_seconds
+        seconds += facts.network_seconds
+        weight = PLAIN_WEIGHT if self._seconds else 1.0
+        self._seconds += weight * (seconds - self._seconds)
 
 
 def requested(options: SpeculationOptions, default: ShapeQuery) -> ShapeQuery:

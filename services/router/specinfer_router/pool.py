@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
 from specinfer.errors import Mismatch, SpecinferError, Unavailable
@@ -17,6 +18,8 @@ from specinfer_router.links import LinkLimits, WorkerLink
 from specinfer_router.worker_links import DraftLink, VerifyLink
 
 log = logging.getLogger(__name__)
+
+MAX_LOAD_OVER_MEAN = 1.25
 
 _Link = TypeVar("_Link", bound=WorkerLink[Any])
 
@@ -34,8 +37,12 @@ class WorkerPool(Generic[_Link]):
         """Workers that take new sessions."""
         return sum(link.ready for link in self.links)
 
-    def choose(self, avoid: _Link | None = None) -> _Link | None:
+    def choose(self, avoid: _Link | None = None, *, affinity_key: str = "") -> _Link | None:
         """The least loaded worker that takes sessions; `avoid` only when there is no other.
+
+        With an `affinity_key` it is the key's own worker unless that has more than its share of
+        sessions (consistent hashing with bounded loads, arXiv 1608.01350), so that prompts that
+        begin alike find their keys and values again.
 
         A worker that lately let a deadline pass has few sessions left and is not preferred for it:
         it comes after all that are trusted. A worker's own count covers the sessions of other
@@ -44,9 +51,14 @@ class WorkerPool(Generic[_Link]):
         ready = [link for link in self.links if link.ready]
         others = [link for link in ready if link is not avoid]
         trusted = [link for link in others if link.trusted]
-        return min(trusted or others or ready, key=_load, default=None)
+        candidates = trusted or others or ready
+        if affinity_key:
+            candidates = _nearest_with_room(candidates, affinity_key)
+        return min(candidates, key=_load, default=None)
 
-    async def wait(self, avoid: _Link | None = None, *, seconds: float) -> _Link:
+    async def wait(
+        self, avoid: _Link | None = None, *, seconds: float, affinity_key: str = ""
+    ) -> _Link:
         """Like `choose`, but waits until there is one.
 
         Raises:
@@ -54,7 +66,7 @@ class WorkerPool(Generic[_Link]):
         """
         try:
             async with asyncio.timeout(seconds):
-                while (link := self.choose(avoid)) is None:
+                while (link := self.choose(avoid, affinity_key=affinity_key)) is None:
                     self._changed.clear()
                     await self._changed.wait()
                 return link
@@ -79,6 +91,19 @@ class WorkerPool(Generic[_Link]):
     async def close(self) -> None:
         """End every link."""
         await asyncio.gather(*(link.close() for link in self.links))
+
+
+def _nearest_with_room(links: Sequence[_Link], affinity_key: str) -> list[_Link]:
+    """The first worker in the key's own order whose load is within the bound; [] of none."""
+    if not links:
+        return []
+    mean = sum(_load(link)[0] for link in links) / len(links)
+
+    def rank(link: _Link) -> bytes:
+        return blake2b(f"{affinity_key}\n{link.address}".encode(), digest_size=8).digest()
+
+    with_room = [link for link in links if _load(link)[0] <= MAX_LOAD_OVER_MEAN * mean + 1]
+    return [min(with_room, key=rank)]
 
 
 def _load(link: WorkerLink[Any]) -> tuple[int, int, int]:

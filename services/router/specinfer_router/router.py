@@ -1,39 +1,50 @@
-"""Admits requests and makes sessions of them; what the gRPC servicer and the gateway both call.
+"""Serves requests: admits them, runs their sessions, and lets go of readers that do not read.
 
-This module knows nothing of protobuf or HTTP.
+What the gRPC servicer and the gateway both call. This module knows nothing of protobuf or HTTP.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 
-from specinfer.errors import ResourceExhausted, SpecinferError, Unavailable
+from specinfer.errors import NotFound, SpecinferError, Unavailable
 from specinfer.messages import (
     Capabilities,
     Finished,
     GenerateEvent,
     GenerateRequest,
-    Started,
+    RequestReport,
+    ResumeRequest,
+    RoundFacts,
+    SpeculationSummary,
+    TokensEvent,
+    Usage,
 )
 from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import Telemetry
-from specinfer_router.checks import check_request, check_token_ids, completion_room
+from specinfer_router.access import ANYBODY, Caller
+from specinfer_router.admission import Admission, AdmissionLimits, Ticket
+from specinfer_router.checks import check_request_id
 from specinfer_router.completion import Completion
-from specinfer_router.policy import TreeShapePolicy
+from specinfer_router.opening import RESUMED, SeatLimits, SessionOpener
+from specinfer_router.policy import PlainSpeed, TreeShapePolicy
 from specinfer_router.pool import Cluster
-from specinfer_router.seats import DraftSeat, VerifySeat
-from specinfer_router.session import Session, SessionLimits
-from specinfer_router.store import SessionRecord, SessionStore
+from specinfer_router.request_log import RequestLog, RequestLogEntry
+from specinfer_router.session import Session
+from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
 from specinfer_router.stream import buffered
 from specinfer_router.tokenizer import ServedTokenizer
 
 log = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 0.05
+FEATURES = ("detail", "explain", "grammar", "logprobs", "prediction", "priority", "resume")
 
 
 @dataclass(frozen=True)
@@ -41,26 +52,29 @@ class RouterLimits:
     """Bounds of what a router takes on.
 
     Attributes:
-        max_streams: most requests at once.
+        admission: how many requests run and wait.
+        seats: how long workers may take.
         max_tree_nodes: largest tree that a request may ask for, root included.
         max_events: how far a session may run ahead of its reader.
         stall_seconds: a reader that takes nothing for so long loses its session.
-        propose_seconds: a drafter that takes longer is not waited for.
-        step_seconds: a verify worker that takes longer for a round is taken to be lost.
-        failover_seconds: how long a session waits for a verify worker when none is ready.
+        follow_seconds: a session that is read along and does not move for so long is given up.
     """
 
-    max_streams: int = 256
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    seats: SeatLimits = field(default_factory=SeatLimits)
     max_tree_nodes: int = 64
     max_events: int = 64
     stall_seconds: float = 60.0
-    propose_seconds: float = 0.1
-    step_seconds: float = 120.0
-    failover_seconds: float = 30.0
+    follow_seconds: float = 150.0
 
 
 class Router:
-    """The front of a cluster."""
+    """The front of a cluster.
+
+    Attributes:
+        tokenizer: the target's tokenizer and chat template.
+        store: where sessions and documents live.
+    """
 
     def __init__(
         self,
@@ -75,28 +89,32 @@ class Router:
         telemetry: Telemetry | None = None,
     ) -> None:
         """Put a started cluster, a store and a tokenizer together."""
+        self.store = store
+        self.tokenizer = tokenizer
         self._cluster = cluster
-        self._store = store
-        self._tokenizer = tokenizer
-        self._policy = policy
         self._metrics = metrics
         self._version = version
         self._limits = limits or RouterLimits()
         self._telemetry = telemetry or Telemetry()
-        self._num_streams = 0
-        self._draining = False
+        self._admission = Admission(self._limits.admission)
+        self._requests = RequestLog()
+        self._plain = PlainSpeed(cluster.target.step_costs)
+        self._opener = SessionOpener(
+            cluster,
+            store=store,
+            tokenizer=tokenizer,
+            policy=policy,
+            metrics=metrics,
+            max_tree_nodes=self._limits.max_tree_nodes,
+            limits=self._limits.seats,
+        )
 
     @property
     def not_ready_reason(self) -> str:
         """Why new requests would fail now, or ""."""
-        if self._draining:
+        if self._admission.draining:
             return "draining"
         return "" if self._cluster.verifiers.num_ready else "no verify worker is ready"
-
-    @property
-    def max_tree_nodes(self) -> int:
-        """Largest tree, root included, that this cluster takes."""
-        return min(self._limits.max_tree_nodes, self._cluster.max_tree_nodes)
 
     def capabilities(self) -> Capabilities:
         """What this cluster accepts now."""
@@ -108,162 +126,217 @@ class Router:
             vocab_size=target.vocab_size,
             dtype=target.dtype,
             max_model_len=self._cluster.max_session_tokens,
-            max_tree_nodes=self.max_tree_nodes,
+            max_tree_nodes=self._opener.max_tree_nodes,
             row_invariant=target.row_invariant,
             acceptance_rules=target.acceptance_rules,
             lossless=set(target.acceptance_rules) <= {"match"},
             num_drafters=self._cluster.drafters.num_ready,
             num_verifiers=self._cluster.verifiers.num_ready,
-            chat=self._tokenizer.has_chat_template,
+            chat=self.tokenizer.has_chat_template,
             version=self._version,
+            features=(*FEATURES, "tools") if self.tokenizer.takes_tools else FEATURES,
+            plain_round_seconds=self._plain.seconds,
         )
 
     async def drain(self) -> None:
         """Take no new request; those in progress go on."""
-        self._draining = True
+        self._admission.drain()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
-        """The events of one request; closing the generator cancels it.
+    async def generate(
+        self, request: GenerateRequest, caller: Caller = ANYBODY
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """The events of one request; closing the generator gives the session up.
 
         Raises:
             SpecinferError: with the request's id; any of the error tree but ClientClosed.
         """
-        arrived = time.perf_counter()
+        check_request_id(request.request_id)
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        entry = self._requests.begin(request.request_id, caller.key_id)
+        async with aclosing(self._serve(self._generated(request, caller, entry), entry)) as events:
+            async for event in events:
+                yield event
+
+    async def resume(
+        self, request: ResumeRequest, caller: Caller = ANYBODY
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """Take a session over and go on after `request.offset` tokens; as `generate` otherwise.
+
+        Raises:
+            NotFound: no such session, it has expired, or it belongs to another key.
+            InvalidRequest: the offset lies beyond what was committed.
+            Mismatch: another model is served now.
+        """
+        check_request_id(request.request_id)
+        record = await self._find(request.session_id, caller)
+        request_id = request.request_id or record.terms.request_id or uuid.uuid4().hex
+        request = replace(request, request_id=request_id)
+        entry = self._requests.begin(request_id, caller.key_id)
+        async with aclosing(self._serve(self._resumed(request, caller, entry), entry)) as events:
+            async for event in events:
+                yield event
+
+    async def follow(
+        self, session_id: str, offset: int = 0, caller: Caller = ANYBODY
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """Read along with a session that runs elsewhere or has ended, without taking it over.
+
+        Tokens come as they are committed, without rounds or logprobs.
+
+        Raises:
+            NotFound: as `resume`.
+            Unavailable: the session broke, or has not moved for a long time; resume it.
+        """
+        record = await self._find(session_id, caller)
+        yield self._opener.started(record)
+        completion = self._opener.follower(record, offset)
+        moved = time.monotonic()
+        while True:
+            event, finished = _read_along(record, completion)
+            if event is not None:
+                moved = time.monotonic()
+                yield event
+            if finished is not None:
+                yield finished
+                return
+            still = time.monotonic() - moved > self._limits.follow_seconds
+            if still or record.finish_reason in (ABANDONED, ERROR):
+                raise Unavailable(f"session {session_id} is not running; resume it")
+            await asyncio.sleep(FOLLOW_SECONDS)
+            record = await self.store.load(session_id)
+
+    async def cancel(self, session_id: str, caller: Caller = ANYBODY) -> None:
+        """End a session for good, wherever it runs; its reader sees it end within a round.
+
+        Raises:
+            NotFound: as `resume`.
+        """
+        await self._find(session_id, caller)
+        await self.store.finish(session_id, CANCELLED)
+
+    async def explain(self, request_id: str, caller: Caller = ANYBODY) -> RequestReport:
+        """Where the time of a request went, by its id or that of its session; raises NotFound."""
+        return self._requests.find(request_id, caller.key_id)
+
+    async def _find(self, session_id: str, caller: Caller) -> SessionRecord:
+        record = await self.store.load(session_id)
+        if record.terms.key_id != caller.key_id:
+            raise NotFound(f"no session {session_id}, or it has expired", field="session_id")
+        return record
+
+    async def _serve(
+        self, source: AsyncGenerator[GenerateEvent, None], entry: RequestLogEntry
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """The events of `source` through a bounded buffer, with one log entry and one outcome."""
         outcome = "cancelled"
+        stream = buffered(
+            source,
+            max_events=self._limits.max_events,
+            stall_seconds=self._limits.stall_seconds,
+        )
         try:
-            with (
-                self._admit(),
-                self._telemetry.span("generate", request_id=request.request_id),
-            ):
-                source = buffered(
-                    self._events(request, arrived),
-                    max_events=self._limits.max_events,
-                    stall_seconds=self._limits.stall_seconds,
-                )
-                async with aclosing(source) as events:
+            with self._telemetry.span("generate", request_id=entry.request_id):
+                async with aclosing(stream) as events:
                     async for event in events:
                         outcome = event.reason if isinstance(event, Finished) else outcome
                         yield event
         except SpecinferError as error:
-            error.request_id = error.request_id or request.request_id
+            error.request_id = error.request_id or entry.request_id
             outcome = error.reason.lower()
             log.info("request failed", extra={"request_id": error.request_id, "outcome": outcome})
             raise
         finally:
-            self._metrics.observe_request(outcome, time.perf_counter() - arrived)
+            entry.ended(outcome)
+            self._metrics.observe_request(outcome, entry.seconds)
 
-    async def _events(
-        self, request: GenerateRequest, arrived: float
+    async def _generated(
+        self, request: GenerateRequest, caller: Caller, entry: RequestLogEntry
     ) -> AsyncGenerator[GenerateEvent, None]:
-        prompt_ids, started = await self._prepare(request)
-        session = await self._open(request, prompt_ids, started)
-        yield started
+        """Runs behind the buffer: a reader that stalls loses its place along with its session."""
+        await self._opener.check(request)
+        async with self._admission.slot(caller, request.priority) as ticket:
+            entry.admitted(ticket.queue_seconds)
+            record = await self._opener.record(request, caller.key_id)
+            ticket.spend(len(record.token_ids))
+            session = await self._opener.open(record)
+            started = self._opener.started(record)
+            entry.add(started)
+            yield started
+            async with aclosing(self._rounds(session, ticket, entry)) as events:
+                async for event in events:
+                    yield event
+
+    async def _resumed(
+        self, request: ResumeRequest, caller: Caller, entry: RequestLogEntry
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        async with self._admission.slot(caller) as ticket:
+            entry.admitted(ticket.queue_seconds)
+            record = await self.store.claim(request.session_id)
+            reopened = await self._opener.reopen(record, request.offset)
+            started = self._opener.started(record, request.request_id)
+            entry.add(started)
+            yield started
+            if reopened.missed is not None:
+                entry.add(reopened.missed)
+                yield reopened.missed
+            ended = reopened.ended.finish_reason or record.finish_reason
+            if ended:
+                yield _finished(record, ended, reopened.ended.stop_match, entry)
+                return
+            async with aclosing(self._rounds(reopened.session, ticket, entry)) as events:
+                async for event in events:
+                    yield event
+
+    async def _rounds(
+        self, session: Session, ticket: Ticket, entry: RequestLogEntry
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """A session's events, with everybody told who counts them."""
         waiting = True
-        async with aclosing(session.run()) as rounds:
-            async for event in rounds:
-                if waiting:
-                    self._metrics.observe_first_token(time.perf_counter() - arrived)
-                    waiting = False
-                if isinstance(event, Finished):
-                    self._metrics.observe_finished(event)
-                yield event
-
-    async def _prepare(self, request: GenerateRequest) -> tuple[list[int], Started]:
-        target = self._cluster.target
-        check_request(request, target, self.max_tree_nodes)
-        prompt_ids = await self._prompt_ids(request)
-        seed = secrets.randbits(63) if request.random_seed else request.sampling.seed
-        return prompt_ids, Started(
-            request_id=request.request_id,
-            session_id=uuid.uuid4().hex,
-            model=target.model_name,
-            seed=seed,
-            num_prompt_tokens=len(prompt_ids),
-        )
-
-    async def _prompt_ids(self, request: GenerateRequest) -> list[int]:
-        if request.messages is not None:
-            return await self._tokenizer.encode_chat(request.messages)
-        if request.prompt is not None:
-            return await self._tokenizer.encode(request.prompt)
-        token_ids = list(request.token_ids or ())
-        check_token_ids(token_ids, self._cluster.target.vocab_size, "token_ids")
-        return token_ids
-
-    async def _open(
-        self, request: GenerateRequest, prompt_ids: list[int], started: Started
-    ) -> Session:
-        """A session that the store knows; no worker does yet."""
-        target, max_session_tokens = self._cluster.target, self._cluster.max_session_tokens
-        max_tokens = completion_room(len(prompt_ids), request.stop.max_tokens, max_session_tokens)
-        record = SessionRecord(
-            session_id=started.session_id,
-            model_hash=target.model_hash,
-            num_prompt_tokens=len(prompt_ids),
-            token_ids=tuple(prompt_ids),
-            sampling=replace(request.sampling, seed=started.seed),
-        )
-        await self._store.create(record)
-        return Session(
-            record,
-            completion=self._completion(request, prompt_ids, max_tokens),
-            drafter=self._draft_seat(record),
-            verifier=self._verify_seat(record, request.num_logprobs),
-            store=self._store,
-            policy=self._policy,
-            options=request.speculation,
-            limits=SessionLimits(max_session_tokens, self.max_tree_nodes),
-            metrics=self._metrics,
-        )
-
-    def _completion(
-        self, request: GenerateRequest, prompt_ids: list[int], max_tokens: int
-    ) -> Completion:
-        eos_token_ids = self._tokenizer.eos_token_ids
-        return Completion(
-            self._tokenizer.vocabulary.detokenizer(prompt_ids),
-            stops=request.stop.stop,
-            stop_token_ids=frozenset(request.stop.stop_token_ids),
-            eos_token_ids=frozenset() if request.stop.ignore_eos else eos_token_ids,
-            max_tokens=max_tokens,
-        )
-
-    def _draft_seat(self, record: SessionRecord) -> DraftSeat:
-        return DraftSeat(
-            self._cluster.drafters,
-            record.session_id,
-            record.sampling,
-            num_prompt_tokens=record.num_prompt_tokens,
-            vocab_size=self._cluster.target.vocab_size,
-            deadline_seconds=self._limits.propose_seconds,
-        )
-
-    def _verify_seat(self, record: SessionRecord, num_logprobs: int | None) -> VerifySeat:
-        return VerifySeat(
-            self._cluster.verifiers,
-            record.session_id,
-            record.sampling,
-            num_prompt_tokens=record.num_prompt_tokens,
-            num_logprobs=num_logprobs,
-            vocab_size=self._cluster.target.vocab_size,
-            step_seconds=self._limits.step_seconds,
-            failover_seconds=self._limits.failover_seconds,
-        )
-
-    @contextmanager
-    def _admit(self) -> Iterator[None]:
-        if self._draining:
-            raise Unavailable("this router is shutting down; another will take the request")
-        if self._num_streams >= self._limits.max_streams:
-            raise ResourceExhausted(
-                f"{self._num_streams} requests are in progress, as many as allowed",
-                retry_after=1.0,
-            )
-        self._num_streams += 1
         self._metrics.session_started()
         try:
-            yield
+            async with aclosing(session.run()) as rounds:
+                async for event in rounds:
+                    entry.add(event)
+                    if isinstance(event, Finished):
+                        self._metrics.observe_finished(event)
+                        yield replace(event, timings=entry.timings)
+                        return
+                    if waiting:
+                        self._metrics.observe_first_token(entry.seconds)
+                    else:
+                        self._plain.observe(event.round)
+                    waiting = False
+                    ticket.spend(len(event.token_ids))
+                    yield event
         finally:
-            self._num_streams -= 1
             self._metrics.session_ended()
+
+
+def _read_along(
+    record: SessionRecord, completion: Completion
+) -> tuple[TokensEvent | None, Finished | None]:
+    """What is new in a record since `completion` last took from it, and its end."""
+    offset = completion.num_tokens
+    new = record.output_ids[offset:]
+    event, reason, match = None, "", ""
+    if new:
+        kept = completion.take(new)
+        facts = RoundFacts(record.epoch, root_only_reason=RESUMED)
+        event = TokensEvent(offset, kept.text, kept.token_ids, 0, (), facts)
+        reason, match = kept.finish_reason, kept.stop_match
+    if record.finish_reason not in ("", ABANDONED, ERROR):
+        return event, _finished(record, reason or record.finish_reason, match, None)
+    return event, None
+
+
+def _finished(
+    record: SessionRecord, reason: str, stop_match: str, entry: RequestLogEntry | None
+) -> Finished:
+    """The last event of a session that ended before it was read to its end."""
+    finished = Finished(
+        reason=reason,
+        stop_match=stop_match,
+        usage=Usage(record.terms.num_prompt_tokens, len(record.output_ids)),
+        speculation=SpeculationSummary(),
+    )
+    return finished if entry is None else replace(finished, timings=entry.timings)

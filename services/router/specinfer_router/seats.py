@@ -46,6 +46,9 @@ class Guess:
         seconds: time the round spent on asking.
         queue_seconds: waiting inside the worker.
         compute_seconds: the worker's compute.
+        num_draft_nodes: nodes of the tree that the drafter brought, the root included; they come
+            first.
+        draft_depth: depth of the drafter's part of the tree.
     """
 
     tree: TokenTree
@@ -53,6 +56,8 @@ class Guess:
     seconds: float = 0.0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    num_draft_nodes: int = 1
+    draft_depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,15 @@ class DraftSeat:
         self._num_failures = 0
         reason = "" if tree.num_draft_tokens else "no_guess"
         seconds = time.perf_counter() - start
-        return Guess(tree, reason, seconds, result.queue_seconds, result.compute_seconds)
+        return Guess(
+            tree,
+            reason,
+            seconds,
+            result.queue_seconds,
+            result.compute_seconds,
+            num_draft_nodes=len(tree),
+            draft_depth=tree.max_depth,
+        )
 
     def leave(self, epoch: int) -> None:
         """Give the place up and let the worker forget the session."""
@@ -199,6 +212,7 @@ class VerifySeat:
         num_logprobs: int | None,
         vocab_size: int,
         grammar: Grammar | None = None,
+        affinity_key: str = "",
         max_tries: int = 4,
         step_seconds: float = 120.0,
         failover_seconds: float = 30.0,
@@ -213,6 +227,7 @@ class VerifySeat:
             num_logprobs: most probable tokens to report, or None.
             vocab_size: tokens the target knows.
             grammar: what the completion has to match, or None.
+            affinity_key: sessions with the same one share a worker where its load allows.
             max_tries: workers tried for one round.
             step_seconds: a worker that takes longer for a round is taken to be lost.
             failover_seconds: how long to wait for a worker when none is ready.
@@ -224,6 +239,7 @@ class VerifySeat:
         self._num_logprobs = num_logprobs
         self._vocab_size = vocab_size
         self._grammar = grammar
+        self._affinity_key = affinity_key
         self._max_tries = max_tries
         self._step_seconds = step_seconds
         self._failover_seconds = failover_seconds
@@ -290,7 +306,9 @@ class VerifySeat:
                 return None
             self._link.num_seats -= 1
             self._link = None
-        link = await self._pool.wait(avoid, seconds=self._failover_seconds)
+        link = await self._pool.wait(
+            avoid, seconds=self._failover_seconds, affinity_key=self._affinity_key
+        )
         self._link, self._generation = link, link.generation
         link.num_seats += 1
         return link.open(

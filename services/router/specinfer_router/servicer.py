@@ -9,10 +9,17 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from specinfer.convert import capabilities_to_wire, event_to_wire, request_from_wire
+from specinfer.convert import (
+    capabilities_to_wire,
+    event_to_wire,
+    report_to_wire,
+    request_from_wire,
+    resume_from_wire,
+)
 from specinfer.errors import SpecinferError
 from specinfer.server import RpcServer
 from specinfer.v1 import router_pb2, router_pb2_grpc
+from specinfer_router.access import ANYBODY
 from specinfer_router.router import Router
 
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -36,6 +43,27 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         async with aclosing(self._router.generate(parsed)) as events:
             async for event in events:
                 yield event_to_wire(event)
+
+    async def Resume(
+        self, request: router_pb2.ResumeRequest, context: Any
+    ) -> AsyncGenerator[router_pb2.ResumeResponse, None]:
+        """Stream the rest of a session's events."""
+        async with aclosing(self._router.resume(resume_from_wire(request), ANYBODY)) as events:
+            async for event in events:
+                yield router_pb2.ResumeResponse(event=event_to_wire(event))
+
+    async def Cancel(
+        self, request: router_pb2.CancelRequest, context: Any
+    ) -> router_pb2.CancelResponse:
+        """End a session for good."""
+        await self._router.cancel(request.session_id, ANYBODY)
+        return router_pb2.CancelResponse()
+
+    async def Explain(
+        self, request: router_pb2.ExplainRequest, context: Any
+    ) -> router_pb2.ExplainResponse:
+        """Say where the time of a request went."""
+        return report_to_wire(await self._router.explain(request.request_id, ANYBODY))
 
     async def GetCapabilities(
         self, request: router_pb2.GetCapabilitiesRequest, context: Any

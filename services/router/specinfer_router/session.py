@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from specinfer.errors import SpecinferError
+from specinfer.errors import Cancelled, SpecinferError
 from specinfer.messages import (
     Finished,
+    RoundDetail,
     RoundFacts,
     ShapeQuery,
-    SpeculationOptions,
     SpeculationSummary,
     TokensEvent,
     Usage,
@@ -26,8 +26,9 @@ from specinfer.messages import (
 from specinfer.metrics import RouterMetrics
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.policy import RoundHistory, TreeShapePolicy, clip
+from specinfer_router.prediction import Prediction
 from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
-from specinfer_router.store import SessionRecord, SessionStore
+from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
 
 
 @dataclass(frozen=True)
@@ -55,67 +56,103 @@ class Session:
         verifier: VerifySeat,
         store: SessionStore,
         policy: TreeShapePolicy,
-        options: SpeculationOptions,
         limits: SessionLimits,
         metrics: RouterMetrics,
+        token_texts: Callable[[Sequence[int]], tuple[str, ...]],
     ) -> None:
-        """Take over a record that the store keeps already."""
+        """Take over a record that the store keeps already, and its completion so far."""
         self.session_id = record.session_id
         self.epoch = record.epoch
         self.finished: Finished | None = None
+        self._owner = record.owner
         self._token_ids = list(record.token_ids)
-        self._num_prompt_tokens = record.num_prompt_tokens
+        self._num_prompt_tokens = record.terms.num_prompt_tokens
         self._num_cached_tokens = 0
+        self._detail = record.terms.detail
         self._completion = completion
         self._drafter = drafter
         self._verifier = verifier
         self._store = store
         self._policy = policy
-        self._options = options
+        self._options = record.terms.speculation
         self._limits = limits
         self._metrics = metrics
+        self._token_texts = token_texts
         self._history = RoundHistory()
         self._tally = RoundTally()
+        self._prediction: Prediction | None = None
+        if record.terms.prediction and self._options.enabled:
+            self._prediction = Prediction(record.terms.prediction, record.output_ids)
 
     async def run(self) -> AsyncGenerator[TokensEvent | Finished, None]:
         """Rounds until the text ends; leaving the generator early gives the session up.
 
         Raises:
+            StaleEpoch: somebody else has taken the session over.
             SpecinferError: the verify tier or the store could not go on.
         """
-        end = "cancelled"
+        end = ABANDONED
         try:
             while self.finished is None:
                 start = time.perf_counter()
-                guess = await self._drafter.propose(self._token_ids, self.epoch, self._shape())
+                guess = await self._guess()
                 checked = await self._verifier.step(self._token_ids, self.epoch, guess.tree)
                 kept = self._completion.take(checked.result.token_ids)
                 # Committed before anyone sees it: what was shown can always be gone on from.
-                self.epoch = await self._store.commit(
-                    self.session_id, self.epoch, kept.token_ids, kept.finish_reason
-                )
-                yield self._advance(guess, checked, kept, start)
+                commit_seconds = await self._commit(kept)
+                if self.finished is None:
+                    yield self._advance(guess, checked, kept, start, commit_seconds)
             yield self.finished
         except SpecinferError:
-            end = "error"
+            end = ERROR
             raise
         finally:
             self._drafter.leave(self.epoch)
             self._verifier.leave(self.epoch)
             if self.finished is None:
                 with suppress(SpecinferError):
-                    await self._store.finish(self.session_id, end)
+                    await self._store.finish(self.session_id, end, owner=self._owner)
+
+    async def _guess(self) -> Guess:
+        """What the drafter guesses, and beside it what the caller predicted."""
+        guess = await self._drafter.propose(self._token_ids, self.epoch, self._shape())
+        if self._prediction is None:
+            return guess
+        tree = self._prediction.graft(
+            guess.tree,
+            self._token_ids[self._num_prompt_tokens :],
+            max_nodes=min(self._limits.max_tree_nodes, 1 + self._room),
+            max_depth=self._completion.num_left - 1,
+        )
+        reason = "" if tree.num_draft_tokens else guess.root_only_reason
+        return replace(guess, tree=tree, root_only_reason=reason)
+
+    async def _commit(self, kept: Kept) -> float:
+        """Commit a round, or finish where the session was cancelled; returns the seconds."""
+        start = time.perf_counter()
+        try:
+            self.epoch = await self._store.commit(
+                self.session_id, self.epoch, kept.token_ids, kept.finish_reason, owner=self._owner
+            )
+        except Cancelled:
+            self.finished = self._finish(CANCELLED, "")
+        return time.perf_counter() - start
+
+    @property
+    def _room(self) -> int:
+        return self._limits.max_session_tokens - len(self._token_ids)
 
     def _shape(self) -> ShapeQuery:
         """The policy's wish within the room that is left: guesses past the end are of no use."""
-        room = self._limits.max_session_tokens - len(self._token_ids)
         return clip(
             self._policy.plan(self._options, self._history, self._verifier.num_sharing),
-            max_nodes=min(self._limits.max_tree_nodes - 1, room),
+            max_nodes=min(self._limits.max_tree_nodes - 1, self._room),
             max_depth=self._completion.num_left - 1,
         )
 
-    def _advance(self, guess: Guess, checked: Checked, kept: Kept, start: float) -> TokensEvent:
+    def _advance(
+        self, guess: Guess, checked: Checked, kept: Kept, start: float, commit_seconds: float
+    ) -> TokensEvent:
         """Take a committed round in and say what it did."""
         result = checked.result
         offset = len(self._token_ids) - self._num_prompt_tokens
@@ -123,13 +160,16 @@ class Session:
         self._token_ids.extend(kept.token_ids)
         self._num_cached_tokens = self._num_cached_tokens or result.num_cached_tokens
         self._history.observe(
-            depth=guess.tree.max_depth, num_accepted=num_accepted, seconds=guess.seconds
+            depth=guess.draft_depth,
+            num_accepted=sum(node < guess.num_draft_nodes for node in result.accepted),
+            seconds=guess.seconds,
         )
-        facts = self._facts(guess, checked, num_accepted, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        facts = self._facts(guess, checked, num_accepted, seconds, commit_seconds)
         self._tally.add(facts)
         self._metrics.observe_round(facts, len(kept.token_ids))
         if kept.finish_reason:
-            self.finished = self._finish(kept)
+            self.finished = self._finish(kept.finish_reason, kept.stop_match)
         return TokensEvent(
             offset=offset,
             text=kept.text,
@@ -137,10 +177,24 @@ class Session:
             num_accepted_tokens=num_accepted,
             logprobs=result.logprobs[: len(kept.token_ids)],
             round=facts,
+            detail=self._round_detail(guess, checked, kept) if self._detail else None,
+        )
+
+    def _round_detail(self, guess: Guess, checked: Checked, kept: Kept) -> RoundDetail:
+        return RoundDetail(
+            tree=guess.tree,
+            accepted=checked.result.accepted,
+            node_texts=self._token_texts(guess.tree.token_ids),
+            token_texts=self._token_texts(kept.token_ids),
         )
 
     def _facts(
-        self, guess: Guess, checked: Checked, num_accepted: int, seconds: float
+        self,
+        guess: Guess,
+        checked: Checked,
+        num_accepted: int,
+        seconds: float,
+        commit_seconds: float,
     ) -> RoundFacts:
         reason = guess.root_only_reason
         if not self._options.enabled:
@@ -158,12 +212,14 @@ class Session:
             queue_seconds=queue,
             network_seconds=max(0.0, away - draft - verify - queue),
             router_seconds=max(0.0, seconds - away),
+            commit_seconds=commit_seconds,
+            draft_depth=guess.tree.max_depth,
         )
 
-    def _finish(self, kept: Kept) -> Finished:
+    def _finish(self, reason: str, stop_match: str) -> Finished:
         return Finished(
-            reason=kept.finish_reason,
-            stop_match=kept.stop_match,
+            reason=reason,
+            stop_match=stop_match,
             usage=Usage(
                 self._num_prompt_tokens,
                 len(self._token_ids) - self._num_prompt_tokens,

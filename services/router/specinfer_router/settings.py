@@ -12,6 +12,8 @@ from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
 from specinfer.rpc import TlsSettings
 from specinfer.settings import setting
+from specinfer_router.admission import AdmissionLimits
+from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import (
     AdaptiveShape,
     StaticShape,
@@ -103,12 +105,15 @@ class RouterSettings:
         """Bounds of the router, given what the target's steps cost."""
         measured = PROPOSE_STEPS * StepCurve(costs).at(1) if costs else 0.0
         return RouterLimits(
-            max_streams=self.max_streams,
+            admission=AdmissionLimits(max_streams=self.max_streams),
+            seats=SeatLimits(
+                propose_seconds=self.propose_deadline or max(MIN_PROPOSE_SECONDS, measured),
+                step_seconds=self.step_deadline,
+                failover_seconds=self.failover_seconds,
+            ),
             max_tree_nodes=self.max_tree_nodes,
             stall_seconds=self.stall_seconds,
-            propose_seconds=self.propose_deadline or max(MIN_PROPOSE_SECONDS, measured),
-            step_seconds=self.step_deadline,
-            failover_seconds=self.failover_seconds,
+            follow_seconds=self.step_deadline + self.failover_seconds,
         )
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TypeVar
 
-from specinfer.errors import ResourceExhausted
+from specinfer.errors import ReaderStalled
 
 _Event = TypeVar("_Event")
 
@@ -25,7 +25,7 @@ async def buffered(
     Closing this generator closes `source` at once, whatever it is waiting for.
 
     Raises:
-        ResourceExhausted: after the events that fitted, when nobody took one for `stall_seconds`.
+        ReaderStalled: after the events that fitted, when nobody took one for `stall_seconds`.
     """
     queue: asyncio.Queue[_Event | None] = asyncio.Queue(max_events)
     pump = asyncio.create_task(_pump(source, queue, stall_seconds))
@@ -58,7 +58,8 @@ async def _put(queue: asyncio.Queue[_Event | None], event: _Event, stall_seconds
         async with asyncio.timeout(stall_seconds):
             await queue.put(event)
     except TimeoutError as error:
-        raise ResourceExhausted(
-            f"nothing of the stream was read for {stall_seconds:g} s; the session was given up",
+        raise ReaderStalled(
+            f"nothing of the stream was read for {stall_seconds:g} s, so it was cut off; resume it "
+            "after the tokens that arrived",
             retry_after=0.0,
         ) from error

@@ -1,41 +1,24 @@
 """From a prompt or a conversation to tokens, within bounds, with the target's own tokenizer.
 
 The tokenizer and its chat template come from a verify worker as bytes; no model folder is needed.
-Templates run in jinja2's immutable sandbox with limits on time and size. This module knows nothing
-of sessions, workers or the wire.
+This module knows nothing of sessions, workers or the wire.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
-import time
 from collections.abc import Sequence
-from types import FrameType
-from typing import Any, NoReturn
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from specinfer.errors import InvalidRequest, Mismatch
 from specinfer.messages import ChatMessage
+from specinfer_router.chat_template import ChatTemplate
 from specinfer_router.text import Vocabulary
 
 # Shorter texts are tokenised in less time than a thread takes to start.
 OFF_LOOP_CHARACTERS = 2_000
-MAX_TEMPLATE_SECONDS = 1.0
 MAX_MESSAGES = 1_000
-# What a template's expressions may raise when a conversation does not suit them.
-_TEMPLATE_FAULTS = (
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
 
 
 class ServedTokenizer:
@@ -45,6 +28,7 @@ class ServedTokenizer:
         vocabulary: for turning tokens into text.
         eos_token_ids: tokens that end a text.
         max_prompt_characters: longest text that is tokenised at all.
+        tokenizer_json: bytes of the tokenizer's file.
     """
 
     def __init__(
@@ -67,6 +51,7 @@ class ServedTokenizer:
         self.vocabulary = Vocabulary.of(tokenizer)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_prompt_characters = max_prompt_characters
+        self.tokenizer_json = tokenizer_json
         self._tokenizer = tokenizer
         self._template = (
             ChatTemplate(chat_template, bos_token, eos_token, max_prompt_characters)
@@ -78,6 +63,16 @@ class ServedTokenizer:
     def has_chat_template(self) -> bool:
         """Whether conversations can be served."""
         return self._template is not None
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template's text, or ""."""
+        return "" if self._template is None else self._template.source
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return self._template is not None and self._template.takes_tools
 
     async def encode(self, text: str, *, field: str = "prompt", special: bool = True) -> list[int]:
         """Tokens of a text.
@@ -97,7 +92,9 @@ class ServedTokenizer:
             return self._encode(text, special)
         return await asyncio.to_thread(self._encode, text, special)
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[str] = ()
+    ) -> list[int]:
         """Tokens of a conversation, ready for the assistant's turn.
 
         Raises:
@@ -112,9 +109,23 @@ class ServedTokenizer:
             raise InvalidRequest(
                 f"a conversation has 1 to {MAX_MESSAGES} messages", field="messages"
             )
-        self._check_length(sum(len(message.content) for message in messages), "messages")
-        text = await asyncio.to_thread(self._template.render, messages)
+        if tools and not self._template.takes_tools:
+            raise InvalidRequest("this model's chat template knows no tools", field="tools")
+        calls = (call for message in messages for call in message.tool_calls)
+        length = sum(len(message.content) for message in messages)
+        self._check_length(length + sum(len(call.arguments) for call in calls), "messages")
+        text = await asyncio.to_thread(self._template.render, messages, tools)
         return await self.encode(text, field="messages", special=False)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones included by name."""
+        if len(token_ids) <= OFF_LOOP_CHARACTERS:
+            return self._decode(token_ids)
+        return await asyncio.to_thread(self._decode, token_ids)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
 
     def _check_length(self, num_characters: int, field: str) -> None:
         if num_characters > self.max_prompt_characters:
@@ -128,66 +139,3 @@ class ServedTokenizer:
         encoded = self._tokenizer.encode_batch([text], add_special_tokens=special)
         token_ids: list[int] = encoded[0].ids
         return token_ids
-
-
-class ChatTemplate:
-    """A model's chat template, in the sandbox."""
-
-    def __init__(self, source: str, bos_token: str, eos_token: str, max_characters: int) -> None:
-        """Compile a template; raises Mismatch when it is none."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise Mismatch(f"the model's chat template cannot be read: {error}") from error
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._max_characters = max_characters
-
-    def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The prompt of a conversation; call it on a thread of its own, it traces that thread.
-
-        Raises:
-            InvalidRequest: the template refuses the conversation, or exceeds its bounds.
-        """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        pieces: list[str] = []
-        num_characters = 0
-        before = sys.gettrace()
-        sys.settrace(_deadline_tracer(time.monotonic() + MAX_TEMPLATE_SECONDS))
-        try:
-            for piece in self._template.generate(
-                messages=turns, add_generation_prompt=True, **self._tokens
-            ):
-                num_characters += len(piece)
-                if num_characters > self._max_characters:
-                    raise InvalidRequest(
-                        "the conversation makes too long a prompt", field="messages"
-                    )
-                pieces.append(piece)
-        except (TemplateError, *_TEMPLATE_FAULTS) as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses this conversation: {error}", field="messages"
-            ) from error
-        finally:
-            sys.settrace(before)
-        return "".join(pieces)
-
-
-def _deadline_tracer(deadline: float) -> Any:
-    """A trace function that stops code which runs past the deadline, loops without output too."""
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > deadline:
-            raise InvalidRequest(
-                f"the chat template took more than {MAX_TEMPLATE_SECONDS:g} s", field="messages"
-            )
-        return trace
-
-    return trace
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)

@@ -1,17 +1,61 @@
 """What a session store promises, whatever holds the data.
 
-A record is enough to go on with a session on any worker: with the same tokens, sampling and seed
-the continuation is the same. Tensors, trees and block tables are never stored. This module knows
-nothing of Redis.
+A record is enough to go on with a session on any worker and through any router: with the same
+tokens, sampling and seed the continuation is the same. Tensors, trees and block tables are never
+stored. This module knows nothing of Redis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from specinfer.sampling import SamplingParams
+from specinfer.messages import Grammar, SpeculationOptions
+from specinfer.sampling import SamplingParams, StopConditions
+
+# The reader left; whoever resumes the session goes on with it.
+ABANDONED = "abandoned"
+# The session broke; resuming it tries again.
+ERROR = "error"
+# Ended for good by its user.
+CANCELLED = "cancelled"
+RESUMABLE = ("", ABANDONED, ERROR)
+
+MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class SessionTerms:
+    """What a session was opened with; it never changes.
+
+    Attributes:
+        model_hash: checkpoint whose tokens these are.
+        num_prompt_tokens: how many of the record's tokens are the prompt.
+        sampling: how tokens are drawn, with the seed in use.
+        stop: when it ends, with `max_tokens` set.
+        request_id: of the request that opened it.
+        key_id: API key that it belongs to, or "".
+        num_logprobs: most probable tokens to report, or None.
+        grammar: what the output has to match, or None.
+        speculation: how to speculate.
+        prediction: tokens that the output is expected to be like.
+        affinity_key: sessions with the same one share a verify worker where its load allows.
+        detail: whether each round's tree is sent along.
+    """
+
+    model_hash: str
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    stop: StopConditions = field(default_factory=StopConditions)
+    request_id: str = ""
+    key_id: str = ""
+    num_logprobs: int | None = None
+    grammar: Grammar | None = None
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
+    prediction: tuple[int, ...] = ()
+    affinity_key: str = ""
+    detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,28 +64,31 @@ class SessionRecord:
 
     Attributes:
         session_id: id of the session; letters, digits, "-" and "_".
-        model_hash: checkpoint whose tokens these are.
-        num_prompt_tokens: how many of `token_ids` are the prompt.
+        terms: what it was opened with.
         token_ids: prompt and committed output.
-        sampling: how tokens are drawn, with the seed in use.
         epoch: commits so far.
-        finish_reason: "stop", "length", "cancelled" or "error"; "" while the session runs.
+        owner: how often the session was claimed; only the last owner may commit.
+        finish_reason: "stop", "length", CANCELLED, ABANDONED or ERROR; "" while the session runs.
     """
 
     session_id: str
-    model_hash: str
-    num_prompt_tokens: int
+    terms: SessionTerms
     token_ids: tuple[int, ...]
-    sampling: SamplingParams
     epoch: int = 0
+    owner: int = 0
     finish_reason: str = ""
+
+    @property
+    def output_ids(self) -> tuple[int, ...]:
+        """The committed output."""
+        return self.token_ids[self.terms.num_prompt_tokens :]
 
 
 class SessionStore(Protocol):
-    """Keeps session records for a while after their last change.
+    """Keeps session records, and small documents, for a while after their last change.
 
     Every method may raise Unavailable when the store cannot be reached. Every method may be called
-    again with the same arguments: the second call changes nothing and gives the same answer.
+    again with the same arguments: the second call changes nothing that matters.
     """
 
     async def create(self, record: SessionRecord) -> None:
@@ -54,25 +101,59 @@ class SessionStore(Protocol):
         ...
 
     async def commit(
-        self, session_id: str, epoch: int, token_ids: Sequence[int], finish_reason: str = ""
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        finish_reason: str = "",
+        *,
+        owner: int = 0,
     ) -> int:
         """Add the tokens that lead from `epoch` to the next one, which is returned.
 
         Raises:
-            StaleEpoch: the session is not at `epoch`, and this is no repetition of its last commit.
+            Cancelled: the session was ended by its user.
+            StaleEpoch: the session is not at `epoch` and this is no repetition of its last commit,
+                or `owner` is not its last one any more.
             NotFound: no such session, or it has expired.
         """
         ...
 
-    async def finish(self, session_id: str, finish_reason: str) -> None:
+    async def claim(self, session_id: str) -> SessionRecord:
+        """Take a session over: its record with a new owner, running again if it was resumable.
+
+        From now on nobody who owned it before can commit. Raises NotFound.
+        """
+        ...
+
+    async def finish(
+        self, session_id: str, finish_reason: str, *, owner: int | None = None
+    ) -> None:
         """Mark a session as finished without tokens; a reason that stands already stays.
 
-        A session that is gone already is none of the caller's worry.
+        With an `owner` that is not the last one any more nothing happens. CANCELLED also replaces a
+        reason that could be resumed. A session that is gone already is none of the caller's worry.
         """
         ...
 
     async def load(self, session_id: str) -> SessionRecord:
         """The record of a session; raises NotFound."""
+        ...
+
+    async def put_document(self, name: str, text: str) -> None:
+        """Keep a text under a name, replacing what was there.
+
+        Raises:
+            InvalidRequest: it is larger than MAX_DOCUMENT_BYTES, or the name is none.
+        """
+        ...
+
+    async def get_document(self, name: str) -> str:
+        """The text under a name; raises NotFound."""
+        ...
+
+    async def delete_document(self, name: str) -> None:
+        """Forget the text under a name; there need be none."""
         ...
 
     async def check(self) -> None:

@@ -1,4 +1,4 @@
-"""The session store of one machine: a bounded dictionary that forgets.
+"""The session store of one machine: bounded dictionaries that forget.
 
 Nothing survives the process. It knows nothing of routers or workers.
 """
@@ -6,41 +6,48 @@ Nothing survives the process. It knows nothing of routers or workers.
 from __future__ import annotations
 
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from specinfer.errors import NotFound, ResourceExhausted, StaleEpoch
-from specinfer_router.store.interface import SessionRecord
+from specinfer.errors import Cancelled, NotFound, ResourceExhausted, StaleEpoch
+from specinfer_router.store.documents import MemoryDocuments
+from specinfer_router.store.interface import CANCELLED, RESUMABLE, SessionRecord
 
 
 @dataclass
 class _Entry:
     record: SessionRecord
-    token_ids: list[int]
+    token_ids: array[int]
     expires: float
     last_commit: tuple[tuple[int, ...], str] = ((), "")
 
 
 class MemoryStore:
-    """Keeps at most `max_sessions` sessions, each for `ttl_seconds` after its last change.
+    """Keeps at most `max_sessions` sessions of `max_tokens` tokens in all.
 
-    When it is full the finished session that changed longest ago makes room.
+    Each is kept for `ttl_seconds` after its last change. When the store is full the finished
+    sessions that changed longest ago make room.
     """
 
     def __init__(
         self,
         *,
         max_sessions: int = 10_000,
+        max_tokens: int = 50_000_000,
         ttl_seconds: float = 3600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_sessions = max_sessions
+        self._max_tokens = max_tokens
         self._ttl_seconds = ttl_seconds
         self._clock = clock
+        self._num_tokens = 0
         # Oldest change first, so that expiry and making room look at the front only.
         self._running: OrderedDict[str, _Entry] = OrderedDict()
         self._finished: OrderedDict[str, _Entry] = OrderedDict()
+        self._documents = MemoryDocuments(ttl_seconds=ttl_seconds, clock=clock)
 
     def __len__(self) -> int:
         return len(self._running) + len(self._finished)
@@ -53,40 +60,81 @@ class MemoryStore:
             if self._record(entry) == record:
                 return
             raise StaleEpoch(f"session {record.session_id} exists already")
-        self._make_room()
+        self._make_room(len(record.token_ids))
+        self._num_tokens += len(record.token_ids)
         self._running[record.session_id] = _Entry(
-            replace(record, token_ids=()), list(record.token_ids), self._clock() + self._ttl_seconds
+            replace(record, token_ids=()),
+            array("I", record.token_ids),
+            self._clock() + self._ttl_seconds,
         )
 
     async def commit(
-        self, session_id: str, epoch: int, token_ids: Sequence[int], finish_reason: str = ""
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        finish_reason: str = "",
+        *,
+        owner: int = 0,
     ) -> int:
         """Add the tokens that lead from `epoch` to the next one, which is returned."""
         entry = self._get(session_id)
-        commit = (tuple(token_ids), finish_reason)
-        if entry.record.epoch == epoch + 1 and entry.last_commit == commit:
+        record, commit = entry.record, (tuple(token_ids), finish_reason)
+        if record.owner != owner:
+            raise StaleEpoch(f"session {session_id} was taken over by another reader")
+        if record.epoch == epoch + 1 and entry.last_commit == commit:
             return epoch + 1
-        if entry.record.epoch != epoch or entry.record.finish_reason:
+        if record.finish_reason == CANCELLED:
+            raise Cancelled(f"session {session_id} was cancelled")
+        if record.epoch != epoch or record.finish_reason:
             raise StaleEpoch(
-                f"session {session_id} is at epoch {entry.record.epoch}, not {epoch}"
-                + (" and finished" if entry.record.finish_reason else "")
+                f"session {session_id} is at epoch {record.epoch}, not {epoch}"
+                + (" and finished" if record.finish_reason else "")
             )
         entry.token_ids.extend(token_ids)
+        self._num_tokens += len(token_ids)
         entry.last_commit = commit
-        entry.record = replace(entry.record, epoch=epoch + 1, finish_reason=finish_reason)
+        entry.record = replace(record, epoch=epoch + 1, finish_reason=finish_reason)
         self._touch(entry)
         return epoch + 1
 
-    async def finish(self, session_id: str, finish_reason: str) -> None:
+    async def claim(self, session_id: str) -> SessionRecord:
+        """Take a session over: its record with a new owner, running again if resumable."""
+        entry = self._get(session_id)
+        record = replace(entry.record, owner=entry.record.owner + 1)
+        if record.finish_reason in RESUMABLE:
+            record = replace(record, finish_reason="")
+        entry.record = record
+        self._touch(entry)
+        return self._record(entry)
+
+    async def finish(
+        self, session_id: str, finish_reason: str, *, owner: int | None = None
+    ) -> None:
         """Mark a session as finished without tokens; a reason that stands already stays."""
         entry = self._find(session_id)
-        if entry is not None and not entry.record.finish_reason:
+        if entry is None or owner not in (None, entry.record.owner):
+            return
+        before = entry.record.finish_reason
+        if not before or (before in RESUMABLE and finish_reason == CANCELLED):
             entry.record = replace(entry.record, finish_reason=finish_reason)
             self._touch(entry)
 
     async def load(self, session_id: str) -> SessionRecord:
         """The record of a session."""
         return self._record(self._get(session_id))
+
+    async def put_document(self, name: str, text: str) -> None:
+        """Keep a text under a name, replacing what was there."""
+        self._documents.put(name, text)
+
+    async def get_document(self, name: str) -> str:
+        """The text under a name."""
+        return self._documents.get(name)
+
+    async def delete_document(self, name: str) -> None:
+        """Forget the text under a name."""
+        self._documents.delete(name)
 
     async def check(self) -> None:
         """Memory can always be reached."""
@@ -95,6 +143,8 @@ class MemoryStore:
         """Forget everything."""
         self._running.clear()
         self._finished.clear()
+        self._documents.clear()
+        self._num_tokens = 0
 
     def _record(self, entry: _Entry) -> SessionRecord:
         return replace(entry.record, token_ids=tuple(entry.token_ids))
@@ -106,7 +156,7 @@ class MemoryStore:
     def _get(self, session_id: str) -> _Entry:
         entry = self._find(session_id)
         if entry is None:
-            raise NotFound(f"no session {session_id}, or it has expired")
+            raise NotFound(f"no session {session_id}, or it has expired", field="session_id")
         return entry
 
     def _touch(self, entry: _Entry) -> None:
@@ -121,13 +171,18 @@ class MemoryStore:
         now = self._clock()
         for entries in (self._running, self._finished):
             while entries and next(iter(entries.values())).expires <= now:
-                entries.popitem(last=False)
+                self._drop_oldest(entries)
 
-    def _make_room(self) -> None:
-        if len(self) < self._max_sessions:
-            return
-        if not self._finished:
-            raise ResourceExhausted(
-                f"{self._max_sessions} sessions are running; try again later", retry_after=1.0
-            )
-        self._finished.popitem(last=False)
+    def _make_room(self, num_tokens: int) -> None:
+        while len(self) >= self._max_sessions or self._num_tokens + num_tokens > self._max_tokens:
+            if not self._finished:
+                raise ResourceExhausted(
+                    f"{len(self._running)} sessions with {self._num_tokens} tokens are running; "
+                    "try again later",
+                    retry_after=1.0,
+                )
+            self._drop_oldest(self._finished)
+
+    def _drop_oldest(self, entries: OrderedDict[str, _Entry]) -> None:
+        _, entry = entries.popitem(last=False)
+        self._num_tokens -= len(entry.token_ids)

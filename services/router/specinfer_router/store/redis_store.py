@@ -8,12 +8,10 @@ nothing of routers or workers.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from array import array
 from collections.abc import Awaitable, Sequence
-from dataclasses import fields
 from importlib import resources
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -25,12 +23,19 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, TimeoutError
 
-from specinfer.errors import InternalError, InvalidRequest, NotFound, StaleEpoch, Unavailable
-from specinfer.sampling import SamplingParams
+from specinfer.errors import (
+    Cancelled,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    StaleEpoch,
+    Unavailable,
+)
+from specinfer_router.store.documents import checked_document
+from specinfer_router.store.facts import terms_from_json, terms_to_json
 from specinfer_router.store.interface import SessionRecord
 
 _Answer = TypeVar("_Answer")
-_SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 _SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -76,44 +81,82 @@ class RedisStore:
         self._redis: Redis = Redis(connection_pool=pool)
         self._create = self._script("create.lua")
         self._commit = self._script("commit.lua")
+        self._claim = self._script("claim.lua")
         self._finish = self._script("finish.lua")
 
     async def create(self, record: SessionRecord) -> None:
         """Keep a new session at epoch 0."""
-        arguments: list[str | bytes | int] = [_facts(record), _pack(record.token_ids), self._ttl_ms]
+        facts = terms_to_json(record.terms)
+        arguments: list[str | bytes | int] = [facts, _pack(record.token_ids), self._ttl_ms]
         kept = await self._run(self._create(keys=_keys(record.session_id), args=arguments))
         if not kept:
             raise StaleEpoch(f"session {record.session_id} exists already")
 
     async def commit(
-        self, session_id: str, epoch: int, token_ids: Sequence[int], finish_reason: str = ""
+        self,
+        session_id: str,
+        epoch: int,
+        token_ids: Sequence[int],
+        finish_reason: str = "",
+        *,
+        owner: int = 0,
     ) -> int:
         """Add the tokens that lead from `epoch` to the next one, which is returned."""
-        arguments: list[str | bytes | int] = [epoch, _pack(token_ids), finish_reason, self._ttl_ms]
+        tokens = _pack(token_ids)
+        arguments: list[str | bytes | int] = [epoch, tokens, finish_reason, self._ttl_ms, owner]
         outcome, found = await self._run(self._commit(keys=_keys(session_id), args=arguments))
-        if outcome < 0:
-            raise NotFound(f"no session {session_id}, or it has expired")
-        if outcome == 0:
-            raise StaleEpoch(
-                f"session {session_id} is at epoch {found}, not {epoch}, or has finished"
-            )
-        return int(found)
+        if outcome == 1:
+            return int(found)
+        if outcome == -1:
+            raise _not_found(session_id)
+        if outcome == -2:
+            raise StaleEpoch(f"session {session_id} was taken over by another reader")
+        if outcome == -3:
+            raise Cancelled(f"session {session_id} was cancelled")
+        raise StaleEpoch(f"session {session_id} is at epoch {found}, not {epoch}, or has finished")
 
-    async def finish(self, session_id: str, finish_reason: str) -> None:
+    async def claim(self, session_id: str) -> SessionRecord:
+        """Take a session over: its record with a new owner, running again if resumable."""
+        found = await self._run(self._claim(keys=_keys(session_id), args=[self._ttl_ms]))
+        if not found:
+            raise _not_found(session_id)
+        facts, epoch, owner, finish_reason, packed = found
+        return _record(session_id, facts, epoch, owner, finish_reason, packed)
+
+    async def finish(
+        self, session_id: str, finish_reason: str, *, owner: int | None = None
+    ) -> None:
         """Mark a session as finished without tokens; a reason that stands already stays."""
-        arguments: list[str | bytes | int] = [finish_reason, self._ttl_ms]
+        who: str | int = "" if owner is None else owner
+        arguments: list[str | bytes | int] = [finish_reason, self._ttl_ms, who]
         await self._run(self._finish(keys=_keys(session_id), args=arguments))
 
     async def load(self, session_id: str) -> SessionRecord:
         """The record of a session. Both keys are read in one transaction."""
         session_key, tokens_key = _keys(session_id)
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(session_key, ["facts", "epoch", "finish"])
+            pipe.hmget(session_key, ["facts", "epoch", "owner", "finish"])
             pipe.get(tokens_key)
-            (facts, epoch, finish_reason), packed = await self._run(pipe.execute())
+            (facts, epoch, owner, finish_reason), packed = await self._run(pipe.execute())
         if facts is None or packed is None:
-            raise NotFound(f"no session {session_id}, or it has expired")
-        return _record(session_id, facts, int(epoch), finish_reason.decode(), _unpack(packed))
+            raise _not_found(session_id)
+        return _record(session_id, facts, epoch, owner, finish_reason, packed)
+
+    async def put_document(self, name: str, text: str) -> None:
+        """Keep a text under a name, replacing what was there."""
+        data = checked_document(name, text)
+        await self._run(self._redis.set(_document_key(name), data, px=self._ttl_ms))
+
+    async def get_document(self, name: str) -> str:
+        """The text under a name."""
+        data = await self._run(self._redis.get(_document_key(name)))
+        if data is None:
+            raise NotFound(f"no {name}, or it has expired")
+        return cast(bytes, data).decode()
+
+    async def delete_document(self, name: str) -> None:
+        """Forget the text under a name."""
+        await self._run(self._redis.delete(_document_key(name)))
 
     async def check(self) -> None:
         """Raise Unavailable, saying what to do, unless Redis answers."""
@@ -170,33 +213,22 @@ def _unpack(packed: bytes) -> tuple[int, ...]:
     return tuple(token_ids)
 
 
-def _facts(record: SessionRecord) -> str:
-    sampling = {
-        field.name: getattr(record.sampling, field.name) for field in fields(SamplingParams)
-    }
-    sampling["logit_bias"] = dict(record.sampling.logit_bias)
-    return json.dumps(
-        {
-            "model_hash": record.model_hash,
-            "num_prompt_tokens": record.num_prompt_tokens,
-            "sampling": sampling,
-        },
-        sort_keys=True,
-    )
-
-
 def _record(
-    session_id: str, facts: bytes, epoch: int, finish_reason: str, token_ids: tuple[int, ...]
+    session_id: str, facts: bytes, epoch: bytes, owner: bytes, finish_reason: bytes, packed: bytes
 ) -> SessionRecord:
-    stored = json.loads(facts)
-    sampling = stored["sampling"]
-    sampling["logit_bias"] = {int(key): bias for key, bias in sampling["logit_bias"].items()}
     return SessionRecord(
         session_id=session_id,
-        model_hash=stored["model_hash"],
-        num_prompt_tokens=stored["num_prompt_tokens"],
-        token_ids=token_ids,
-        sampling=SamplingParams(**sampling),
-        epoch=epoch,
-        finish_reason=finish_reason,
+        terms=terms_from_json(facts),
+        token_ids=_unpack(packed),
+        epoch=int(epoch),
+        owner=int(owner),
+        finish_reason=finish_reason.decode(),
     )
+
+
+def _not_found(session_id: str) -> NotFound:
+    return NotFound(f"no session {session_id}, or it has expired", field="session_id")
+
+
+def _document_key(name: str) -> str:
+    return f"specinfer:document:{name}"

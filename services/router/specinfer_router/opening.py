@@ -1,0 +1,272 @@
+"""From a request to a session: check it, make tokens of it, and put the loop's parts together.
+
+A session is opened anew, or again from what the store keeps of it. This module knows nothing of
+admission, streams or the wire.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from specinfer.errors import InternalError, InvalidRequest, Mismatch
+from specinfer.messages import GenerateRequest, RoundFacts, Started, TokenLogprob, TokensEvent
+from specinfer.metrics import RouterMetrics
+from specinfer.tree import TokenTree
+from specinfer_router.checks import check_request, check_token_ids, completion_room
+from specinfer_router.completion import Completion, Kept
+from specinfer_router.policy import TreeShapePolicy
+from specinfer_router.pool import Cluster
+from specinfer_router.seats import DraftSeat, VerifySeat
+from specinfer_router.session import Session, SessionLimits
+from specinfer_router.store import SessionRecord, SessionStore, SessionTerms
+from specinfer_router.tokenizer import ServedTokenizer
+
+RESUMED = "resumed"
+
+
+@dataclass(frozen=True)
+class SeatLimits:
+    """How long workers may take.
+
+    Attributes:
+        propose_seconds: a drafter that takes longer is not waited for.
+        step_seconds: a verify worker that takes longer for a round is taken to be lost.
+        failover_seconds: how long a session waits for a verify worker when none is ready.
+    """
+
+    propose_seconds: float = 0.1
+    step_seconds: float = 120.0
+    failover_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A session that goes on after an offset.
+
+    Attributes:
+        session: the loop, positioned after all that is committed.
+        missed: committed tokens after the offset as one event, or None.
+        ended: how the completion ended when nothing is left to do; its reason is "" otherwise.
+    """
+
+    session: Session
+    missed: TokensEvent | None
+    ended: Kept
+
+
+class SessionOpener:
+    """Builds sessions for one cluster, store and tokenizer."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        store: SessionStore,
+        tokenizer: ServedTokenizer,
+        policy: TreeShapePolicy,
+        metrics: RouterMetrics,
+        max_tree_nodes: int,
+        limits: SeatLimits,
+    ) -> None:
+        """Take down what every session is made with."""
+        self._cluster = cluster
+        self._store = store
+        self._tokenizer = tokenizer
+        self._policy = policy
+        self._metrics = metrics
+        self._max_tree_nodes = max_tree_nodes
+        self._limits = limits
+
+    @property
+    def max_tree_nodes(self) -> int:
+        """Largest tree, root included, that this cluster takes."""
+        return min(self._max_tree_nodes, self._cluster.max_tree_nodes)
+
+    async def check(self, request: GenerateRequest) -> None:
+        """Refuse what can be refused before any tokenizing.
+
+        Raises:
+            NotFound, InvalidRequest: see `check_request`.
+        """
+        check_request(request, self._cluster.target, self.max_tree_nodes)
+
+    async def record(self, request: GenerateRequest, key_id: str) -> SessionRecord:
+        """A record for a checked request, not kept anywhere yet.
+
+        Raises:
+            InvalidRequest: a prompt that is none, or too long with what is asked for.
+        """
+        target = self._cluster.target
+        prompt_ids = await self._prompt_ids(request)
+        max_tokens = completion_room(
+            len(prompt_ids), request.stop.max_tokens, self._cluster.max_session_tokens
+        )
+        seed = secrets.randbits(63) if request.random_seed else request.sampling.seed
+        terms = SessionTerms(
+            model_hash=target.model_hash,
+            num_prompt_tokens=len(prompt_ids),
+            sampling=replace(request.sampling, seed=seed),
+            stop=replace(request.stop, max_tokens=max_tokens),
+            request_id=request.request_id,
+            key_id=key_id,
+            num_logprobs=request.num_logprobs,
+            grammar=request.grammar,
+            speculation=request.speculation,
+            prediction=await self._prediction_ids(request.prediction, max_tokens),
+            affinity_key=request.affinity_key,
+            detail=request.detail,
+        )
+        return SessionRecord(uuid.uuid4().hex, terms, tuple(prompt_ids))
+
+    def started(self, record: SessionRecord, request_id: str = "") -> Started:
+        """The first event of a session's stream."""
+        return Started(
+            request_id=request_id or record.terms.request_id,
+            session_id=record.session_id,
+            model=self._cluster.target.model_name,
+            seed=record.terms.sampling.seed,
+            num_prompt_tokens=record.terms.num_prompt_tokens,
+        )
+
+    async def open(self, record: SessionRecord) -> Session:
+        """A new session that the store knows; no worker does yet."""
+        await self._store.create(record)
+        return self._session(record, self._completion(record))
+
+    async def reopen(self, record: SessionRecord, offset: int) -> Reopened:
+        """Go on with a claimed session after `offset` tokens of its completion.
+
+        What the completion's text is after any number of tokens does not depend on how rounds cut
+        them, so the text after the offset joins what was shown before.
+
+        Raises:
+            Mismatch: this cluster serves another model than the one that began.
+            InvalidRequest: `offset` lies beyond what was committed.
+        """
+        output_ids = record.output_ids
+        if record.terms.model_hash != self._cluster.target.model_hash:
+            raise Mismatch("the session was begun by another model than the one that is served")
+        if not 0 <= offset <= len(output_ids):
+            raise InvalidRequest(
+                f"offset {offset} is not within the {len(output_ids)} tokens of the session",
+                field="offset",
+            )
+        completion = self._completion(record)
+        kept = completion.take(output_ids[:offset]) if offset else Kept((), "")
+        missed: TokensEvent | None = None
+        if offset < len(output_ids):
+            kept = completion.take(output_ids[offset:])
+            logprobs = await self._logprobs(record, offset)
+            facts = RoundFacts(record.epoch, root_only_reason=RESUMED)
+            missed = TokensEvent(offset, kept.text, kept.token_ids, 0, logprobs, facts)
+        return Reopened(self._session(record, completion), missed, kept)
+
+    def follower(self, record: SessionRecord, offset: int) -> Completion:
+        """The completion of a session after `offset` tokens, for reading along."""
+        completion = self._completion(record)
+        if offset:
+            completion.take(record.output_ids[:offset])
+        return completion
+
+    async def _prompt_ids(self, request: GenerateRequest) -> list[int]:
+        if request.messages is not None:
+            return await self._tokenizer.encode_chat(request.messages, request.tools)
+        if request.prompt is not None:
+            return await self._tokenizer.encode(request.prompt)
+        token_ids = list(request.token_ids or ())
+        check_token_ids(token_ids, self._cluster.target.vocab_size, "token_ids")
+        return token_ids
+
+    async def _prediction_ids(self, prediction: str, max_tokens: int) -> tuple[int, ...]:
+        if not prediction:
+            return ()
+        token_ids = await self._tokenizer.encode(prediction, field="prediction", special=False)
+        # What lies further on cannot be reached, whatever is inserted before it.
+        return tuple(token_ids[: 2 * max_tokens])
+
+    def _session(self, record: SessionRecord, completion: Completion) -> Session:
+        max_session_tokens = self._cluster.max_session_tokens
+        return Session(
+            record,
+            completion=completion,
+            drafter=self._draft_seat(record),
+            verifier=self._verify_seat(record),
+            store=self._store,
+            policy=self._policy,
+            limits=SessionLimits(max_session_tokens, self.max_tree_nodes),
+            metrics=self._metrics,
+            token_texts=self._tokenizer.vocabulary.token_texts,
+        )
+
+    def _completion(self, record: SessionRecord) -> Completion:
+        stop = record.terms.stop
+        eos_token_ids = self._tokenizer.eos_token_ids
+        prompt_ids = record.token_ids[: record.terms.num_prompt_tokens]
+        return Completion(
+            self._tokenizer.vocabulary.detokenizer(prompt_ids),
+            stops=stop.stop,
+            stop_token_ids=frozenset(stop.stop_token_ids),
+            eos_token_ids=frozenset() if stop.ignore_eos else eos_token_ids,
+            max_tokens=stop.max_tokens or self._cluster.max_session_tokens,
+        )
+
+    def _draft_seat(self, record: SessionRecord) -> DraftSeat:
+        return DraftSeat(
+            self._cluster.drafters,
+            record.session_id,
+            record.terms.sampling,
+            num_prompt_tokens=record.terms.num_prompt_tokens,
+            vocab_size=self._cluster.target.vocab_size,
+            deadline_seconds=self._limits.propose_seconds,
+            grammar=record.terms.grammar,
+        )
+
+    def _verify_seat(self, record: SessionRecord, suffix: str = "") -> VerifySeat:
+        terms = record.terms
+        return VerifySeat(
+            self._cluster.verifiers,
+            record.session_id + suffix,
+            terms.sampling,
+            num_prompt_tokens=terms.num_prompt_tokens,
+            num_logprobs=terms.num_logprobs,
+            vocab_size=self._cluster.target.vocab_size,
+            grammar=terms.grammar,
+            affinity_key=terms.affinity_key,
+            step_seconds=self._limits.step_seconds,
+            failover_seconds=self._limits.failover_seconds,
+        )
+
+    async def _logprobs(self, record: SessionRecord, offset: int) -> tuple[TokenLogprob, ...]:
+        """Logprobs of the output after `offset`, which the store does not keep.
+
+        The target is asked again: given its own tokens as guesses it confirms each of them.
+        """
+        if record.terms.num_logprobs is None:
+            return ()
+        seat = self._verify_seat(record, f"-again-{offset}")
+        wanted = record.output_ids[offset:]
+        prefix = list(record.token_ids[: record.terms.num_prompt_tokens + offset])
+        found: list[TokenLogprob] = []
+        epoch = 0
+        try:
+            while len(found) < len(wanted):
+                rest = wanted[len(found) :]
+                tree = TokenTree.chain((prefix[-1], *rest[: self.max_tree_nodes - 1]))
+                result = (await seat.step(prefix, epoch, tree)).result
+                _check_same(result.token_ids, rest)
+                found.extend(result.logprobs[: len(rest)])
+                prefix.extend(result.token_ids)
+                epoch += 1
+            return tuple(found)
+        finally:
+            seat.leave(epoch)
+
+
+def _check_same(token_ids: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise InternalError when the target says something else than it did before."""
+    length = min(len(token_ids), len(expected))
+    if tuple(token_ids[:length]) != tuple(expected[:length]):
+        raise InternalError("the target does not repeat its own tokens; its logprobs are not known")

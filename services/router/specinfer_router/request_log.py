@@ -1,0 +1,157 @@
+"""What the last requests did, round by round, for whoever asks where the time went.
+
+Bounded in requests and in rounds of each. This module knows nothing of how requests are served.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from specinfer.errors import NotFound
+from specinfer.messages import (
+    Finished,
+    GenerateEvent,
+    RequestReport,
+    RoundFacts,
+    RoundReport,
+    Started,
+    Timings,
+    TokensEvent,
+)
+
+MAX_REQUESTS = 1_000
+MAX_ROUNDS = 1_000
+RUNNING = "running"
+
+
+@dataclass
+class RequestLogEntry:
+    """One request as it goes on.
+
+    Attributes:
+        request_id: id of the request.
+        key_id: API key that it belongs to, or "".
+        arrived: when it came, on the log's clock.
+        arrived_at: when it came, in seconds since 1970.
+    """
+
+    request_id: str
+    key_id: str
+    arrived: float
+    arrived_at: float
+    clock: Callable[[], float]
+    session_id: str = ""
+    outcome: str = RUNNING
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    queue_seconds: float = 0.0
+    prepare_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+    rounds: deque[RoundReport] = field(default_factory=lambda: deque(maxlen=MAX_ROUNDS))
+
+    @property
+    def seconds(self) -> float:
+        """Time since the request came."""
+        return self.clock() - self.arrived
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went so far."""
+        total = self.total_seconds or self.seconds
+        return Timings(self.queue_seconds, self.prepare_seconds, self.first_token_seconds, total)
+
+    def admitted(self, queue_seconds: float) -> None:
+        """Note how long it waited for its place."""
+        self.queue_seconds = queue_seconds
+
+    def add(self, event: GenerateEvent) -> None:
+        """Note an event at the moment it was made."""
+        if isinstance(event, Started):
+            self.session_id = event.session_id
+            self.num_prompt_tokens = event.num_prompt_tokens
+            self.prepare_seconds = max(0.0, self.seconds - self.queue_seconds)
+        elif isinstance(event, TokensEvent):
+            self._add_round(event)
+        elif isinstance(event, Finished):
+            self.num_cached_tokens = event.usage.num_cached_tokens
+
+    def ended(self, outcome: str) -> None:
+        """Note how it ended."""
+        self.outcome = outcome
+        self.total_seconds = self.seconds
+
+    def report(self) -> RequestReport:
+        """All of it."""
+        return RequestReport(
+            request_id=self.request_id,
+            session_id=self.session_id,
+            outcome=self.outcome,
+            arrived_at=self.arrived_at,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            timings=self.timings,
+            rounds=tuple(self.rounds),
+        )
+
+    def _add_round(self, event: TokensEvent) -> None:
+        now, took = self.seconds, round_seconds(event.round)
+        self.first_token_seconds = self.first_token_seconds or now
+        start = max(0.0, now - took)
+        self.rounds.append(
+            RoundReport(event.offset, len(event.token_ids), start, took, event.round)
+        )
+
+
+class RequestLog:
+    """The last requests by id; the oldest are forgotten."""
+
+    def __init__(
+        self,
+        *,
+        max_requests: int = MAX_REQUESTS,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._max_requests = max_requests
+        self._clock = clock
+        self._entries: OrderedDict[str, RequestLogEntry] = OrderedDict()
+
+    def begin(self, request_id: str, key_id: str) -> RequestLogEntry:
+        """Note a request that has just come; one with the same id is replaced."""
+        entry = RequestLogEntry(request_id, key_id, self._clock(), time.time(), self._clock)
+        self._entries[request_id] = entry
+        self._entries.move_to_end(request_id)
+        while len(self._entries) > self._max_requests:
+            self._entries.popitem(last=False)
+        return entry
+
+    def find(self, identity: str, key_id: str) -> RequestReport:
+        """The report of a request by its own id or that of its session.
+
+        Raises:
+            NotFound: it is unknown, forgotten, or another key's.
+        """
+        entry = self._entries.get(identity)
+        if entry is None:
+            sessions = (e for e in reversed(self._entries.values()) if e.session_id == identity)
+            entry = next(sessions, None)
+        if entry is None or entry.key_id != key_id:
+            raise NotFound(
+                f"no request {identity!r} among the last {self._max_requests} of this router",
+                field="request_id",
+            )
+        return entry.report()
+
+
+def round_seconds(facts: RoundFacts) -> float:
+    """What a round took in all."""
+    return (
+        facts.draft_seconds
+        + facts.verify_seconds
+        + facts.queue_seconds
+        + facts.network_seconds
+        + facts.router_seconds
+    )
