@@ -13,7 +13,7 @@ import typer
 from specinfer import Client
 from specinfer_cli import arguments
 from specinfer_cli.console import friendly, output, print_json
-from specinfer_cli.timeline import picture, totals, words
+from specinfer_cli.timeline import WIDE_COLUMNS, picture, totals, words
 
 DEFAULT_ROUNDS = 40
 
@@ -48,5 +48,7 @@ def explain(
     for line in words(report):
         console.print(line, markup=False, soft_wrap=True)
     if report.rounds:
+        # A file or a pipe is as wide as one likes.
+        width = max(console.width, WIDE_COLUMNS) if not console.is_terminal else console.width
         console.print()
-        console.print(picture(report, rounds))
+        console.print(picture(report, rounds, wide=width >= WIDE_COLUMNS), width=width)

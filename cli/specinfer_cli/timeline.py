@@ -15,7 +15,8 @@ from rich.text import Text
 from specinfer import RequestReport, RoundReport
 from specinfer_cli.round_view import visible
 
-BAR_WIDTH = 24
+BAR_WIDTH = 20
+WIDE_COLUMNS = 120
 
 
 @dataclass(frozen=True)
@@ -127,24 +128,28 @@ def words(report: RequestReport) -> list[str]:
     return [*lines, f"most of the time, {share:.0%}, went to {part.meaning}"]
 
 
-def picture(report: RequestReport, max_rounds: int) -> RenderableType:
-    """A row for each of the last `max_rounds` rounds, the sums, and what the bars mean."""
+def picture(report: RequestReport, max_rounds: int, *, wide: bool = True) -> RenderableType:
+    """A row for each of the last `max_rounds` rounds, the sums, and what the bars mean.
+
+    Takes WIDE_COLUMNS, or 80 when not `wide`: the bars alone tell a round's parts then.
+    """
     shown = report.rounds[-max_rounds:]
     longest = max((each.seconds for each in shown), default=0.0)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("token", "at ms", "took", "tokens", "guessed", "right"):
         table.add_column(name, justify="right", no_wrap=True)
-    for part in IN_ROUNDS:
+    for part in IN_ROUNDS if wide else ():
         table.add_column(part.name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for each in shown:
-        table.add_row(*_cells(each), _bar(each, longest))
+        numbers = _times(each) if wide else ()
+        table.add_row(*_counts(each), *numbers, _bar(each, longest))
     hidden = len(report.rounds) - len(shown)
     above = [Text(f"{hidden} earlier rounds are left out; --rounds shows more", "dim")]
     return Group(*(above if hidden else []), table, Text(), _shares(report), Text(), legend())
 
 
-def _cells(each: RoundReport) -> list[str]:
+def _counts(each: RoundReport) -> list[str]:
     facts = each.facts
     counts = (each.num_tokens, facts.num_draft_tokens, facts.num_accepted_tokens)
     return [
@@ -152,8 +157,11 @@ def _cells(each: RoundReport) -> list[str]:
         _milliseconds(each.start_seconds),
         _milliseconds(each.seconds),
         *(str(count) for count in counts),
-        *(_milliseconds(seconds) for _, seconds in round_parts(each)),
     ]
+
+
+def _times(each: RoundReport) -> list[str]:
+    return [_milliseconds(seconds) for _, seconds in round_parts(each)]
 
 
 def _milliseconds(seconds: float) -> str:

@@ -41,9 +41,9 @@ def report(*rounds: RoundReport, queue: float = 0.005, total: float = 0.1) -> Re
     return RequestReport("abc", "session", "stop", 1.0, 12, 8, timings, rounds)
 
 
-def shown(made: RequestReport, max_rounds: int = 40) -> str:
-    console = Console(file=io.StringIO(), width=140, no_color=True)
-    console.print(picture(made, max_rounds))
+def shown(made: RequestReport, max_rounds: int = 40, width: int = 140) -> str:
+    console = Console(file=io.StringIO(), width=width, no_color=True)
+    console.print(picture(made, max_rounds, wide=width > 80))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -92,7 +92,7 @@ def test_every_round_has_a_row_and_a_bar() -> None:
     assert len(rows) == 2
     marks = "".join(part.mark for part in IN_ROUNDS)
     bars = [sum(row.count(mark) for mark in marks) for row in rows]
-    assert bars == [12, BAR_WIDTH]
+    assert bars == [BAR_WIDTH // 2, BAR_WIDTH]
     assert rows[0].split()[:6] == ["0", "10.0", "30.0", "3", "4", "2"]
     assert rows[1].endswith("no budget")
     # Bars can be told apart without colour.
@@ -105,3 +105,11 @@ def test_a_long_request_shows_its_last_rounds() -> None:
     assert [line.split()[0] for line in text.splitlines() if "███" in line] == [
         *("15", "18", "21", "24")
     ]
+
+
+def test_a_narrow_terminal_keeps_the_bars() -> None:
+    text = shown(report(a_round(0, 0.01), a_round(1003, 9.05, reason="drafter_late")), width=80)
+    rows = [line for line in text.splitlines() if "███" in line]
+    assert rows[0].split()[:6] == ["0", "10.0", "30.0", "3", "4", "2"]
+    assert rows[1].endswith("drafter late")
+    assert "…" not in text
