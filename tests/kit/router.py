@@ -143,6 +143,7 @@ async def running_router(
             limits=limits or RouterLimits(max_tree_nodes=32, seats=SeatLimits(propose_seconds=2.0)),
         )
         yield Bench(router, cluster, kept, registry, verifiers, drafters)
+        router.close()
     finally:
         await cluster.close()
         await asyncio.gather(*(worker.stop() for worker in workers))

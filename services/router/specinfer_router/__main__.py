@@ -80,7 +80,7 @@ async def build_router(
     metrics = RouterMetrics(registry, cluster.target.model_name)
     metrics.watch_workers("verify", lambda: cluster.verifiers.num_ready)
     metrics.watch_workers("draft", lambda: cluster.drafters.num_ready)
-    return Router(
+    router = Router(
         cluster,
         store=store,
         tokenizer=await load_tokenizer(cluster, settings.max_prompt_characters),
@@ -90,6 +90,8 @@ async def build_router(
         limits=settings.limits(cluster.target.step_costs),
         telemetry=telemetry,
     )
+    stack.callback(router.close)
+    return router
 
 
 def build_store(settings: RouterSettings) -> SessionStore:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from specinfer.errors import InternalError, InvalidRequest, Mismatch
+from specinfer.grammar import GrammarChecker
 from specinfer.messages import GenerateRequest, RoundFacts, Started, TokenLogprob, TokensEvent
 from specinfer.metrics import RouterMetrics
 from specinfer.tree import TokenTree
@@ -68,6 +69,7 @@ class SessionOpener:
         tokenizer: ServedTokenizer,
         policy: TreeShapePolicy,
         metrics: RouterMetrics,
+        grammars: GrammarChecker,
         max_tree_nodes: int,
         limits: SeatLimits,
     ) -> None:
@@ -77,6 +79,7 @@ class SessionOpener:
         self._tokenizer = tokenizer
         self._policy = policy
         self._metrics = metrics
+        self._grammars = grammars
         self._max_tree_nodes = max_tree_nodes
         self._limits = limits
 
@@ -90,8 +93,11 @@ class SessionOpener:
 
         Raises:
             NotFound, InvalidRequest: see `check_request`.
+            InvalidRequest, ResourceExhausted: a grammar that cannot be used, or not now.
         """
         check_request(request, self._cluster.target, self.max_tree_nodes)
+        if request.grammar is not None:
+            await self._grammars.check(request.grammar)
 
     async def record(self, request: GenerateRequest, key_id: str) -> SessionRecord:
         """A record for a checked request, not kept anywhere yet.

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from specinfer.errors import NotFound, SpecinferError, Unavailable
+from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import (
     Capabilities,
     Finished,
@@ -99,12 +100,15 @@ class Router:
         self._admission = Admission(self._limits.admission)
         self._requests = RequestLog()
         self._plain = PlainSpeed(cluster.target.step_costs)
+        vocab_size, ends = cluster.target.vocab_size, sorted(tokenizer.eos_token_ids)
+        self._grammars = GrammarChecker(GrammarCompiler(tokenizer.tokenizer_json, vocab_size, ends))
         self._opener = SessionOpener(
             cluster,
             store=store,
             tokenizer=tokenizer,
             policy=policy,
             metrics=metrics,
+            grammars=self._grammars,
             max_tree_nodes=self._limits.max_tree_nodes,
             limits=self._limits.seats,
         )
@@ -141,6 +145,10 @@ class Router:
     async def drain(self) -> None:
         """Take no new request; those in progress go on."""
         self._admission.drain()
+
+    def close(self) -> None:
+        """Let the router's own threads end."""
+        self._grammars.close()
 
     async def generate(
         self, request: GenerateRequest, caller: Caller = ANYBODY
