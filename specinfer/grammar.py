@@ -39,7 +39,7 @@ MAX_MESSAGE_CHARACTERS = 400
 # At most one space between the tokens of JSON: a model that likes blanks still comes to an end.
 _WHITESPACE = r"\x20?"
 # What the library calls a place where the text can neither go on nor end.
-_NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")
+_NOTHING_FOLLOWS = "NoExtension"
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,14 @@ class GrammarState:
             return None
         self._move_to(list(output_ids))
         mask = bytearray(self._matcher.compute_bitmask()[: (self.compiled.vocab_size + 7) // 8])
-        if self._matcher.is_error() and self._matcher.stop_reason() not in _NOTHING_FOLLOWS:
+        error = self._matcher.get_error()
+        if error and _NOTHING_FOLLOWS not in error:
             raise self._failure("the grammar is too much work")
         accepting = self._matcher.is_accepting()
         for token_id in self.compiled.end_token_ids:
             bit = 1 << (token_id & 7)
             mask[token_id >> 3] = mask[token_id >> 3] & ~bit | (bit if accepting else 0)
-        if self._matcher.is_error() or not any(mask):
+        if error or not any(mask):
             raise self._failure("the grammar allows no token")
         return bytes(mask)
 
@@ -111,8 +112,8 @@ class GrammarState:
 
     def _failure(self, what: str) -> InvalidRequest:
         num_tokens = len(self._consumed)
-        stopped = self._matcher.stop_reason() in _NOTHING_FOLLOWS
-        reason = "" if stopped else _shorten(self._matcher.get_error())
+        error = self._matcher.get_error()
+        reason = "" if _NOTHING_FOLLOWS in error else _shorten(error)
         self._restart()
         return InvalidRequest(
             f"{what} after {num_tokens} tokens of output{': ' if reason else ''}{reason}",

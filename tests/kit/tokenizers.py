@@ -57,3 +57,13 @@ def sentencepiece_tokenizer() -> Tokenizer:
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return tokenizer
+
+
+def letters_tokenizer(*tokens: str) -> Tokenizer:
+    """A vocabulary of just these tokens, ids in order; those in <| |> are special."""
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token in tokens if token.startswith("<|")])
+    return tokenizer
