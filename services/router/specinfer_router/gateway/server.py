@@ -1,21 +1,36 @@
-"""The HTTP server: a socket and uvicorn in the router's own event loop.
+"""The HTTP server: a socket, TLS and uvicorn in the router's own event loop.
 
-Routes are given to it. This module knows nothing of what they answer, of sessions, workers or gRPC.
+Routes and whoever knows the keys are given to it. This module knows nothing of what they answer, of
+sessions, workers or gRPC.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import ssl
 from collections.abc import Sequence
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from specinfer.errors import InvalidRequest
+from specinfer.rpc import TlsSettings
+from specinfer_router.access import ANYBODY, Caller
+from specinfer_router.gateway.errors import http_error
+from specinfer_router.gateway.middleware import (
+    MAX_HEADER_BYTES,
+    Authenticate,
+    gateway_middleware,
+)
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
+MAX_CONNECTIONS = 2048
 
 
 class Gateway:
@@ -26,34 +41,49 @@ class Gateway:
     """
 
     def __init__(
-        self, address: str, routes: Sequence[Route], *, insecure_bind: bool = False
+        self,
+        address: str,
+        routes: Sequence[Route],
+        *,
+        open_routes: Sequence[Route] = (),
+        authenticate: Authenticate | None = None,
+        cors_origins: Sequence[str] = (),
+        tls: TlsSettings | None = None,
+        insecure_bind: bool = False,
     ) -> None:
         """Bind `address` (port 0 takes a free one).
 
+        Args:
+            address: host and port.
+            routes: what is served to those with a key.
+            open_routes: what is served to everybody.
+            authenticate: whose key a bearer token is, or None to let everybody in; raises
+                SpecinferError.
+            cors_origins: web pages of other origins that may call, such as https://chat.example.
+            tls: certificate and key to serve with; with `ca` clients have to show a certificate.
+            insecure_bind: allow plain text beyond this machine.
+
         Raises:
-            InvalidRequest: the address is none, in use, or reachable from other machines and
-                `insecure_bind` does not allow it.
+            InvalidRequest: the address is none, in use, or reachable from other machines without
+                TLS and `insecure_bind` does not allow it; an origin or a TLS file is none.
         """
         host, port = _host_and_port(address)
-        if host not in _LOOPBACK and not insecure_bind:
+        if host not in _LOOPBACK and tls is None and not insecure_bind:
             raise InvalidRequest(
-                f"the gateway at {address} can be reached from other machines without TLS; "
-                "bind to 127.0.0.1, or allow it with --insecure-bind",
+                f"the gateway at {address} can be reached from other machines without TLS; give "
+                "certificates, bind to 127.0.0.1, or allow it with --insecure-bind",
                 field="gateway",
             )
+        check_origins(cors_origins)
+        open_paths = frozenset(route.path for route in open_routes)
+        application = Starlette(
+            routes=[*open_routes, *routes],
+            middleware=gateway_middleware(authenticate or _anybody, open_paths, cors_origins),
+            exception_handlers={HTTPException: http_error},
+        )
+        config = _configuration(application, tls)
         self._socket = _bind(host, port)
         self.port: int = self._socket.getsockname()[1]
-        config = uvicorn.Config(
-            Starlette(routes=list(routes)),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=1024,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=10,
-        )
-        config.load()
         self._server = uvicorn.Server(config)
         self._server.lifespan = config.lifespan_class(config)
         self._serving: asyncio.Task[None] | None = None
@@ -72,6 +102,56 @@ class Gateway:
         self._server.should_exit = True
         await self._serving
         await self._server.shutdown(sockets=[self._socket])
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raise InvalidRequest for what is no origin; `*` is none, since any page could call then."""
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise InvalidRequest(
+                f"{origin!r} is no origin; one looks like https://chat.example", field="cors_origin"
+            )
+
+
+def _anybody(token: str | None) -> Caller:
+    return ANYBODY
+
+
+def _configuration(application: Starlette, tls: TlsSettings | None) -> uvicorn.Config:
+    config = uvicorn.Config(
+        application,
+        # The one parser that bounds headers before they are complete.
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=10,
+        **_tls_options(tls),
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidRequest(
+            f"the gateway cannot serve with these certificates: {error}", field="tls"
+        ) from error
+    return config
+
+
+def _tls_options(tls: TlsSettings | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    if tls.certificate is None or tls.key is None:
+        raise InvalidRequest("a TLS server needs a certificate and its key", field="tls")
+    options: dict[str, Any] = {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
+    if tls.ca is not None:
+        options |= {"ssl_ca_certs": str(tls.ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return options
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
