@@ -9,7 +9,12 @@ from collections.abc import Callable
 
 from starlette.routing import Route
 
+from specinfer_router.gateway.calls import api_route
+from specinfer_router.gateway.chat import chat_handler
+from specinfer_router.gateway.completions import completions_handler
+from specinfer_router.gateway.models import model_handler, models_handler
 from specinfer_router.gateway.sse import StreamSettings
+from specinfer_router.gateway.tokenize import detokenize_handler, tokenize_handler
 from specinfer_router.router import Router
 
 
@@ -23,5 +28,14 @@ def api_routes(
         streams: how streams are kept and given up.
     """
     streams = streams or StreamSettings()
-    routes: list[Route] = []
-    return routes
+    tokenize, detokenize = tokenize_handler(get_router), detokenize_handler(get_router)
+    return [
+        api_route("/v1/chat/completions", chat_handler(get_router, streams)),
+        api_route("/v1/completions", completions_handler(get_router, streams)),
+        api_route("/v1/models", models_handler(get_router), methods=("GET",)),
+        api_route("/v1/models/{model:path}", model_handler(get_router), methods=("GET",)),
+        api_route("/tokenize", tokenize),
+        api_route("/detokenize", detokenize),
+        api_route("/v1/tokenize", tokenize),
+        api_route("/v1/detokenize", detokenize),
+    ]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from specinfer.errors import Cancelled, InvalidRequest
-from specinfer_router.gateway.errors import BodyTooLarge, UnknownParameter
+from specinfer_router.gateway.errors import BodyTooLarge, UnknownParameter, UnsupportedParameter
 
 MAX_BODY_BYTES = 2**23
 # Smaller bodies are read in less time than a thread takes to start.
@@ -25,6 +25,9 @@ class Body(BaseModel):
     """A request's body: no coercion, no unknown fields, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    # Names that clients know and that are not served, with what to do instead.
+    unsupported: ClassVar[dict[str, str]] = {}
 
 
 _Body = TypeVar("_Body", bound=Body)
@@ -38,6 +41,7 @@ async def parse_body(
     Raises:
         BodyTooLarge: it has more than `max_bytes` bytes; the rest is not read.
         UnknownParameter: it has a field that `model` does not know.
+        UnsupportedParameter: it has a field that is known and not served.
         InvalidRequest: it is no JSON, or a parameter has a wrong value.
         Cancelled: the caller left while sending it.
     """
@@ -55,6 +59,10 @@ def validate(content: bytes, model: type[_Body]) -> _Body:
         raise InvalidRequest(f"the body is no JSON that is served here: {error}") from error
     if not isinstance(data, dict):
         raise InvalidRequest("the body is a JSON object")
+    for name, advice in model.unsupported.items():
+        # Clients send null for what they leave out.
+        if data.pop(name, None) is not None:
+            raise UnsupportedParameter(f"{name} is not supported: {advice}", field=name)
     try:
         return model.model_validate(data)
     except ValidationError as error:

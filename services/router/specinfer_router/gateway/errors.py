@@ -7,6 +7,8 @@ of routes, requests or what was generated.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -105,6 +107,16 @@ async def http_error(request: Request, error: Exception) -> Response:
     code = "_".join(str(error.detail).lower().split())
     body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name the caller's parameter where the router has another name for it."""
+    try:
+        yield
+    except SpecinferError as error:
+        error.field = names.get(error.field, error.field)
+        raise
 
 
 def _sendable(text: str) -> str:

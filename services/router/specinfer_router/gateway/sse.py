@@ -51,17 +51,19 @@ class ServerEvent:
     """One event.
 
     Attributes:
-        data: becomes JSON.
+        data: becomes JSON; None makes a comment, which readers skip.
         id: what the client sends back as Last-Event-ID, or "".
         name: type of the event, or "".
     """
 
-    data: dict[str, Any]
+    data: dict[str, Any] | None
     id: str = ""
     name: str = ""
 
     def encode(self) -> bytes:
         """The event's lines."""
+        if self.data is None:
+            return KEEP_ALIVE
         head = f"event: {self.name}\n" if self.name else ""
         head += f"id: {self.id}\n" if self.id else ""
         # A lone surrogate has no UTF-8; text from a model never holds one.

@@ -1,0 +1,234 @@
+"""POST /v1/chat/completions: a conversation goes in, the assistant's turn comes out.
+
+Checks, calls, translates. What a body means is in `chat_request`, what calls of tools look like in
+`tools`; this module knows nothing of sessions or workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from specinfer.errors import Unavailable
+from specinfer.messages import Finished, GenerateEvent, ResumeRequest, Started, TokensEvent
+from specinfer_router.access import Caller
+from specinfer_router.gateway.answers import Answer, AnswerOptions
+from specinfer_router.gateway.body import parse_body
+from specinfer_router.gateway.calls import (
+    caller_of,
+    json_answer,
+    request_id_of,
+    while_connected,
+)
+from specinfer_router.gateway.chat_request import ChatBody, chat_requests, tool_plan_of
+from specinfer_router.gateway.choices import (
+    LAST_EVENT_ID,
+    Stream,
+    new_streams,
+    places_of,
+    resumed_streams,
+)
+from specinfer_router.gateway.errors import renaming
+from specinfer_router.gateway.logprobs import chat_logprobs
+from specinfer_router.gateway.sse import EventStream, StreamSettings
+from specinfer_router.gateway.tools import ToolPlan
+from specinfer_router.gateway.tools_parser import (
+    ArgumentsDelta,
+    CallStart,
+    ContentDelta,
+    TextParser,
+    ToolDelta,
+    ToolParser,
+)
+from specinfer_router.router import Router
+from specinfer_router.text import StopMatcher, Vocabulary
+
+# What the router calls a field, and what a chat completion does.
+PARAMETERS = {
+    "prompt": "messages",
+    "token_ids": "messages",
+    "num_logprobs": "top_logprobs",
+    "grammar": "response_format",
+    "detail": "speculation.detail",
+    "affinity_key": "prompt_cache_key",
+}
+
+
+def chat_handler(
+    get_router: Callable[[], Router], settings: StreamSettings
+) -> Callable[[Request], Any]:
+    """The route's handler."""
+
+    async def chat(request: Request) -> Response:
+        body = await parse_body(request, ChatBody)
+        router, caller, request_id = get_router(), caller_of(request), request_id_of(request)
+        with renaming(PARAMETERS):
+            # Schemas may be long, and writing them down takes its time.
+            plan = await asyncio.to_thread(tool_plan_of, body, router.tokenizer.chat_template)
+            requests = chat_requests(body, plan, request_id)
+        writers = [_ChatWriter(body, plan, router.tokenizer.vocabulary) for _ in requests]
+        place = request.headers.get(LAST_EVENT_ID, "") if body.stream else ""
+        answer = Answer(writers, _options(body, resumed=bool(place)), router.capabilities())
+        if not body.stream:
+            streams = new_streams(router, requests, caller)
+            return json_answer(request, await while_connected(request, answer.body(streams)))
+        if place:
+            places = places_of(place, len(requests), request_id)
+            answer.start_at([each.offset for each in places])
+            streams = _resumed(router, places, caller, writers)
+        else:
+            streams = new_streams(router, requests, caller)
+        return EventStream(answer.stream(streams), request_id, settings=settings)
+
+    return chat
+
+
+def _options(body: ChatBody, *, resumed: bool) -> AnswerOptions:
+    asked = body.stream_options
+    return AnswerOptions(
+        id_prefix="chatcmpl-",
+        object="chat.completion",
+        chunk_object="chat.completion.chunk",
+        choices_per_prompt=body.n or 1,
+        include_usage=bool(asked and asked.include_usage),
+        continuous_usage=bool(asked and asked.continuous_usage_stats),
+        detail=bool(body.speculation and body.speculation.detail),
+        resumed=resumed,
+        parameters=PARAMETERS,
+        service_tier=body.service_tier,
+    )
+
+
+def _resumed(
+    router: Router,
+    places: Sequence[ResumeRequest],
+    caller: Caller,
+    writers: Sequence[_ChatWriter],
+) -> list[Stream]:
+    if not writers[0].reads_calls:
+        return resumed_streams(router, places, caller)
+    # Where in a call the text broke is known only from the text before it.
+    return [
+        writer.caught_up(router, place, caller)
+        for place, writer in zip(places, writers, strict=True)
+    ]
+
+
+class _ChatWriter:
+    """A choice of a chat completion."""
+
+    def __init__(self, body: ChatBody, plan: ToolPlan, vocabulary: Vocabulary) -> None:
+        self._plan = plan
+        self._vocabulary = vocabulary
+        self._with_logprobs = bool(body.logprobs)
+        self._detail = bool(body.speculation and body.speculation.detail)
+        self._stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        self._parser: ToolParser | TextParser = TextParser()
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether the text may hold calls of tools."""
+        return self._plan.call_format is not None
+
+    def begin(self, started: Started) -> None:
+        # Ids of calls follow from the session, so that a resumed stream repeats them.
+        self._parser = self._plan.parser(started.session_id)
+
+    def opening(self) -> dict[str, Any]:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def delta(self, event: TokensEvent) -> dict[str, Any] | None:
+        delta = _delta(self._parser.push(event.text))
+        if delta:
+            return self._chunk(delta, event)
+        if event.logprobs or self._detail:
+            return self._chunk({"content": ""}, event)
+        return None
+
+    def ending(self, finished: Finished) -> dict[str, Any]:
+        chunk = self._chunk(_delta(self._parser.finish()))
+        return chunk | {"finish_reason": self._finish_reason(finished)}
+
+    def whole(self, events: Sequence[TokensEvent], finished: Finished) -> dict[str, Any]:
+        deltas = [*self._parser.push("".join(event.text for event in events))]
+        deltas += self._parser.finish()
+        delta = _delta(deltas)
+        message = {"role": "assistant", "content": delta.get("content"), "refusal": None}
+        message["annotations"] = []
+        if "tool_calls" in delta:
+            # The index is a stream's: it says which call a piece belongs to.
+            message["tool_calls"] = [
+                {key: value for key, value in call.items() if key != "index"}
+                for call in delta["tool_calls"]
+            ]
+        elif message["content"] is None:
+            message["content"] = ""
+        logprobs = [item for event in events for item in event.logprobs]
+        content = chat_logprobs(logprobs, self._vocabulary) if self._with_logprobs else None
+        return {
+            "message": message,
+            "logprobs": None if content is None else {"content": content, "refusal": None},
+            "finish_reason": self._finish_reason(finished),
+        }
+
+    async def caught_up(
+        self, router: Router, place: ResumeRequest, caller: Caller
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """The rest of a stream, after the parser has read what came before it."""
+        before = await self._text_before(router, place, caller)
+        async with aclosing(router.resume(place, caller)) as events:
+            async for event in events:
+                yield event
+                if isinstance(event, Started):
+                    self._parser.push(before)
+
+    async def _text_before(self, router: Router, place: ResumeRequest, caller: Caller) -> str:
+        token_ids: list[int] = []
+        if place.offset:
+            # A session that stands still before the offset is for `resume` to complain about.
+            with suppress(Unavailable):
+                async with aclosing(router.follow(place.session_id, 0, caller)) as events:
+                    async for event in events:
+                        if isinstance(event, TokensEvent):
+                            token_ids += event.token_ids
+                        if len(token_ids) >= place.offset:
+                            break
+        detokenizer, matcher = self._vocabulary.detokenizer(()), StopMatcher(self._stops)
+        text = "".join(detokenizer.push(token_id) for token_id in token_ids[: place.offset])
+        return matcher.push(text)[0]
+
+    def _chunk(self, delta: dict[str, Any], event: TokensEvent | None = None) -> dict[str, Any]:
+        logprobs = None
+        if self._with_logprobs and event is not None:
+            content = chat_logprobs(event.logprobs, self._vocabulary)
+            logprobs = {"content": content, "refusal": None}
+        return {"delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _finish_reason(self, finished: Finished) -> str:
+        called = self._parser.num_calls > 0 and finished.reason == "stop"
+        return "tool_calls" if called else finished.reason
+
+
+def _delta(deltas: Sequence[ToolDelta]) -> dict[str, Any]:
+    """What a round brought, as one delta: a chunk a round, so that its id is exact."""
+    content = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        if isinstance(delta, CallStart):
+            function = {"name": delta.name, "arguments": ""}
+            head = {"index": delta.index, "id": delta.call_id, "type": "function"}
+            calls[delta.index] = head | {"function": function}
+        elif isinstance(delta, ArgumentsDelta):
+            call = calls.setdefault(
+                delta.index, {"index": delta.index, "function": {"arguments": ""}}
+            )
+            call["function"]["arguments"] += delta.text
+    merged: dict[str, Any] = {"content": content} if content else {}
+    if calls:
+        merged["tool_calls"] = list(calls.values())
+    return merged

@@ -1,0 +1,120 @@
+"""The choices of one call: as many streams of the router, opened or resumed, read as one.
+
+This module knows nothing of OpenAI's shapes or of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+
+from specinfer.errors import InvalidRequest
+from specinfer.messages import GenerateEvent, GenerateRequest, ResumeRequest
+from specinfer_router.access import Caller
+from specinfer_router.router import Router
+
+LAST_EVENT_ID = "last-event-id"
+_PLACE = re.compile(r"([0-9A-Za-z_-]{1,64}):([0-9]{1,9})")
+
+Stream = AsyncGenerator[GenerateEvent, None]
+
+
+def new_streams(
+    router: Router, requests: Sequence[GenerateRequest], caller: Caller
+) -> list[Stream]:
+    """A stream for each request; none starts before it is read."""
+    return [router.generate(request, caller) for request in requests]
+
+
+def resumed_streams(
+    router: Router, places: Sequence[ResumeRequest], caller: Caller
+) -> list[Stream]:
+    """The rest of each stream."""
+    return [router.resume(place, caller) for place in places]
+
+
+def places_of(last_event_id: str, number: int, request_id: str) -> list[ResumeRequest]:
+    """Where the streams of a call broke, from an event's id: SESSION:OFFSET[,SESSION:OFFSET...].
+
+    Raises:
+        InvalidRequest: it is no id of ours, or one of a call with another number of choices.
+    """
+    places = [_PLACE.fullmatch(place) for place in last_event_id.split(",", number)]
+    if len(places) != number or None in places:
+        raise InvalidRequest(
+            f"{LAST_EVENT_ID} is the id of an event of the same request: one SESSION:OFFSET for "
+            "each choice",
+            field=LAST_EVENT_ID,
+        )
+    return [
+        ResumeRequest(place[1], int(place[2]), request_id) for place in places if place is not None
+    ]
+
+
+def event_id(session_ids: Sequence[str], offsets: Sequence[int]) -> str:
+    """What `places_of` reads: the tokens of each choice that were sent."""
+    pairs = zip(session_ids, offsets, strict=True)
+    return ",".join(f"{session_id}:{offset}" for session_id, offset in pairs)
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, GenerateEvent], None]:
+    """Every stream's first event in order, then the others as they come, with their choice.
+
+    All streams are closed when this generator is, or when one of them fails.
+
+    Raises:
+        SpecinferError: the first that a stream raises.
+    """
+    async with AsyncExitStack() as stack:
+        for stream in streams:
+            await stack.enter_async_context(aclosing(stream))
+        for index, stream in enumerate(streams):
+            yield index, await anext(stream)
+        if len(streams) == 1:
+            async for event in streams[0]:
+                yield 0, event
+            return
+        async with aclosing(_interleaved(streams)) as events:
+            async for item in events:
+                yield item
+
+
+async def _interleaved(
+    streams: Sequence[Stream],
+) -> AsyncGenerator[tuple[int, GenerateEvent], None]:
+    # Room for one event each: the router buffers what a slow reader leaves.
+    queue: asyncio.Queue[tuple[int, GenerateEvent | BaseException | None]]
+    queue = asyncio.Queue(len(streams))
+    pumps = [
+        asyncio.create_task(_pump(index, stream, queue)) for index, stream in enumerate(streams)
+    ]
+    try:
+        num_running = len(pumps)
+        while num_running:
+            index, event = await queue.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event is None:
+                num_running -= 1
+            else:
+                yield index, event
+    finally:
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _pump(
+    index: int,
+    stream: Stream,
+    queue: asyncio.Queue[tuple[int, GenerateEvent | BaseException | None]],
+) -> None:
+    try:
+        async for event in stream:
+            await queue.put((index, event))
+    except Exception as error:  # handed on to whoever reads the queue
+        await queue.put((index, error))
+    else:
+        await queue.put((index, None))

@@ -1,0 +1,143 @@
+"""POST /v1/completions: a text goes in, its continuation comes out.
+
+Checks, calls, translates. What a body means is in `completions_request`; this module knows nothing
+of conversations, sessions or workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from specinfer.messages import Finished, Started, TokensEvent
+from specinfer_router.gateway.answers import Answer, AnswerOptions
+from specinfer_router.gateway.body import parse_body
+from specinfer_router.gateway.calls import (
+    caller_of,
+    json_answer,
+    request_id_of,
+    while_connected,
+)
+from specinfer_router.gateway.choices import (
+    LAST_EVENT_ID,
+    new_streams,
+    places_of,
+    resumed_streams,
+)
+from specinfer_router.gateway.completions_request import CompletionBody, completion_requests
+from specinfer_router.gateway.errors import renaming
+from specinfer_router.gateway.logprobs import legacy_logprobs
+from specinfer_router.gateway.sse import EventStream, StreamSettings
+from specinfer_router.router import Router
+from specinfer_router.text import Vocabulary
+
+# What the router calls a field, and what a completion does.
+PARAMETERS = {
+    "token_ids": "prompt",
+    "num_logprobs": "logprobs",
+    "grammar": "structured_outputs",
+    "detail": "speculation.detail",
+}
+
+
+def completions_handler(
+    get_router: Callable[[], Router], settings: StreamSettings
+) -> Callable[[Request], Any]:
+    """The route's handler."""
+
+    async def completions(request: Request) -> Response:
+        body = await parse_body(request, CompletionBody)
+        router, caller, request_id = get_router(), caller_of(request), request_id_of(request)
+        with renaming(PARAMETERS):
+            requests = completion_requests(body, request_id)
+        writers = [
+            _CompletionWriter(
+                router.tokenizer.vocabulary,
+                echo=each.prompt or "" if body.echo else "",
+                with_logprobs=body.logprobs is not None,
+                detail=each.detail,
+            )
+            for each in requests
+        ]
+        place = request.headers.get(LAST_EVENT_ID, "") if body.stream else ""
+        answer = Answer(writers, _options(body, resumed=bool(place)), router.capabilities())
+        if not body.stream:
+            streams = new_streams(router, requests, caller)
+            return json_answer(request, await while_connected(request, answer.body(streams)))
+        if place:
+            places = places_of(place, len(requests), request_id)
+            answer.start_at([each.offset for each in places])
+            streams = resumed_streams(router, places, caller)
+        else:
+            streams = new_streams(router, requests, caller)
+        return EventStream(answer.stream(streams), request_id, settings=settings)
+
+    return completions
+
+
+def _options(body: CompletionBody, *, resumed: bool) -> AnswerOptions:
+    asked = body.stream_options
+    return AnswerOptions(
+        id_prefix="cmpl-",
+        object="text_completion",
+        chunk_object="text_completion",
+        choices_per_prompt=body.n or 1,
+        include_usage=bool(asked and asked.include_usage),
+        continuous_usage=bool(asked and asked.continuous_usage_stats),
+        detail=bool(body.speculation and body.speculation.detail),
+        resumed=resumed,
+        parameters=PARAMETERS,
+    )
+
+
+class _CompletionWriter:
+    """A choice of a completion."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, *, echo: str, with_logprobs: bool, detail: bool
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._echo = echo
+        self._with_logprobs = with_logprobs
+        self._detail = detail
+        self._num_characters = 0
+
+    def begin(self, started: Started) -> None:
+        """Nothing of a completion follows from its session."""
+
+    def opening(self) -> dict[str, Any] | None:
+        return _choice(self._echo) if self._echo else None
+
+    def delta(self, event: TokensEvent) -> dict[str, Any] | None:
+        if not (event.text or event.logprobs or self._detail):
+            return None
+        return _choice(event.text, self._logprobs((event,)))
+
+    def ending(self, finished: Finished) -> dict[str, Any]:
+        return _choice("", None, finished)
+
+    def whole(self, events: Sequence[TokensEvent], finished: Finished) -> dict[str, Any]:
+        text = self._echo + "".join(event.text for event in events)
+        return _choice(text, self._logprobs(events), finished)
+
+    def _logprobs(self, events: Sequence[TokensEvent]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        logprobs = [item for event in events for item in event.logprobs]
+        found = legacy_logprobs(logprobs, self._vocabulary, self._num_characters)
+        self._num_characters += sum(len(text) for text in found["tokens"])
+        return found
+
+
+def _choice(
+    text: str, logprobs: dict[str, Any] | None = None, finished: Finished | None = None
+) -> dict[str, Any]:
+    choice = {"text": text, "logprobs": logprobs}
+    choice["finish_reason"] = finished.reason if finished else None
+    if finished is not None:
+        # vLLM's name for the stop string or token that ended the text.
+        choice["stop_reason"] = finished.stop_match or None
+    return choice
