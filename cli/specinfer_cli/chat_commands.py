@@ -18,11 +18,13 @@ from specinfer.errors import InvalidRequest
 from specinfer_cli import chat_settings
 from specinfer_cli.console import indented_json
 from specinfer_cli.conversation import Comparison, Conversation, Show, speculation_of
+from specinfer_cli.round_view import tree_rows
 
 HELP = """\
 /speculation on|off   guess ahead or not, from the next message on; no token changes
 /again                the last question once more, same seed, speculation the other way
-/tree on|off          draw each round's tree below the answer
+/tree on|off          draw each round's tree below the answer while it comes
+/rounds               the trees of the last answer, round by round
 /settings             what answers are made with
 /set NAME VALUE       change a setting, such as /set temperature 0.7; none is the default
 /system TEXT          set the system message; without a text there is none
@@ -92,6 +94,15 @@ def _speculation(chat: Chat, rest: str) -> None:
 def _tree(chat: Chat, rest: str) -> None:
     chat.screen.tree = _switch("/tree", rest)
     chat.say(f"trees are {'drawn' if chat.screen.tree else 'not drawn'}")
+
+
+def _rounds(chat: Chat, rest: str) -> None:
+    if not chat.conversation.trees:
+        raise InvalidRequest("no rounds are known: ask something, in a terminal")
+    for detail in chat.conversation.trees:
+        for row in tree_rows(detail):
+            chat.console.print(row, no_wrap=True, overflow="ellipsis")
+        chat.console.print()
 
 
 def _switch(command: str, rest: str) -> bool:
@@ -192,6 +203,7 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "/speculation": _speculation,
     "/again": _again,
     "/tree": _tree,
+    "/rounds": _rounds,
     "/settings": _settings,
     "/set": _set,
     "/system": _system,

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from specinfer import ChatMessage, Client, Completion, SpeculationOptions, TokensEvent
+from specinfer import (
+    ChatMessage,
+    Client,
+    Completion,
+    RoundDetail,
+    SpeculationOptions,
+    TokensEvent,
+)
 from specinfer.errors import InvalidRequest
 from specinfer.options import GenerateOptions
 from specinfer_cli.statistics import Statistics
+
+MAX_TREES = 24
 
 Show = Callable[[TokensEvent], None]
 
@@ -83,6 +93,7 @@ class Conversation:
         turns: what was said, without the system message.
         statistics: sums over all answers since the start.
         last: the newest answer, or None.
+        trees: the newest answer's rounds, where they were asked for; the last ones of a long one.
     """
 
     client: Client
@@ -91,6 +102,7 @@ class Conversation:
     turns: list[ChatMessage] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     last: Answer | None = None
+    trees: deque[RoundDetail] = field(default_factory=lambda: deque(maxlen=MAX_TREES))
     _asked: GenerateOptions | None = None
     _plain: list[Answer] = field(default_factory=list)
 
@@ -151,11 +163,14 @@ class Conversation:
     def _run(self, options: GenerateOptions, show: Show) -> Answer:
         times: list[float] = []
         num_first = 0
+        self.trees.clear()
         began = time.perf_counter()
         with self.client.stream(**options) as stream:
             for event in stream:
                 times.append(time.perf_counter())
                 num_first = num_first or len(event.token_ids)
+                if event.detail is not None:
+                    self.trees.append(event.detail)
                 show(event)
             completion = stream.completion
         seconds = time.perf_counter() - began

@@ -245,7 +245,8 @@ def speed_line(progress: Progress, plain: PlainSpeed | None) -> Text:
     a_round = progress.num_tokens / progress.num_rounds if progress.num_rounds else 0.0
     speed = progress.tokens_per_second
     result = Text.assemble(f"{a_round:.2f} ", ("tokens a round  ", "dim"))
-    result.append_text(Text.assemble((f"{speed:.1f}", "bold"), (" tokens/s  ", "dim")))
+    if speed:
+        result.append_text(Text.assemble((f"{speed:.1f}", "bold"), (" tokens/s  ", "dim")))
     if not progress.num_drafts:
         return result.append("plain decoding", "dim")
     if plain is None:

@@ -196,6 +196,7 @@ def test_again_tells_of_another_text(router: FakeRouter) -> None:
 def test_chat_commands_refuse_what_they_cannot_do(router: FakeRouter) -> None:
     for line, reason in (
         ("/again", "nothing was asked yet"),
+        ("/rounds", "no rounds are known"),
         ("/speculation maybe", "/speculation on, or /speculation off"),
         ("/set", "/set NAME VALUE"),
         ("/set top_q 1", "there is no setting 'top_q'"),
@@ -210,7 +211,7 @@ def test_chat_commands_refuse_what_they_cannot_do(router: FakeRouter) -> None:
         assert reason in result.stderr, line
         # The chat goes on, with the settings as they were.
         assert router.requests[-1].sampling.greedy
-    assert len(router.requests) == 9
+    assert len(router.requests) == 10
 
 
 def test_a_chat_is_saved_once(router: FakeRouter, tmp_path: Path) -> None:

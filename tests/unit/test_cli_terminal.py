@@ -134,6 +134,9 @@ def test_an_answer_shows_its_rounds(router: FakeRouter, terminal: Terminal) -> N
     assert "1.50 " in shown
     assert "100%" in shown
     terminal.wait_for("> ")
+    terminal.type(b"/rounds\r")
+    assert "w12" in terminal.wait_for("└─")
+    terminal.wait_for("> ")
     terminal.type(b"/again\r")
     terminal.wait_for("once more without speculation, seed 4242")
     terminal.wait_for("identical: all 3 tokens; speculation ran at ")
