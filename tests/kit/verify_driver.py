@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from specinfer.grammar import CompiledGrammar
 from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer_engine.blocks import BlockManager
@@ -25,6 +26,7 @@ class Job:
     sampling: SamplingParams
     num_tokens: int
     draft: Draft = draft_nothing
+    grammar: CompiledGrammar | None = None
 
 
 @contextmanager
@@ -68,7 +70,10 @@ def decode_rounds(
     """Output tokens and the results of all rounds."""
     tokens = list(job.prompt)
     results: list[VerifyResult] = []
-    opened = engine.open(session_id, 0, tokens, job.sampling, len(tokens), num_logprobs)
+    grammar = None if job.grammar is None else job.grammar.start()
+    opened = engine.open(
+        session_id, 0, tokens, job.sampling, len(tokens), num_logprobs, grammar=grammar
+    )
     while len(tokens) < len(job.prompt) + job.num_tokens:
         results.append(engine.step(session_id, len(results), job.draft(tokens)).result(TIMEOUT))
         tokens += results[-1].token_ids

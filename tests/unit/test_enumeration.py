@@ -8,14 +8,20 @@ and 4).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
+from specinfer.errors import InvalidRequest
+from specinfer.grammar import CompiledGrammar
+from specinfer.messages import Grammar
 from specinfer.tree import TokenTree
 from specinfer_engine import acceptance
 from specinfer_engine.acceptance import Walk, match_walk
+from specinfer_engine.grammar import constrain
+from tests.kit.grammars import letters_compiler
 from tests.kit.table_models import TableModel, tree_laws
 
 VOCAB = 3
@@ -62,7 +68,8 @@ def target_law(model: TableModel, prompt: Sequence[int]) -> Law:
         chance = 1.0
         for index, token_id in enumerate(tokens):
             context = [*prompt, *tokens[:index]]
-            chance *= float(model.logits(context).double().softmax(0)[token_id])
+            if chance > 0:
+                chance *= float(model.logits(context).double().softmax(0)[token_id])
         law[tokens] = chance
     return law
 
@@ -142,6 +149,41 @@ def test_two_levels_of_width_two(adapted: bool, monkeypatch: pytest.MonkeyPatch)
 
     law = rounds_law(model, (2, 0), draft, match_walk, monkeypatch)
     assert distance(law, target_law(model, (2, 0))) < 1e-12
+
+
+def test_the_law_within_a_grammar_is_the_targets_over_the_allowed_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens are an end, a and b; every tree, guesses outside the grammar included."""
+    compiled = letters_compiler(("<|end|>", "a", "b")).compile(Grammar("regex", "a(a|b)?|ba+"))
+    prompt = (0, 1)
+    for seed in range(2):
+        model = ConstrainedModel(compiled, len(prompt), seed=seed)
+        expected = target_law(model, prompt)
+        assert abs(sum(expected.values()) - 1) < 1e-12
+        assert {tokens[:2] for tokens in expected if expected[tokens] > 0} < set(
+            itertools.product(range(VOCAB), repeat=2)
+        )
+        for tokens, parents in list(all_shapes(3))[seed::3]:
+            law = rounds_law(model, prompt, always(tokens, parents), match_walk, monkeypatch)
+            assert distance(law, expected) < 1e-12
+
+
+class ConstrainedModel(TableModel):
+    """A table model whose raw logits pass through the engine's mask for what came before."""
+
+    def __init__(self, compiled: CompiledGrammar, num_prompt: int, *, seed: int) -> None:
+        super().__init__(VOCAB, seed=seed)
+        self._state = compiled.start()
+        self._num_prompt = num_prompt
+
+    def logits(self, context: Sequence[object]) -> torch.Tensor:
+        output = [int(str(token_id)) for token_id in context[self._num_prompt :]]
+        try:
+            return constrain(super().logits(context), self._state, output)
+        except InvalidRequest:
+            # A text that the grammar does not allow has no law; no walk comes here.
+            return torch.full((VOCAB,), -math.inf)
 
 
 def draw_again_on_a_miss(tree: TokenTree, p_at: acceptance.Law, **options: object) -> Walk:

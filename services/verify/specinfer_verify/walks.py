@@ -90,24 +90,39 @@ def finish(item: ScheduledRows, logits: Tensor, facts: PassFacts) -> Outcome:
 
 def walk_tree(session: Session, tree: TokenTree, logits: Tensor) -> Walk:
     """Rule MATCH over the session's processed logits, made for visited nodes only."""
-    sampling, grammar = session.sampling, session.grammar
-    prompt: Sequence[int] = ()
-    output: Sequence[int] = ()
-    if sampling.penalised or grammar is not None:
-        prompt = session.state.token_ids[: session.num_prompt_tokens]
-        output = session.state.token_ids[session.num_prompt_tokens :]
+    sampling = session.sampling
+    past: Past | None = None
+    if sampling.penalised or session.grammar is not None:
+        token_ids, num_prompt = session.state.token_ids, session.num_prompt_tokens
+        past = Past(token_ids[:num_prompt], token_ids[num_prompt:])
 
     def p_at(node: int) -> Tensor:
-        row, after = logits[node], output
-        if sampling.penalised or grammar is not None:
-            after = [*output, *tree.path_token_ids(node)[1:]]
-        if grammar is not None:
-            row = constrain(row, grammar, after)
-        return process_logits(row, sampling, prompt, after)
+        if past is None:
+            return process_logits(logits[node], sampling)
+        return law_after(session, logits[node], past, tree.path_token_ids(node)[1:])
 
     return match_walk(
         tree, p_at, base_len=session.base_len, seed=sampling.seed, greedy=sampling.greedy
     )
+
+
+@dataclass(frozen=True)
+class Past:
+    """Tokens of a session up to its root: the prompt's, and the output's with the root."""
+
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+def law_after(session: Session, row: Tensor, past: Past, path: Sequence[int]) -> Tensor:
+    """The law at the node that a path of guessed tokens leads to, [vocab_size].
+
+    The grammar comes first, so that every later step sees the allowed tokens alone.
+    """
+    output = [*past.output, *path]
+    if session.grammar is not None:
+        row = constrain(row, session.grammar, output)
+    return process_logits(row, session.sampling, past.prompt, output)
 
 
 def commit_walk(
