@@ -71,12 +71,12 @@ async def test_a_broken_stream_goes_on_over_the_wire() -> None:
 async def test_a_cancelled_session_ends_for_its_reader() -> None:
     async with serving() as (bench, stub):
         bench.verifiers[0].gate.clear()
-        call = stub.Generate(request_to_wire(request_of(max_tokens=300)))
-        started = event_from_wire(await call.read())
+        wires = aiter(stub.Generate(request_to_wire(request_of(max_tokens=300))))
+        started = event_from_wire(await anext(wires))
         assert isinstance(started, Started)
         await stub.Cancel(router_pb2.CancelRequest(session_id=started.session_id))
         bench.verifiers[0].gate.set()
-        events = [event_from_wire(wire) async for wire in call]
+        events = [event_from_wire(wire) async for wire in wires]
         assert isinstance(events[-1], Finished)
         assert events[-1].reason == "cancelled"
 
