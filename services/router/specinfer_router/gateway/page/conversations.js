@@ -1,0 +1,102 @@
+// The user's conversations, newest first, bounded and kept in the browser.
+// It knows what a conversation holds and nothing of how it is shown or made.
+
+const MAX_CONVERSATIONS = 50;
+const MAX_MESSAGES = 200;
+const MAX_CHARACTERS = 2_000_000;
+const MAX_TITLE = 60;
+
+export class Conversations {
+  constructor(storage) {
+    this.storage = storage;
+    this.list = sound(storage.read("conversations", []));
+    this.current = this.find(storage.read("current", "")) ?? null;
+  }
+
+  find(id) {
+    return this.list.find((conversation) => conversation.id === id);
+  }
+
+  open(id) {
+    this.current = this.find(id) ?? null;
+    this.storage.write("current", this.current?.id ?? "");
+  }
+
+  /** Leave the open conversation; the next message begins another one. */
+  close() {
+    this.open("");
+  }
+
+  /** The open conversation, begun now when there is none. */
+  begin(mode, firstText) {
+    if (!this.current) {
+      const title = titleOf(firstText);
+      this.current = { id: crypto.randomUUID?.() ?? String(Date.now()), title, mode, messages: [], at: 0 };
+      this.list.unshift(this.current);
+      this.storage.write("current", this.current.id);
+    }
+    return this.current;
+  }
+
+  rename(id, title) {
+    const conversation = this.find(id);
+    if (conversation && title.trim()) conversation.title = titleOf(title);
+    this.save();
+  }
+
+  remove(id) {
+    this.list = this.list.filter((conversation) => conversation.id !== id);
+    if (this.current?.id === id) this.close();
+    this.save();
+  }
+
+  removeAll() {
+    this.list = [];
+    this.close();
+    this.save();
+  }
+
+  /** The open one was changed: it is now the newest. */
+  touch() {
+    const { current } = this;
+    if (!current) return;
+    current.at = Date.now();
+    current.messages.splice(0, current.messages.length - MAX_MESSAGES);
+    this.list = [current, ...this.list.filter((conversation) => conversation !== current)];
+    this.save();
+  }
+
+  /** Keep what fits; the oldest conversations go first. */
+  save() {
+    this.list.splice(MAX_CONVERSATIONS);
+    let total = this.list.reduce((sum, conversation) => sum + sizeOf(conversation), 0);
+    while (this.list.length > 1 && total > MAX_CHARACTERS) total -= sizeOf(this.list.pop());
+    while (!this.storage.write("conversations", this.list) && this.list.length > 1) this.list.pop();
+  }
+}
+
+function sizeOf(conversation) {
+  return JSON.stringify(conversation).length;
+}
+
+function titleOf(text) {
+  const line = text.trim().split("\n")[0];
+  return line.length > MAX_TITLE ? `${line.slice(0, MAX_TITLE - 1)}…` : line || "Untitled";
+}
+
+/** Only what has the shape of a conversation; anything may stand in a browser's storage. */
+function sound(list) {
+  if (!Array.isArray(list)) return [];
+  const isMessage = (message) =>
+    ["user", "assistant"].includes(message?.role) && typeof message.content === "string";
+  return list
+    .filter((item) => typeof item?.id === "string" && Array.isArray(item.messages))
+    .slice(0, MAX_CONVERSATIONS)
+    .map((item) => ({
+      id: item.id,
+      title: String(item.title ?? "Untitled"),
+      mode: item.mode === "completion" ? "completion" : "chat",
+      at: Number(item.at) || 0,
+      messages: item.messages.filter(isMessage).slice(-MAX_MESSAGES),
+    }));
+}
