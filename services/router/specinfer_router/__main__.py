@@ -7,35 +7,37 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from specinfer import __version__
-from specinfer.errors import SpecinferError
+from specinfer.errors import SpecinferError, Unavailable
 from specinfer.metrics import RouterMetrics
 from specinfer.server import build_server, serve_until_signal
 from specinfer.settings import read_settings
 from specinfer.telemetry import Telemetry, set_up
+from specinfer_router.gateway.app import api_routes
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.server import Gateway
+from specinfer_router.keys.control import AccessControl, KeySource
+from specinfer_router.keys.file import KeyFile
+from specinfer_router.keys.redis_keys import RedisKeys
 from specinfer_router.pool import Cluster
 from specinfer_router.router import Router
 from specinfer_router.servicer import SERVICE, add_generation
-from specinfer_router.settings import RouterSettings
+from specinfer_router.settings import KEYS_IN_REDIS, RouterSettings
 from specinfer_router.store import MemoryStore, RedisStore, SessionStore
 from specinfer_router.tokenizer import ServedTokenizer
 
 log = logging.getLogger("specinfer_router")
 
+LAST_SECONDS = 1.0
+
 
 async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
     """Run a router until SIGTERM or SIGINT; raises SpecinferError when it cannot start."""
-    routers: list[Router] = []
-
-    def not_ready_reason() -> str:
-        return routers[0].not_ready_reason if routers else "starting"
-
     async with AsyncExitStack() as stack:
         # Both ports first: one in use is told before anybody waits for workers.
         server = build_server(
@@ -46,22 +48,65 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
             enable_reflection=settings.reflection,
         )
         stack.push_async_callback(server.server.stop, 0)
+        access = AccessControl(build_key_source(settings))
+        stack.push_async_callback(access.close)
+        routers: list[Router] = []
         registry = CollectorRegistry()
-        gateway = Gateway(
-            settings.gateway,
-            operator_routes(not_ready_reason, registry),
-            insecure_bind=settings.insecure_bind,
-        )
+        gateway = build_gateway(settings, access, routers, registry)
         stack.push_async_callback(gateway.stop)
+        await access.start()
         await gateway.start()
         router = await build_router(settings, telemetry, registry, stack)
         routers.append(router)
-        add_generation(server, router)
+        add_generation(server, router, access)
         await server.start()
         log.info("serving", extra={"grpc_port": server.port, "gateway_port": gateway.port})
-        await serve_until_signal(
-            server, grace_seconds=settings.drain_seconds, on_drain=router.drain
-        )
+
+        async def drain() -> None:
+            await router.drain()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.drain_seconds):
+                    await router.idle()
+
+        # What runs, by gRPC or HTTP, has had its time; the grace is for what was already answered.
+        await serve_until_signal(server, grace_seconds=LAST_SECONDS, on_drain=drain)
+        await gateway.stop()
+
+
+def build_gateway(
+    settings: RouterSettings,
+    access: AccessControl,
+    routers: Sequence[Router],
+    registry: CollectorRegistry,
+) -> Gateway:
+    """The HTTP side of the one router that `routers` holds as soon as there is one."""
+
+    def not_ready_reason() -> str:
+        return routers[0].not_ready_reason if routers else "starting"
+
+    def get_router() -> Router:
+        if not routers:
+            raise Unavailable("this router is starting", retry_after=1.0)
+        return routers[0]
+
+    return Gateway(
+        settings.gateway,
+        api_routes(get_router),
+        open_routes=operator_routes(not_ready_reason, registry),
+        authenticate=access.authenticate,
+        cors_origins=settings.cors_origin,
+        tls=settings.tls,
+        insecure_bind=settings.insecure_bind,
+    )
+
+
+def build_key_source(settings: RouterSettings) -> KeySource | None:
+    """Where the settings say that keys are, or None when nobody is asked for one."""
+    if not settings.keys:
+        return None
+    if settings.keys == KEYS_IN_REDIS:
+        return RedisKeys(settings.redis)
+    return KeyFile(Path(settings.keys))
 
 
 async def build_router(

@@ -118,6 +118,8 @@ class Admission:
         self._num_refused = 0
         self._drain_rate = DrainRate()
         self._closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def num_running(self) -> int:
@@ -144,6 +146,10 @@ class Admission:
         self._closed = True
         for waiter in list(self._waiters()):
             self._turn_away(waiter, Unavailable(_DRAINING))
+
+    async def idle(self) -> None:
+        """Return when nobody is inside."""
+        await self._idle.wait()
 
     @asynccontextmanager
     async def slot(self, caller: Caller, priority: int = 0) -> AsyncGenerator[Ticket, None]:
@@ -287,6 +293,7 @@ class Admission:
 
     def _seat(self, use: _KeyUse) -> None:
         self._num_running += 1
+        self._idle.clear()
         self._num_served += 1
         use.num_running += 1
         use.last_served = self._num_served
@@ -310,6 +317,8 @@ class Admission:
                 self._seat(waiter.use)
                 waiter.turn.set_result(None)
         self._drain_rate.mark(full=self._num_running >= self._limits.max_streams, now=now)
+        if not self._num_running:
+            self._idle.set()
 
     def _give_back(self, use: _KeyUse) -> None:
         """A request that never began does not count among the key's requests a minute."""

@@ -146,6 +146,10 @@ class Router:
         """Take no new request; those in progress go on."""
         self._admission.drain()
 
+    async def idle(self) -> None:
+        """Return when no request is in progress."""
+        await self._admission.idle()
+
     def close(self) -> None:
         """Let the router's own threads end."""
         self._grammars.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from specinfer.convert import (
@@ -19,7 +20,8 @@ from specinfer.convert import (
 from specinfer.errors import SpecinferError
 from specinfer.server import RpcServer
 from specinfer.v1 import router_pb2, router_pb2_grpc
-from specinfer_router.access import ANYBODY
+from specinfer_router.access import Caller
+from specinfer_router.keys.control import AccessControl, bearer_token
 from specinfer_router.router import Router
 
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -28,19 +30,21 @@ SERVICE = router_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
     """Streams generations to users."""
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, access: AccessControl) -> None:
         self._router = router
+        self._access = access
 
     async def Generate(
         self, request: router_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         """Stream one request's events; the caller's leaving cancels it."""
         try:
+            caller = self._caller(context)
             parsed = request_from_wire(request)
         except SpecinferError as error:
             error.request_id = request.request_id
             raise
-        async with aclosing(self._router.generate(parsed)) as events:
+        async with aclosing(self._router.generate(parsed, caller)) as events:
             async for event in events:
                 yield event_to_wire(event)
 
@@ -48,7 +52,8 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         self, request: router_pb2.ResumeRequest, context: Any
     ) -> AsyncGenerator[router_pb2.ResumeResponse, None]:
         """Stream the rest of a session's events."""
-        async with aclosing(self._router.resume(resume_from_wire(request), ANYBODY)) as events:
+        caller = self._caller(context)
+        async with aclosing(self._router.resume(resume_from_wire(request), caller)) as events:
             async for event in events:
                 yield router_pb2.ResumeResponse(event=event_to_wire(event))
 
@@ -56,24 +61,32 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         self, request: router_pb2.CancelRequest, context: Any
     ) -> router_pb2.CancelResponse:
         """End a session for good."""
-        await self._router.cancel(request.session_id, ANYBODY)
+        await self._router.cancel(request.session_id, self._caller(context))
         return router_pb2.CancelResponse()
 
     async def Explain(
         self, request: router_pb2.ExplainRequest, context: Any
     ) -> router_pb2.ExplainResponse:
         """Say where the time of a request went."""
-        return report_to_wire(await self._router.explain(request.request_id, ANYBODY))
+        caller = self._caller(context)
+        return report_to_wire(await self._router.explain(request.request_id, caller))
 
     async def GetCapabilities(
         self, request: router_pb2.GetCapabilitiesRequest, context: Any
     ) -> router_pb2.GetCapabilitiesResponse:
         """Say what this cluster accepts."""
+        self._caller(context)
         return capabilities_to_wire(self._router.capabilities())
 
+    def _caller(self, context: Any) -> Caller:
+        """Who calls and how long they wait; raises Unauthenticated."""
+        metadata = dict(context.invocation_metadata() or ())
+        caller = self._access.authenticate(bearer_token(metadata.get("authorization")))
+        return replace(caller, seconds_left=context.time_remaining())
 
-def add_generation(server: RpcServer, router: Router) -> None:
-    """Let a server answer for a router."""
+
+def add_generation(server: RpcServer, router: Router, access: AccessControl | None = None) -> None:
+    """Let a server answer for a router, to those whom `access` lets in."""
     router_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(router), server.server
+        GenerationServicer(router, access or AccessControl()), server.server
     )

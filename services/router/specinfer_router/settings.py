@@ -5,7 +5,8 @@ This module knows nothing of what is built from them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
@@ -13,6 +14,7 @@ from specinfer.messages import ShapeQuery, StepCost
 from specinfer.rpc import TlsSettings
 from specinfer.settings import setting
 from specinfer_router.admission import AdmissionLimits
+from specinfer_router.gateway.server import check_origins
 from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import (
     AdaptiveShape,
@@ -25,6 +27,11 @@ from specinfer_router.router import RouterLimits
 
 MIN_PROPOSE_SECONDS = 0.1
 PROPOSE_STEPS = 4
+KEYS_IN_REDIS = "redis"
+_POSITIVE = (
+    *("session_seconds", "start_seconds", "stall_seconds", "step_deadline", "max_wait_seconds"),
+    *("max_sessions", "max_tree_nodes", "max_streams", "max_prompt_characters"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class RouterSettings:
     """What a router is told at its start."""
 
     grpc: str = setting("127.0.0.1:50051", "address of the gRPC service; port 0 takes a free one")
-    gateway: str = setting("127.0.0.1:8000", "address of health and metrics over HTTP")
+    gateway: str = setting("127.0.0.1:8000", "address of the HTTP API, health and metrics")
     verify: tuple[str, ...] = setting((), "address of a verify worker; repeat for more")
     draft: tuple[str, ...] = setting((), "address of a draft worker; repeat for more")
     redis: str = setting("", "URL of a Redis that keeps sessions; empty keeps them in memory")
@@ -52,10 +59,16 @@ class RouterSettings:
     drain_seconds: float = setting(30.0, "seconds that running requests get at shutdown")
     stall_seconds: float = setting(60.0, "a reader that takes nothing for so long is cut off")
     max_streams: int = setting(256, "most requests at once")
+    max_waiting: int = setting(1024, "most requests that wait for a place")
+    max_wait_seconds: float = setting(60.0, "longest wait for a place")
     max_prompt_characters: int = setting(2**21, "longest prompt in characters")
+    keys: str = setting("", "file of API keys, or redis for those in --redis; empty: no keys")
+    cors_origin: tuple[str, ...] = setting(
+        (), "web origin that may call over HTTP; repeat for more"
+    )
     insecure_bind: bool = setting(False, "listen beyond this machine without TLS")
     reflection: bool = setting(True, "let gRPC tools list the services")
-    tls_certificate: Path | None = setting(None, "certificate chain of the gRPC service, PEM")
+    tls_certificate: Path | None = setting(None, "certificate chain for gRPC and HTTP, PEM")
     tls_key: Path | None = setting(None, "its private key, PEM")
     tls_ca: Path | None = setting(None, "certificates that clients have to show, PEM")
     worker_tls_ca: Path | None = setting(None, "certificates that workers have to show, PEM")
@@ -69,13 +82,33 @@ class RouterSettings:
             raise InvalidRequest("a router needs at least one --verify ADDRESS", field="verify")
         if self.policy not in ("static", "adaptive"):
             raise InvalidRequest("--policy is static or adaptive", field="policy")
-        for name in ("session_seconds", "start_seconds", "stall_seconds", "step_deadline"):
-            if getattr(self, name) <= 0:
-                raise InvalidRequest(f"--{name.replace('_', '-')} is more than 0", field=name)
-        for name in ("max_sessions", "max_tree_nodes", "max_streams", "max_prompt_characters"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(f"--{name.replace('_', '-')} is at least 1", field=name)
+        self._check_numbers()
+        check_origins(self.cors_origin)
+        if self.keys == KEYS_IN_REDIS and not self.redis:
+            raise InvalidRequest("--keys redis needs --redis URL", field="keys")
+        for prefix in ("tls", "worker_tls"):
+            certificate, key = (
+                getattr(self, f"{prefix}_{part}") for part in ("certificate", "key")
+            )
+            if (certificate is None) != (key is None):
+                name = prefix.replace("_", "-")
+                raise InvalidRequest(
+                    f"--{name}-certificate and --{name}-key are given together", field=prefix
+                )
+        if self.tls_ca is not None and self.tls_certificate is None:
+            raise InvalidRequest("--tls-ca needs --tls-certificate and --tls-key", field="tls")
         self.shape()
+
+    def _check_numbers(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            flag = "--" + item.name.replace("_", "-")
+            if not math.isfinite(value) or value < 0:
+                raise InvalidRequest(f"{flag} is a number of 0 or more", field=item.name)
+            if value == 0 and item.name in _POSITIVE:
+                raise InvalidRequest(f"{flag} is more than 0", field=item.name)
 
     def shape(self) -> ShapeQuery:
         """The tree asked for when a request does not say; raises InvalidRequest."""
@@ -105,7 +138,11 @@ class RouterSettings:
         """Bounds of the router, given what the target's steps cost."""
         measured = PROPOSE_STEPS * StepCurve(costs).at(1) if costs else 0.0
         return RouterLimits(
-            admission=AdmissionLimits(max_streams=self.max_streams),
+            admission=AdmissionLimits(
+                max_streams=self.max_streams,
+                max_waiting=self.max_waiting,
+                max_wait_seconds=self.max_wait_seconds,
+            ),
             seats=SeatLimits(
                 propose_seconds=self.propose_deadline or max(MIN_PROPOSE_SECONDS, measured),
                 step_seconds=self.step_deadline,
@@ -118,7 +155,7 @@ class RouterSettings:
 
     @property
     def tls(self) -> TlsSettings | None:
-        """TLS of the gRPC service."""
+        """TLS of the gRPC service and the gateway."""
         if self.tls_certificate is None:
             return None
         return TlsSettings(self.tls_ca, self.tls_certificate, self.tls_key)

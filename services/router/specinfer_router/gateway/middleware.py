@@ -18,6 +18,7 @@ from specinfer.errors import InvalidRequest, SpecinferError
 from specinfer_router.access import Caller
 from specinfer_router.gateway.body import MAX_BODY_BYTES
 from specinfer_router.gateway.errors import REQUEST_ID_HEADER, BodyTooLarge, error_response
+from specinfer_router.keys.control import bearer_token
 
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
@@ -102,12 +103,6 @@ def gateway_middleware(
         )
     stack.append(Middleware(Authentication, authenticate=authenticate, open_paths=open_paths))
     return stack
-
-
-def bearer_token(header: str | None) -> str | None:
-    """The token of an `Authorization: Bearer TOKEN` header, or None."""
-    scheme, _, token = (header or "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
 
 
 def _request_id(given: str) -> str:

@@ -31,6 +31,7 @@ from specinfer_router.gateway.middleware import (
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 MAX_CONNECTIONS = 2048
+STOP_SECONDS = 2
 
 
 class Gateway:
@@ -95,12 +96,13 @@ class Gateway:
         self._serving = asyncio.create_task(self._server.main_loop(), name="gateway")
 
     async def stop(self) -> None:
-        """Finish what is in progress and end."""
-        if self._serving is None:
+        """Finish what is in progress, for a moment, and end; again it does nothing."""
+        serving, self._serving = self._serving, None
+        if serving is None:
             self._socket.close()
             return
         self._server.should_exit = True
-        await self._serving
+        await serving
         await self._server.shutdown(sockets=[self._socket])
 
 
@@ -131,7 +133,7 @@ def _configuration(application: Starlette, tls: TlsSettings | None) -> uvicorn.C
         proxy_headers=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=STOP_SECONDS,
         **_tls_options(tls),
     )
     try:

@@ -40,6 +40,12 @@ class KeySource(Protocol):
         ...
 
 
+def bearer_token(header: str | None) -> str | None:
+    """The token of an `Authorization: Bearer TOKEN` header, or None."""
+    scheme, _, token = (header or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
 
