@@ -117,16 +117,20 @@ class RequestLog:
     ) -> None:
         self._max_requests = max_requests
         self._clock = clock
-        self._entries: OrderedDict[str, RequestLogEntry] = OrderedDict()
+        # By key and request id: nobody hides another key's request behind the same id.
+        self._entries: OrderedDict[tuple[str, str], RequestLogEntry] = OrderedDict()
 
     def begin(self, request_id: str, key_id: str) -> RequestLogEntry:
-        """Note a request that has just come; one with the same id is replaced."""
-        entry = RequestLogEntry(request_id, key_id, self._clock(), time.time(), self._clock)
-        self._entries[request_id] = entry
-        self._entries.move_to_end(request_id)
+        """An entry for a request that has just come; `keep` makes it be found."""
+        return RequestLogEntry(request_id, key_id, self._clock(), time.time(), self._clock)
+
+    def keep(self, entry: RequestLogEntry) -> None:
+        """Remember a request that was admitted; one of its key with the same id is replaced."""
+        name = (entry.key_id, entry.request_id)
+        self._entries[name] = entry
+        self._entries.move_to_end(name)
         while len(self._entries) > self._max_requests:
             self._entries.popitem(last=False)
-        return entry
 
     def find(self, identity: str, key_id: str) -> RequestReport:
         """The report of a request by its own id or that of its session.
@@ -134,11 +138,11 @@ class RequestLog:
         Raises:
             NotFound: it is unknown, forgotten, or another key's.
         """
-        entry = self._entries.get(identity)
+        entry = self._entries.get((key_id, identity))
         if entry is None:
-            sessions = (e for e in reversed(self._entries.values()) if e.session_id == identity)
-            entry = next(sessions, None)
-        if entry is None or entry.key_id != key_id:
+            own = (e for e in reversed(self._entries.values()) if e.key_id == key_id)
+            entry = next((e for e in own if e.session_id == identity), None)
+        if entry is None:
             raise NotFound(
                 f"no request {identity!r} among the last {self._max_requests} of this router",
                 field="request_id",

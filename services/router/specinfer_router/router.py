@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from specinfer.errors import NotFound, SpecinferError, Unavailable
+from specinfer.errors import NotFound, ResourceExhausted, SpecinferError, Unavailable
 from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import (
     Capabilities,
@@ -59,6 +59,7 @@ class RouterLimits:
         max_events: how far a session may run ahead of its reader.
         stall_seconds: a reader that takes nothing for so long loses its session.
         follow_seconds: a session that is read along and does not move for so long is given up.
+        max_followers: most streams that are read along at once.
     """
 
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
@@ -67,6 +68,7 @@ class RouterLimits:
     max_events: int = 64
     stall_seconds: float = 60.0
     follow_seconds: float = 150.0
+    max_followers: int = 256
 
 
 class Router:
@@ -99,6 +101,7 @@ class Router:
         self._telemetry = telemetry or Telemetry()
         self._admission = Admission(self._limits.admission)
         self._requests = RequestLog()
+        self._num_followers = 0
         self._plain = PlainSpeed(cluster.target.step_costs)
         vocab_size, ends = cluster.target.vocab_size, sorted(tokenizer.eos_token_ids)
         self._grammars = GrammarChecker(GrammarCompiler(tokenizer.tokenizer_json, vocab_size, ends))
@@ -197,9 +200,22 @@ class Router:
 
         Raises:
             NotFound: as `resume`.
+            ResourceExhausted: too many read along already.
             Unavailable: the session broke, or has not moved for a long time; resume it.
         """
         record = await self._find(session_id, caller)
+        if self._num_followers >= self._limits.max_followers:
+            raise ResourceExhausted("too many streams are read along", retry_after=1.0)
+        self._num_followers += 1
+        try:
+            async for event in self._followed(record, offset):
+                yield event
+        finally:
+            self._num_followers -= 1
+
+    async def _followed(
+        self, record: SessionRecord, offset: int
+    ) -> AsyncGenerator[GenerateEvent, None]:
         yield self._opener.started(record)
         completion = self._opener.follower(record, offset)
         moved = time.monotonic()
@@ -213,9 +229,9 @@ class Router:
                 return
             still = time.monotonic() - moved > self._limits.follow_seconds
             if still or record.finish_reason in (ABANDONED, ERROR):
-                raise Unavailable(f"session {session_id} is not running; resume it")
+                raise Unavailable(f"session {record.session_id} is not running; resume it")
             await asyncio.sleep(FOLLOW_SECONDS)
-            record = await self.store.load(session_id)
+            record = await self.store.load(record.session_id)
 
     async def cancel(self, session_id: str, caller: Caller = ANYBODY) -> None:
         """End a session for good, wherever it runs; its reader sees it end within a round.
@@ -267,7 +283,7 @@ class Router:
         """Runs behind the buffer: a reader that stalls loses its place along with its session."""
         await self._opener.check(request)
         async with self._admission.slot(caller, request.priority) as ticket:
-            entry.admitted(ticket.queue_seconds)
+            self._admitted(entry, ticket)
             record = await self._opener.record(request, caller.key_id)
             ticket.spend(len(record.token_ids))
             session = await self._opener.open(record)
@@ -282,7 +298,7 @@ class Router:
         self, request: ResumeRequest, caller: Caller, entry: RequestLogEntry
     ) -> AsyncGenerator[GenerateEvent, None]:
         async with self._admission.slot(caller) as ticket:
-            entry.admitted(ticket.queue_seconds)
+            self._admitted(entry, ticket)
             record = await self.store.claim(request.session_id)
             reopened = await self._opener.reopen(record, request.offset)
             started = self._opener.started(record, request.request_id)
@@ -298,6 +314,10 @@ class Router:
             async with aclosing(self._rounds(reopened.session, ticket, entry)) as events:
                 async for event in events:
                     yield event
+
+    def _admitted(self, entry: RequestLogEntry, ticket: Ticket) -> None:
+        entry.admitted(ticket.queue_seconds)
+        self._requests.keep(entry)
 
     async def _rounds(
         self, session: Session, ticket: Ticket, entry: RequestLogEntry
