@@ -208,8 +208,9 @@ class Router:
             raise ResourceExhausted("too many streams are read along", retry_after=1.0)
         self._num_followers += 1
         try:
-            async for event in self._followed(record, offset):
-                yield event
+            async with aclosing(self._followed(record, offset)) as events:
+                async for event in events:
+                    yield event
         finally:
             self._num_followers -= 1
 
