@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult, ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
@@ -20,6 +21,7 @@ from specinfer_draft.drafters.session import ProposeQuery
 from specinfer_draft.grow import NO_THRIFT, Thrift
 from specinfer_engine.acceptance import Walk, match_walk
 from specinfer_engine.blocks import BlockManager
+from specinfer_engine.grammar import constrain
 from specinfer_engine.logits import process_logits
 from tests.kit.table_models import TableModel, TableRunner
 
@@ -126,6 +128,7 @@ class Target:
     model: TableModel
     sampling: SamplingParams
     tokens: list[int]
+    grammar: GrammarState | None = None
     num_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,6 +142,8 @@ class Target:
             context = [*self.tokens, *path]
             output = context[self.num_prompt :]
             row = self.model.logits(context)
+            if self.grammar is not None:
+                row = constrain(row, self.grammar, output)
             return process_logits(row, self.sampling, self.tokens[: self.num_prompt], output)
 
         return match_walk(

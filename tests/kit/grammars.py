@@ -6,15 +6,28 @@ Knows tokens and texts; no tensors and nothing of sessions.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 
-from specinfer.grammar import GrammarCompiler, GrammarState
+from specinfer.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from specinfer.messages import Grammar
 from tests.kit.tokenizers import letters_tokenizer
 
 END = "<|end|>"
 LETTERS = (END, "a", "b", "ab", "<|stop|>")
 END_TOKEN_IDS = (0, 4)
+
+
+class HeldCompiler(GrammarCompiler):
+    """Compiles nothing before it is let go."""
+
+    def __init__(self, tokens: Sequence[str] = LETTERS) -> None:
+        super().__init__(letters_tokenizer(*tokens).to_str().encode(), len(tokens), (0,))
+        self.gate = threading.Event()
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        assert self.gate.wait(20)
+        return super().compile(grammar)
 
 
 def letters_compiler(tokens: Sequence[str] = LETTERS, vocab_size: int = 0) -> GrammarCompiler:

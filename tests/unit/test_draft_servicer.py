@@ -12,10 +12,16 @@ import grpc.aio
 import pytest
 from torch import Tensor
 
-from specinfer.convert import draft_result_from_wire, sampling_to_wire, worker_info_from_wire
-from specinfer.errors import InternalError, InvalidRequest, Unavailable
-from specinfer.grammar import GrammarChecker, GrammarCompiler
-from specinfer.messages import ShapeQuery, WorkerInfo
+from specinfer.convert import (
+    draft_result_from_wire,
+    grammar_to_wire,
+    sampling_to_wire,
+    status_error,
+    worker_info_from_wire,
+)
+from specinfer.errors import InternalError, InvalidRequest, NotFound, Unavailable
+from specinfer.grammar import GrammarChecker
+from specinfer.messages import Grammar, ShapeQuery, WorkerInfo
 from specinfer.rpc import open_channel
 from specinfer.sampling import SamplingParams
 from specinfer.server import RpcServer, build_server
@@ -25,11 +31,13 @@ from specinfer_draft.engine import DraftEngine
 from specinfer_draft.servicer import SERVICE_NAME, DraftServicer
 from specinfer_engine.batch import SequenceRows
 from tests.kit.draft_driver import GREEDY, Bench, table_drafter
+from tests.kit.grammars import HeldCompiler, token_ids_of
 from tests.kit.stream_ends import StreamEnds
 from tests.kit.table_models import TableModel, TableRunner
 
 TIMEOUT = 20.0
 PROMPT = (1, 2, 3)
+LETTERS = ("<|end|>", *"abcdefghij")
 CHAIN = ShapeQuery(max_nodes=4, max_depth=4, widths=(1, 1, 1, 1))
 INFO = WorkerInfo("draft-1", "tiny", "h", "t", 11, "float32", "cpu", 200, 256, 32, 64, 4, True)
 
@@ -60,6 +68,7 @@ class Service:
     engine: DraftEngine
     server: RpcServer
     stub: Any
+    compiler: HeldCompiler
 
     def stream(self) -> Stream:
         call: Stream = self.stub.Draft()
@@ -72,23 +81,30 @@ async def service() -> AsyncIterator[Service]:
     assert isinstance(bench.runner, GatedRunner)
     engine = DraftEngine(bench.drafter, bench.blocks, clock=bench.clock, max_pending=64)
     server = build_server("127.0.0.1:0", [SERVICE_NAME])
-    grammars = GrammarChecker(GrammarCompiler(b"{}", INFO.vocab_size, (0,)))
-    servicer = DraftServicer(engine, INFO, grammars)
+    compiler = HeldCompiler(LETTERS)
+    compiler.gate.set()
+    servicer = DraftServicer(engine, INFO, GrammarChecker(compiler))
     draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.server)
     engine.start()
     await server.start()
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         stub = draft_pb2_grpc.DraftServiceStub(channel)
-        yield Service(bench, bench.runner, engine, server, stub)
+        yield Service(bench, bench.runner, engine, server, stub, compiler)
     bench.runner.gate.set()
+    compiler.gate.set()
     await server.drain(0)
     await asyncio.to_thread(engine.stop)
 
 
 def opening(
-    item_id: int, session_id: str = "a", sampling: SamplingParams = GREEDY
+    item_id: int,
+    session_id: str = "a",
+    sampling: SamplingParams = GREEDY,
+    grammar: Grammar | None = None,
 ) -> draft_pb2.DraftItem:
-    start = draft_pb2.OpenDraft(token_ids=PROMPT, sampling=sampling_to_wire(sampling))
+    start = draft_pb2.OpenDraft(
+        token_ids=PROMPT, sampling=sampling_to_wire(sampling), grammar=grammar_to_wire(grammar)
+    )
     return draft_pb2.DraftItem(item_id=item_id, session_id=session_id, open=start)
 
 
@@ -348,3 +364,69 @@ async def test_a_session_opened_later_counts_its_output_as_output(service: Servi
         trees.append(draft_result_from_wire(results[2]).tree.token_ids)
     assert trees[0] == fresh.token_ids
     assert trees[0] != trees[1] == trees[2]
+
+
+async def test_a_tree_stays_within_the_sessions_grammar(service: Service) -> None:
+    stream = service.stream()
+    grammar = Grammar("regex", "([bd][aceg]){8}")
+    await send(stream, opening(1, grammar=grammar), proposing(2))
+    results = await receive(stream, 2)
+    assert not results[1].status.code
+    tree = draft_result_from_wire(results[2]).tree
+    assert tree.max_depth == 4
+    state = service.compiler.compile(grammar).start()
+    for node in range(1, len(tree)):
+        *before, token_id = tree.path_token_ids(node)[1:]
+        assert token_id in (token_ids_of(state.mask_after(before)) or [])
+    assert tree != expected(service)
+    await stream.done_writing()
+
+
+async def test_a_bad_grammar_is_answered_by_its_name(service: Service) -> None:
+    stream = service.stream()
+    await send(stream, opening(1, grammar=Grammar("regex", "(a")), proposing(2), opening(3, "b"))
+    results = await receive(stream, 3)
+    error = status_error(results[1].status)
+    assert isinstance(error, InvalidRequest)
+    assert "unclosed" in error.message
+    assert isinstance(status_error(results[2].status), NotFound)
+    assert not results[3].status.code
+    await stream.done_writing()
+
+
+async def test_a_slow_grammar_holds_up_its_own_session_alone(service: Service) -> None:
+    service.compiler.gate.clear()
+    stream, grammar = service.stream(), Grammar("regex", "[bd]{9}")
+    slow = (opening(1, "slow", grammar=grammar), proposing(2, "slow"))
+    await send(stream, *slow, opening(3, "b"), proposing(4, "b"))
+    assert set(await receive(stream, 2)) == {3, 4}
+    await stream.done_writing()  # what was sent is answered all the same
+    service.compiler.gate.set()
+    results = await receive(stream, 2)
+    assert not results[1].status.code
+    assert draft_result_from_wire(results[2]).tree.max_depth == 4
+    assert await stream.read() == grpc.aio.EOF
+
+
+async def test_a_stream_that_ends_meanwhile_opens_nothing(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.compiler.gate.clear()
+    opened: list[str] = []
+    real = service.engine.open
+
+    def noted(session_id: str, *arguments: Any, **options: Any) -> Any:
+        opened.append(session_id)
+        return real(session_id, *arguments, **options)
+
+    monkeypatch.setattr(service.engine, "open", noted)
+    stream = service.stream()
+    await send(stream, opening(1, "left", grammar=Grammar("regex", "b+")), opening(2, "b"))
+    assert set(await receive(stream, 1)) == {2}
+    stream.cancel()
+    other = service.stream()
+    service.compiler.gate.set()
+    await send(other, opening(1, "c", grammar=Grammar("regex", "b+")))
+    assert not (await receive(other, 1))[1].status.code
+    assert opened == ["b", "c"]
+    await other.done_writing()

@@ -17,12 +17,17 @@ from specinfer.grammar import (
     MAX_CHOICES,
     MAX_GRAMMAR_BYTES,
     MAX_JSON_DEPTH,
-    CompiledGrammar,
     GrammarChecker,
     GrammarCompiler,
 )
 from specinfer.messages import Grammar
-from tests.kit.grammars import LETTERS, letters_compiler, regex_state, token_ids_of
+from tests.kit.grammars import (
+    LETTERS,
+    HeldCompiler,
+    letters_compiler,
+    regex_state,
+    token_ids_of,
+)
 from tests.kit.tokenizers import byte_level_tokenizer, letters_tokenizer, sentencepiece_tokenizer
 
 PATTERNS = ("(ab)*a?", "a{2,5}b?", "(a|bb)+", "ab|ba|aab", "b*(ab)?b")
@@ -264,18 +269,6 @@ async def test_the_checker_refuses_and_begins_off_the_loop(compiler: GrammarComp
     with pytest.raises(InvalidRequest, match="does not match"):
         await checker.begin(Grammar("regex", "ab"), [letters["b"]])
     checker.close()
-
-
-class HeldCompiler(GrammarCompiler):
-    """Compiles nothing before it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__(letters_tokenizer(*LETTERS).to_str().encode(), len(LETTERS), (0,))
-        self.gate = threading.Event()
-
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
-        assert self.gate.wait(20)
-        return super().compile(grammar)
 
 
 async def test_a_slow_grammar_ends_at_the_bound_and_the_queue_is_bounded() -> None:

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from torch import Tensor
 
 from specinfer.convert import (
+    grammar_to_wire,
     sampling_to_wire,
     status_error,
     tree_to_wire,
@@ -21,7 +22,7 @@ from specinfer.convert import (
     worker_info_from_wire,
 )
 from specinfer.errors import InvalidRequest, InvalidTree, NotFound, SpecinferError, StaleEpoch
-from specinfer.messages import WorkerInfo
+from specinfer.messages import Grammar, WorkerInfo
 from specinfer.rpc import open_channel
 from specinfer.sampling import SamplingParams
 from specinfer.server import build_server
@@ -34,6 +35,7 @@ from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.servicer import SERVICE_NAME, TOKENIZER_PIECE_BYTES, VerifyServicer
 from tests.kit.stream_ends import StreamEnds
 from tests.kit.table_models import TableRunner
+from tests.kit.tokenizers import letters_tokenizer
 from tests.kit.verify_driver import TIMEOUT, running, table_engine
 
 INFO = WorkerInfo(
@@ -52,7 +54,9 @@ INFO = WorkerInfo(
     row_invariant=True,
     acceptance_rules=("match",),
 )
-TOKENIZER = TokenizerFiles(b"{}" + b" " * TOKENIZER_PIECE_BYTES, "{{ messages }}", "<s>", "</s>")
+LETTERS = ("a", "b", "ab", "<|end|>", "<|stop|>")
+TOKENIZER_JSON = letters_tokenizer(*LETTERS).to_str().encode() + b" " * TOKENIZER_PIECE_BYTES
+TOKENIZER = TokenizerFiles(TOKENIZER_JSON, "{{ messages }}", "<s>", "</s>")
 Results = dict[int, verify_pb2.VerifyItemResult]
 
 
@@ -344,3 +348,47 @@ async def test_an_open_that_asks_for_other_answers_replaces_the_session(
     items = [open_item(1, "a", 1, 2, 3), open_item(2, "a", 1, 2, 3, num_logprobs=1)]
     results = await exchange(channel, [[*items, step_item(3, "a", 0, root(3))]])
     assert len(results[3].logprobs) == 1
+
+
+def within(kind: str, text: str) -> tree_pb2.Grammar:
+    wire = grammar_to_wire(Grammar(kind, text))
+    assert wire is not None
+    return wire
+
+
+async def test_an_open_with_a_grammar_and_its_step_share_a_frame(
+    channel: grpc.aio.Channel,
+) -> None:
+    tree = tree_to_wire(TokenTree((3, 0, 1, 2, 4), (-1, 0, 0, 0, 0)))
+    items = []
+    for number, pattern in enumerate(("ba", "ab?b", "(ab)+")):
+        opening = open_item(2 * number, pattern, 1, 2, 3, grammar=within("regex", pattern))
+        items += [opening, step_item(2 * number + 1, pattern, 0, tree)]
+    resumed = open_item(6, "resumed", 1, 2, 3, 1, grammar=within("regex", "ba"))
+    resumed.open.num_prompt_tokens = 3
+    results = await exchange(channel, [[*items, resumed, step_item(7, "resumed", 0, root(1))]])
+    assert all(error_of(result) is None for result in results.values())
+    first = {n: verify_result_from_wire(results[n]).token_ids for n in (1, 3, 5, 7)}
+    assert first[1][0] == 1
+    assert first[3][0] in (0, 2)
+    assert first[5][0] in (0, 2)
+    assert first[7] == (0,)
+
+
+async def test_a_bad_grammar_fails_its_session_alone(channel: grpc.aio.Channel) -> None:
+    wrong = open_item(5, "output", 1, 2, 0, grammar=within("regex", "b+"))
+    wrong.open.num_prompt_tokens = 2
+    items = [
+        open_item(1, "regex", 1, 2, 3, grammar=within("regex", "(a")),
+        step_item(2, "regex", 0, root(3)),
+        open_item(3, "kind", 1, 2, 3, grammar=tree_pb2.Grammar(text="a")),
+        open_item(4, "huge", 1, grammar=within("regex", "a" * 100_000)),
+        wrong,
+        open_item(6, "good", 1, 2, 3),
+        step_item(7, "good", 0, root(3)),
+    ]
+    results = await exchange(channel, [items])
+    kinds = {number: type(error_of(result)) for number, result in results.items()}
+    refused = dict.fromkeys((1, 3, 4, 5), InvalidRequest)
+    assert kinds == {**refused, 2: NotFound, 6: type(None), 7: type(None)}
+    assert "does not match" in str(error_of(results[5]))
