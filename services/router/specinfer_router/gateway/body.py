@@ -59,6 +59,8 @@ def validate(content: bytes, model: type[_Body]) -> _Body:
         raise InvalidRequest(f"the body is no JSON that is served here: {error}") from error
     if not isinstance(data, dict):
         raise InvalidRequest("the body is a JSON object")
+    if b"\\u" in content:
+        _check_unicode(data)
     for name, advice in model.unsupported.items():
         # Clients send null for what they leave out.
         if data.pop(name, None) is not None:
@@ -83,6 +85,14 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _check_unicode(data: dict[str, Any]) -> None:
+    """JSON's escapes can write half a surrogate pair, which no UTF-8 and no tokenizer takes."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("the body holds half of a surrogate pair") from error
 
 
 def _explained(error: ValidationError, data: Any) -> InvalidRequest:

@@ -83,6 +83,9 @@ def completion_requests(body: CompletionBody, request_id: str) -> list[GenerateR
 def prompts_of(body: CompletionBody) -> list[str | list[int]]:
     """The prompts, however they were given."""
     prompt = body.prompt
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
+    if isinstance(prompt, str):
         return [prompt]
-    return list(prompt)
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    if token_ids:
+        return [token_ids]
+    return [item for item in prompt if not isinstance(item, int)]
