@@ -9,7 +9,8 @@
 The names below are the public ones. Nothing here knows torch.
 """
 
-from specinfer.client import AsyncClient, AsyncCompletionStream
+from specinfer.chat import ChatReply, Conversation
+from specinfer.client import AsyncClient
 from specinfer.completion import Completion
 from specinfer.errors import (
     Cancelled,
@@ -46,10 +47,11 @@ from specinfer.messages import (
     ToolCall,
     Usage,
 )
-from specinfer.options import GenerateOptions
+from specinfer.options import ChatOptions, GenerateOptions, ResumeOptions
 from specinfer.retry import RetryPolicy
 from specinfer.rpc import TlsSettings
 from specinfer.sampling import SamplingParams, StopConditions
+from specinfer.stream import AsyncCompletionStream, ResumeToken
 from specinfer.sync_client import Client, CompletionStream
 from specinfer.tree import TokenTree
 
@@ -61,10 +63,13 @@ __all__ = [
     "Cancelled",
     "Capabilities",
     "ChatMessage",
+    "ChatOptions",
+    "ChatReply",
     "Client",
     "ClientClosed",
     "Completion",
     "CompletionStream",
+    "Conversation",
     "DeadlineExceeded",
     "GenerateOptions",
     "Grammar",
@@ -78,6 +83,8 @@ __all__ = [
     "ReaderStalled",
     "RequestReport",
     "ResourceExhausted",
+    "ResumeOptions",
+    "ResumeToken",
     "RetryPolicy",
     "RoundDetail",
     "RoundFacts",

@@ -1,31 +1,36 @@
-"""The SDK: `AsyncClient` turns arguments into one gRPC stream and its events into tokens and text.
+"""The SDK: `AsyncClient` turns arguments into calls of a router and their answers into plain data.
 
 `Client` in `sync_client.py` is its twin for code without an event loop. Needs grpcio and protobuf
-and nothing else. It knows nothing of models, tokenizers or workers.
+and nothing else. It knows nothing of models, tokenizers, workers or the wire.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
-import grpc
 import grpc.aio
 
-from specinfer.completion import Completion, CompletionBuilder
-from specinfer.convert import capabilities_from_wire, event_from_wire, request_to_wire
-from specinfer.errors import ClientClosed, InvalidRequest, SpecinferError
-from specinfer.messages import Capabilities, GenerateRequest, Started, TokensEvent
-from specinfer.options import GenerateOptions, build_request, check_timeout
-from specinfer.retry import Attempts, RetryPolicy
-from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
-from specinfer.v1 import router_pb2, router_pb2_grpc
+from specinfer.chat import ChatInput, ChatReply, reply_of, turns_of
+from specinfer.completion import Completion
+from specinfer.connection import CallLimits, Connection, ConnectionOptions, check_addresses
+from specinfer.credentials import Credentials, TokenProvider, check_plain_text
+from specinfer.messages import Capabilities, RequestReport
+from specinfer.options import (
+    ChatOptions,
+    GenerateOptions,
+    ResumeOptions,
+    build_request,
+    build_resume,
+    check_id,
+    check_timeout,
+)
+from specinfer.retry import RetryPolicy
+from specinfer.rpc import TlsSettings
+from specinfer.stream import AsyncCompletionStream
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-
-_Metadata = tuple[tuple[str, str], ...]
 
 
 class AsyncClient:
@@ -40,35 +45,55 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         timeout: float | None = None,
+        attempt_timeout: float | None = None,
         retry: RetryPolicy | None = None,
         tls: TlsSettings | None = None,
+        api_key: str | None = None,
+        token_provider: TokenProvider | None = None,
+        allow_insecure_key: bool = False,
+        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
     ) -> None:
         """Take down where and how to connect.
 
         Args:
-            address: host and port of a router, or any gRPC target.
+            address: host and port of a router, or any gRPC target; or several, of routers that
+                share a store: the next one is taken when one is unavailable, and streams go on
+                there.
             timeout: seconds for each call with its retries; None waits as long as it takes.
-            retry: what to try again before the first token; None takes RetryPolicy's defaults.
+            attempt_timeout: seconds that one attempt may be silent: until its answer comes, or of
+                a stream until the first event and from each event to the next. Then the call is
+                made again, or the stream resumed. None waits as long as the connection lives.
+            retry: what to try again, and how; None takes RetryPolicy's defaults.
             tls: certificates; None speaks plain text.
+            api_key: sent with each call.
+            token_provider: gives the token to send with each call, as a plain or an async function;
+                it is asked once more when a token is refused. Keep the token in it until it is
+                about to expire.
+            allow_insecure_key: send the key in plain text to other machines too.
+            interceptors: of grpc.aio, for tracing and the like.
 
         Raises:
-            InvalidRequest: when an argument is out of its range.
+            InvalidRequest: when an argument is out of its range, or a key would travel to another
+                machine in plain text.
         """
-        if not isinstance(address, str) or not address:
-            raise InvalidRequest(f"address is host:port, got {address!r}", field="address")
-        self.address = address
-        self._timeout = check_timeout(timeout)
-        self._retry = RetryPolicy() if retry is None else retry
-        self._tls = tls
-        self._chance = random.Random()
-        self._channel: grpc.aio.Channel | None = None
-        self._closed = False
+        self.addresses = check_addresses(address)
+        credentials = Credentials(api_key, token_provider)
+        if credentials.present and tls is None and not allow_insecure_key:
+            check_plain_text(self.addresses)
+        self._limits = CallLimits(
+            check_timeout(timeout), check_timeout(attempt_timeout, "attempt_timeout")
+        )
+        self._connection = Connection(
+            ConnectionOptions(
+                self.addresses, retry or RetryPolicy(), tls, credentials, tuple(interceptors)
+            )
+        )
 
     async def __aenter__(self) -> Self:
-        self._check_open()
+        self._connection.check_open()
         return self
 
     async def __aexit__(
@@ -81,10 +106,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancel what is under way and close the connection; closing again does nothing."""
-        self._closed = True
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close(None)
+        await self._connection.close()
 
     async def generate(
         self, prompt: str | None = None, **options: Unpack[GenerateOptions]
@@ -109,179 +131,63 @@ class AsyncClient:
     ) -> AsyncCompletionStream:
         """Generate round by round; takes and raises what `generate` does.
 
-        The call starts at the first step of the iteration. Leaving the stream early, by `async
-        with` or `close`, cancels it on the server.
+        The call starts at the first step of the iteration. A stream that breaks goes on where it
+        broke, within the retry policy, each token once. Leaving it early, by `async with` or
+        `close`, stops the generation; `resume` takes it up again while the store keeps it.
         """
-        self._check_open()
-        timeout = check_timeout(options.get("timeout", self._timeout))
-        return AsyncCompletionStream(self, build_request(prompt, options), timeout)
+        self._connection.check_open()
+        limits = self._limits_of(options)
+        return AsyncCompletionStream(self._connection, build_request(prompt, options), limits)
+
+    async def chat(self, messages: ChatInput, **options: Unpack[ChatOptions]) -> ChatReply:
+        """Answer a question, the last turn of some messages, or a Conversation.
+
+        Args:
+            messages: text of the user's, turns, or a Conversation.
+            options: see ChatOptions.
+
+        Raises what `generate` does, and InvalidRequest when the model has no chat template.
+        """
+        return reply_of(await self.generate(messages=turns_of(messages), **options))
+
+    def resume(
+        self, session_id: str, offset: int = 0, **options: Unpack[ResumeOptions]
+    ) -> AsyncCompletionStream:
+        """Go on with a stream, of this process or another, after its first `offset` tokens.
+
+        Whoever reads the session at the moment loses it. The completion holds what comes from the
+        offset on; its usage is that of the whole.
+
+        Args:
+            session_id: from `stream.resume_token`.
+            offset: tokens of the completion that are there already.
+            options: see ResumeOptions.
+
+        Raises what `generate` does; NotFound when the store has forgotten the session.
+        """
+        self._connection.check_open()
+        limits = self._limits_of(options)
+        request = build_resume(session_id, offset, options)
+        return AsyncCompletionStream(self._connection, request, limits)
+
+    async def cancel(self, session_id: str) -> None:
+        """End a session for good, whoever reads it; raises as `generate` does."""
+        await self._connection.cancel(check_id("session_id", session_id), self._limits)
+
+    async def explain(self, request_id: str) -> RequestReport:
+        """Say where a request's time went, by the id of the request or of its session.
+
+        Raises as `generate` does; NotFound when no router of `address` remembers the request.
+        """
+        return await self._connection.explain(check_id("request_id", request_id), self._limits)
 
     async def capabilities(self) -> Capabilities:
-        """What this cluster accepts. Raises as `generate` does."""
-        attempts = self._attempts(self._timeout)
-        while True:
-            try:
-                wire = await self._stub().GetCapabilities(
-                    router_pb2.GetCapabilitiesRequest(),
-                    timeout=attempts.remaining(),
-                    metadata=_metadata("", attempts.number),
-                )
-                return capabilities_from_wire(wire)
-            except grpc.aio.AioRpcError as error:
-                await attempts.wait_or_raise(error_from_rpc(error))
-            except asyncio.CancelledError:
-                self._check_not_closed_meanwhile("")
-                raise
+        """Say what this cluster accepts; raises as `generate` does."""
+        return await self._connection.capabilities(self._limits)
 
-    def _attempts(self, timeout: float | None) -> Attempts:
-        return Attempts(self._retry, timeout, self._chance)
-
-    def _stub(self) -> router_pb2_grpc.GenerationServiceAsyncStub:
-        self._check_open()
-        if self._channel is None:
-            self._channel = open_channel(self.address, tls=self._tls)
-        return router_pb2_grpc.GenerationServiceStub(self._channel)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClientClosed("this client was closed")
-
-    def _check_not_closed_meanwhile(self, request_id: str) -> None:
-        # gRPC reports a closed channel as a cancelled task; only a cancelled task is one.
-        task = asyncio.current_task()
-        if self._closed and (task is None or not task.cancelling()):
-            raise ClientClosed(
-                "the client was closed during the call", request_id=request_id
-            ) from None
-
-
-class AsyncCompletionStream:
-    """One call: an async iterator of TokensEvent, and a context manager that ends the call.
-
-    Attributes:
-        request_id: id of the request in logs and errors.
-    """
-
-    def __init__(
-        self, client: AsyncClient, request: GenerateRequest, timeout: float | None
-    ) -> None:
-        self.request_id = request.request_id
-        self._client = client
-        self._wire = request_to_wire(request)
-        self._timeout = timeout
-        self._attempts: Attempts | None = None
-        self._call: grpc.aio.UnaryStreamCall[Any, router_pb2.GenerateResponse] | None = None
-        self._builder = CompletionBuilder()
-        self._completion: Completion | None = None
-        self._ended = False
-
-    @property
-    def started(self) -> Started | None:
-        """The stream's first event with seed and session, or None before it came."""
-        return self._builder.started
-
-    @property
-    def completion(self) -> Completion:
-        """All of it, once the iteration has reached its end; raises InvalidRequest before."""
-        if self._completion is None:
-            raise InvalidRequest("the stream has not reached its end", field="completion")
-        return self._completion
-
-    async def collect(self) -> Completion:
-        """Read what is left and return all of it."""
-        async for _ in self:
-            pass
-        return self.completion
-
-    async def close(self) -> None:
-        """End the call; the server stops generating. Closing again does nothing."""
-        self._ended = True
-        call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> TokensEvent:
-        while not self._ended:
-            try:
-                event = await self._read()
-            except SpecinferError as error:
-                self._ended = True
-                error.request_id = error.request_id or self.request_id
-                raise
-            if event is not None:
-                return event
-        raise StopAsyncIteration
-
-    async def _read(self) -> TokensEvent | None:
-        """Read one message; None when it held no tokens, or the call is to be made again."""
-        if self._attempts is None:
-            self._attempts = self._client._attempts(self._timeout)
-        try:
-            if self._call is None:
-                self._call = self._open(self._attempts)
-            wire = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            self._call = None
-            await self._try_again(error_from_rpc(error), self._attempts)
-            return None
-        except asyncio.CancelledError:
-            await self._cancelled()
-            return None
-        if not isinstance(wire, router_pb2.GenerateResponse):
-            self._finish()
-            return None
-        event = event_from_wire(wire)
-        self._builder.add(event)
-        return event if isinstance(event, TokensEvent) else None
-
-    def _open(
-        self, attempts: Attempts
-    ) -> grpc.aio.UnaryStreamCall[Any, router_pb2.GenerateResponse]:
-        return self._client._stub().Generate(
-            self._wire,
-            timeout=attempts.remaining(),
-            metadata=_metadata(self.request_id, attempts.number),
+    def _limits_of(self, options: GenerateOptions | ResumeOptions) -> CallLimits:
+        silence = options.get("attempt_timeout", self._limits.attempt_timeout)
+        return CallLimits(
+            check_timeout(options.get("timeout", self._limits.timeout)),
+            check_timeout(silence, "attempt_timeout"),
         )
-
-    async def _try_again(self, error: SpecinferError, attempts: Attempts) -> None:
-        if self._builder.finished is not None:
-            self._finish()
-            return
-        if self._builder.num_events:
-            raise error
-        await attempts.wait_or_raise(error)
-        self._builder = CompletionBuilder()
-
-    async def _cancelled(self) -> None:
-        """A read ended by `close`, of the stream or the client, or by the caller's own task."""
-        by_us = self._ended
-        await self.close()
-        self._client._check_not_closed_meanwhile(self.request_id)
-        task = asyncio.current_task()
-        if not by_us or (task is not None and task.cancelling()):
-            raise asyncio.CancelledError
-
-    def _finish(self) -> None:
-        self._ended = True
-        self._call = None
-        self._completion = self._builder.build()
-
-
-def _metadata(request_id: str, attempt: int) -> _Metadata:
-    """The attempt number lets a server see retries; the id joins its log lines."""
-    identity = (("x-request-id", request_id),) if request_id else ()
-    return (*identity, ("x-attempt", str(attempt)))

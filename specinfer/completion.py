@@ -5,7 +5,9 @@ This module knows nothing of channels, retries or the wire.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from specinfer.errors import InternalError
 from specinfer.messages import (
@@ -14,6 +16,7 @@ from specinfer.messages import (
     RoundFacts,
     SpeculationSummary,
     Started,
+    Timings,
     TokenLogprob,
     TokensEvent,
     Usage,
@@ -30,13 +33,16 @@ class Completion:
         logprobs: one entry a token when asked for, else empty.
         finish_reason: "stop", "length" or "cancelled".
         stop_match: the stop string or token that ended it, or "".
-        usage: token counts.
-        speculation: summary over all rounds.
+        usage: token counts of the whole completion, whatever part of it was read here.
+        speculation: summary over all rounds; of a resumed stream, over those that were read here.
         seed: the seed in use; sending it again repeats the tokens.
         model: served model name.
         request_id: id of the request in logs and errors.
         session_id: id of the session in the store.
         rounds: facts of each round, in order.
+        timings: where the time went; of a resumed stream, since it was last resumed.
+        offset: index of the first of `token_ids` in the completion: 0, unless the stream was
+            resumed from another one's offset.
     """
 
     text: str
@@ -51,34 +57,54 @@ class Completion:
     request_id: str
     session_id: str
     rounds: tuple[RoundFacts, ...]
+    timings: Timings = field(default_factory=Timings)
+    offset: int = 0
 
 
 class CompletionBuilder:
-    """Gathers the events of one stream.
+    """Gathers the events of one stream, and of those that resume it.
 
     Attributes:
         started: the first event, or None before it.
         finished: the last event, or None before it.
-        num_events: tokens events so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, offset: int = 0) -> None:
+        """Begin with the token at `offset` of the completion."""
         self.started: Started | None = None
         self.finished: Finished | None = None
-        self.num_events = 0
+        self._offset = offset
+        self._announced = False
+        self._num_parts = 0
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._rounds: list[RoundFacts] = []
+
+    @property
+    def offset(self) -> int:
+        """Index of the next token in the completion: where a stream that broke is resumed."""
+        return self._offset + len(self._token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens gathered."""
+        return len(self._token_ids)
+
+    def resumed(self) -> None:
+        """What comes next belongs to a stream that goes on where the last one broke."""
+        self._announced = False
 
     def add(self, event: GenerateEvent) -> None:
         """Take the next event; raises InternalError when it cannot stand here."""
         if self.finished is not None:
             raise InternalError("the server sent an event after the last one")
         if isinstance(event, Started):
-            self.started = event
+            self._announced = True
+            self._num_parts += 1
+            self.started = self.started or event
             return
-        if self.started is None:
+        if not self._announced:
             raise InternalError("the server's first event was not Started")
         if isinstance(event, Finished):
             self.finished = event
@@ -86,7 +112,10 @@ class CompletionBuilder:
         self._add_tokens(event)
 
     def _add_tokens(self, event: TokensEvent) -> None:
-        self.num_events += 1
+        if event.offset != self.offset:
+            raise InternalError(
+                f"the server sent tokens from {event.offset} on where {self.offset} was due"
+            )
         self._text.append(event.text)
         self._token_ids.extend(event.token_ids)
         self._logprobs.extend(event.logprobs)
@@ -103,10 +132,33 @@ class CompletionBuilder:
             finish_reason=self.finished.reason,
             stop_match=self.finished.stop_match,
             usage=self.finished.usage,
-            speculation=self.finished.speculation,
+            speculation=self._summary(self.finished),
             seed=self.started.seed,
             model=self.started.model,
             request_id=self.started.request_id,
             session_id=self.started.session_id,
             rounds=tuple(self._rounds),
+            timings=self.finished.timings,
+            offset=self._offset,
         )
+
+    def _summary(self, finished: Finished) -> SpeculationSummary:
+        # A router counts the rounds since it took the stream over; here are those of all parts.
+        return finished.speculation if self._num_parts == 1 else summary_of(self._rounds)
+
+
+def summary_of(rounds: Sequence[RoundFacts]) -> SpeculationSummary:
+    """How some rounds were speculated on, all together."""
+    deepest = max((one.num_accepted_tokens for one in rounds), default=0)
+    per_pos = (
+        sum(one.num_accepted_tokens > position for one in rounds) for position in range(deepest)
+    )
+    reasons = Counter(one.root_only_reason for one in rounds if one.root_only_reason)
+    return SpeculationSummary(
+        num_rounds=len(rounds),
+        num_drafts=sum(one.num_draft_tokens > 0 for one in rounds),
+        num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
+        num_accepted_tokens=sum(one.num_accepted_tokens for one in rounds),
+        num_accepted_tokens_per_pos=tuple(per_pos),
+        root_only_reasons=tuple(sorted(reasons.items())),
+    )

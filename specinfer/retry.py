@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from specinfer.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    ReaderStalled,
     ResourceExhausted,
     SpecinferError,
     Unavailable,
@@ -23,13 +24,16 @@ from specinfer.errors import (
 class RetryPolicy:
     """Exponential backoff with jitter, for errors that a later call may not meet.
 
-    `Unavailable` is retried, and `ResourceExhausted` when the server said how long to wait. A
-    stream is retried before its first token only: afterwards a retry could repeat tokens.
+    `Unavailable` is retried, `ReaderStalled`, and `ResourceExhausted` when the server said how long
+    to wait. A stream that breaks before its first token is asked for again; afterwards it is
+    resumed at its offset, so that no token comes twice. Tokens that arrive make the count start
+    anew.
 
     Attributes:
-        max_attempts: calls in all, at least 1; 1 never retries.
-        initial_backoff: seconds before the second call.
-        multiplier: growth of the wait from one call to the next, at least 1.
+        max_attempts: attempts in all, at least 1; 1 never retries. One attempt asks each of the
+            client's routers at most once, without waiting between them.
+        initial_backoff: seconds before the second attempt.
+        multiplier: growth of the wait from one attempt to the next, at least 1.
         max_backoff: longest wait in seconds; a server's `retry_after` may be longer.
         jitter: share of each wait that is random, from 0 to 1.
 
@@ -60,7 +64,7 @@ class RetryPolicy:
     def wait_after(
         self, attempt: int, error: SpecinferError, chance: random.Random
     ) -> float | None:
-        """Seconds to wait after failed call number `attempt` (from 1); None gives up."""
+        """Seconds to wait after failed attempt number `attempt` (from 1); None gives up."""
         if attempt >= self.max_attempts or not self.covers(error):
             return None
         wait = min(self.max_backoff, self.initial_backoff * self.multiplier ** (attempt - 1))
@@ -70,16 +74,16 @@ class RetryPolicy:
     @staticmethod
     def covers(error: SpecinferError) -> bool:
         """Whether this kind of error is worth another call."""
-        if isinstance(error, ResourceExhausted):
+        if isinstance(error, ResourceExhausted) and not isinstance(error, ReaderStalled):
             return error.retry_after is not None
-        return isinstance(error, Unavailable)
+        return isinstance(error, Unavailable | ReaderStalled)
 
 
 class Attempts:
     """The calls made for one request, under one deadline.
 
     Attributes:
-        number: of the call under way, from 1.
+        number: of the attempt under way, from 1; progress sets it back.
     """
 
     def __init__(self, policy: RetryPolicy, timeout: float | None, chance: random.Random) -> None:
@@ -88,6 +92,8 @@ class Attempts:
         self._policy = policy
         self._chance = chance
         self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._moves = 0
+        self._renewed = False
 
     def remaining(self) -> float | None:
         """Seconds left for the next call, or None without a deadline; raises DeadlineExceeded."""
@@ -98,15 +104,30 @@ class Attempts:
             raise DeadlineExceeded("the timeout passed before the call could be made")
         return left
 
-    async def wait_or_raise(self, error: SpecinferError) -> None:
+    def progress(self) -> None:
+        """Something arrived: what fails from now on is a new trouble."""
+        self.number = 1
+        self._moves = 0
+        self._renewed = False
+
+    def renew(self) -> bool:
+        """Whether a refused token may be replaced: once, until there is progress."""
+        renewed, self._renewed = self._renewed, True
+        return not renewed
+
+    async def wait_or_raise(self, error: SpecinferError, num_others: int = 0) -> None:
         """Sleep until the next call is due; raises `error` when there is to be none.
 
         A wait that would not end before the deadline is not begun: the error says more than a
-        timeout would.
+        timeout would. The `num_others` further routers are asked at once, without a wait.
         """
+        if isinstance(error, Unavailable) and self._moves < num_others:
+            self._moves += 1
+            return
         wait = self._policy.wait_after(self.number, error, self._chance)
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if wait is None or (left is not None and wait >= left):
             raise error
         await asyncio.sleep(wait)
         self.number += 1
+        self._moves = 0

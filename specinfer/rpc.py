@@ -61,11 +61,14 @@ class TlsSettings:
             certificate (server).
         certificate: our own certificate chain, or None.
         key: private key of `certificate`, or None.
+        server_name: name that the server's certificate has to bear where it is not that of the
+            address, or "".
     """
 
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    server_name: str = ""
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Credentials of a client; with a certificate and a key the connection is mutual."""
@@ -94,10 +97,11 @@ def open_channel(
         return grpc.aio.insecure_channel(
             address, options=CHANNEL_OPTIONS, interceptors=list(interceptors)
         )
+    name = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
     return grpc.aio.secure_channel(
         address,
         tls.channel_credentials(),
-        options=CHANNEL_OPTIONS,
+        options=(*CHANNEL_OPTIONS, *name),
         interceptors=list(interceptors),
     )
 

@@ -9,17 +9,22 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from specinfer.client import DEFAULT_ADDRESS, AsyncClient, AsyncCompletionStream
+import grpc.aio
+
+from specinfer.chat import ChatInput, ChatReply
+from specinfer.client import DEFAULT_ADDRESS, AsyncClient
 from specinfer.completion import Completion
+from specinfer.credentials import TokenProvider
 from specinfer.errors import ClientClosed
-from specinfer.messages import Capabilities, Started, TokensEvent
-from specinfer.options import GenerateOptions
+from specinfer.messages import Capabilities, RequestReport, Started, TokensEvent
+from specinfer.options import ChatOptions, GenerateOptions, ResumeOptions
 from specinfer.retry import RetryPolicy
 from specinfer.rpc import TlsSettings
+from specinfer.stream import AsyncCompletionStream, ResumeToken
 
 _Result = TypeVar("_Result")
 
@@ -85,19 +90,38 @@ class Client:
 
     def __init__(
         self,
-        address: str = DEFAULT_ADDRESS,
+        address: str | Sequence[str] = DEFAULT_ADDRESS,
         *,
         timeout: float | None = None,
+        attempt_timeout: float | None = None,
         retry: RetryPolicy | None = None,
         tls: TlsSettings | None = None,
+        api_key: str | None = None,
+        token_provider: TokenProvider | None = None,
+        allow_insecure_key: bool = False,
+        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
     ) -> None:
-        """Take down where and how to connect; see AsyncClient."""
-        self._client = AsyncClient(address, timeout=timeout, retry=retry, tls=tls)
-        self.address = address
+        """Take down where and how to connect.
+
+        See AsyncClient for the arguments. `token_provider` and `interceptors` run on the client's
+        own thread.
+        """
+        self._client = AsyncClient(
+            address,
+            timeout=timeout,
+            attempt_timeout=attempt_timeout,
+            retry=retry,
+            tls=tls,
+            api_key=api_key,
+            token_provider=token_provider,
+            allow_insecure_key=allow_insecure_key,
+            interceptors=interceptors,
+        )
+        self.addresses = self._client.addresses
         self._loop = LoopThread()
 
     def __enter__(self) -> Self:
-        self._client._check_open()
+        self._client._connection.check_open()
         return self
 
     def __exit__(
@@ -113,17 +137,50 @@ class Client:
         self._loop.stop(self._client.close())
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Completion:
-        """Generate to the end; see AsyncClient.generate."""
+        """Generate to the end. `prompt` is text to continue as it stands, without a chat template.
+
+        See AsyncClient.generate.
+        """
         return self._loop.run(self._client.generate(prompt, **options))
 
     def stream(
         self, prompt: str | None = None, **options: Unpack[GenerateOptions]
     ) -> CompletionStream:
-        """Generate round by round; see AsyncClient.stream."""
+        """Generate round by round; takes and raises what `generate` does.
+
+        See AsyncClient.stream.
+        """
         return CompletionStream(self._loop, self._client.stream(prompt, **options))
 
+    def chat(self, messages: ChatInput, **options: Unpack[ChatOptions]) -> ChatReply:
+        """Answer a question, the last turn of some messages, or a Conversation.
+
+        See AsyncClient.chat.
+        """
+        return self._loop.run(self._client.chat(messages, **options))
+
+    def resume(
+        self, session_id: str, offset: int = 0, **options: Unpack[ResumeOptions]
+    ) -> CompletionStream:
+        """Go on with a stream, of this process or another, after its first `offset` tokens.
+
+        See AsyncClient.resume.
+        """
+        return CompletionStream(self._loop, self._client.resume(session_id, offset, **options))
+
+    def cancel(self, session_id: str) -> None:
+        """End a session for good, whoever reads it; raises as `generate` does."""
+        self._loop.run(self._client.cancel(session_id))
+
+    def explain(self, request_id: str) -> RequestReport:
+        """Say where a request's time went, by the id of the request or of its session.
+
+        See AsyncClient.explain.
+        """
+        return self._loop.run(self._client.explain(request_id))
+
     def capabilities(self) -> Capabilities:
-        """What this cluster accepts; see AsyncClient.capabilities."""
+        """Say what this cluster accepts; raises as `generate` does."""
         return self._loop.run(self._client.capabilities())
 
 
@@ -143,6 +200,11 @@ class CompletionStream:
     def started(self) -> Started | None:
         """The stream's first event with seed and session, or None before it came."""
         return self._stream.started
+
+    @property
+    def resume_token(self) -> ResumeToken | None:
+        """Where to go on with the stream after what was read so far, or None before it started."""
+        return self._stream.resume_token
 
     @property
     def completion(self) -> Completion:

@@ -1,22 +1,16 @@
-"""A router without models: it speaks the real protocol and does what a test scripts.
+"""The SDK's fake router with scripts that make every event by themselves.
 
-Runs on a thread of its own, so that tests with and without an event loop can call it. By default
-every request is answered by tokens that depend on its input and seed alone, in groups of three
-when it may be speculated on.
+By default every request is answered by tokens that depend on its input and seed alone, in groups of
+three when it may be speculated on.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import grpc.aio
-
-from specinfer.convert import capabilities_to_wire, event_to_wire, request_from_wire
+from specinfer import testing
 from specinfer.errors import SpecinferError
 from specinfer.messages import (
     Capabilities,
@@ -30,11 +24,7 @@ from specinfer.messages import (
     TokensEvent,
     Usage,
 )
-from specinfer.server import build_server
-from specinfer.sync_client import LoopThread
-from specinfer.v1 import router_pb2, router_pb2_grpc
 
-SERVICE = "specinfer.v1.GenerationService"
 VOCABULARY = 997
 RANDOM_SEED = 4242
 GROUP = 3
@@ -44,22 +34,7 @@ Script = Callable[[GenerateRequest, int], AsyncIterator[GenerateEvent]]
 
 def capabilities(*, chat: bool = True) -> Capabilities:
     """What the fake says of itself."""
-    return Capabilities(
-        model="fake",
-        model_hash="a" * 64,
-        tokenizer_hash="b" * 64,
-        vocab_size=VOCABULARY,
-        dtype="float32",
-        max_model_len=512,
-        max_tree_nodes=64,
-        row_invariant=True,
-        acceptance_rules=("match",),
-        lossless=True,
-        num_drafters=1,
-        num_verifiers=1,
-        chat=chat,
-        version="0",
-    )
+    return testing.fake_capabilities(vocab_size=VOCABULARY, max_model_len=512, chat=chat)
 
 
 def fake_tokens(request: GenerateRequest, count: int) -> list[int]:
@@ -108,59 +83,32 @@ async def answer(request: GenerateRequest, attempt: int) -> AsyncIterator[Genera
     yield finished_event(len(token_ids), len(starts))
 
 
-class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
-    """The servicer, and what it saw.
+class FakeRouter(testing.FakeRouter):
+    """The SDK's fake, with a script that makes every event by itself.
 
     Attributes:
         script: events for a request and the number of its call, from 1.
-        requests: every request, in order of arrival.
-        metadata: its metadata.
-        cancelled: set once a caller has left a stream early.
-        address: where it listens.
+        failures: errors of the next calls for capabilities, in order.
     """
 
     def __init__(self, script: Script = answer, capabilities: Capabilities | None = None) -> None:
+        super().__init__(capabilities=capabilities)
         self.script = script
-        self.capabilities = capabilities
-        self.requests: list[GenerateRequest] = []
-        self.metadata: list[dict[str, str]] = []
         self.failures: list[SpecinferError] = []
-        self.cancelled = threading.Event()
-        self.address = ""
 
-    async def Generate(
-        self, request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        self.requests.append(request_from_wire(request))
-        self.metadata.append({str(k): str(v) for k, v in context.invocation_metadata() or ()})
-        attempt = int(self.metadata[-1].get("x-attempt", "0"))
-        try:
-            async for event in self.script(self.requests[-1], attempt):
-                yield event_to_wire(event)
-        except (asyncio.CancelledError, GeneratorExit):
-            self.cancelled.set()
-            raise
+    async def events(self, request: GenerateRequest) -> AsyncIterator[GenerateEvent]:
+        calls = [one.request_id for one in self.requests].count(request.request_id)
+        async for event in self.script(request, calls):
+            yield event
 
-    async def GetCapabilities(self, request: Any, context: Any) -> Any:
+    async def tell_capabilities(self) -> Capabilities:
         if self.failures:
             raise self.failures.pop(0)
-        return capabilities_to_wire(self.capabilities or capabilities())
+        return self.capabilities or capabilities()
 
 
 @contextmanager
 def running(router: FakeRouter) -> Iterator[FakeRouter]:
     """Serve on a free port until the block ends."""
-    loop = LoopThread()
-
-    async def start() -> Any:
-        server = build_server("127.0.0.1:0", [SERVICE])
-        router_pb2_grpc.add_GenerationServiceServicer_to_server(router, server.server)
-        await server.start()
-        return server
-
-    server = loop.run(start())
-    router.address = f"127.0.0.1:{server.port}"
-    try:
+    with router:
         yield router
-    finally:
-        loop.stop(server.drain(0))

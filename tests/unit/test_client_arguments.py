@@ -75,7 +75,7 @@ async def test_bad_arguments_are_named_without_a_network(
     assert caught.value.field == field
     with pytest.raises(InvalidRequest):
         await client.generate(**arguments)
-    assert client._channel is None
+    assert not client._connection.opened
     await client.close()
 
 
