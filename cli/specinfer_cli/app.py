@@ -11,6 +11,7 @@ from specinfer_cli.bench import bench
 from specinfer_cli.chat import chat
 from specinfer_cli.explain import explain
 from specinfer_cli.generate import generate
+from specinfer_cli.keys import app as keys
 from specinfer_cli.lossless import lossless
 from specinfer_cli.services import PASS_ON, draft, router, verify
 from specinfer_cli.up import up
@@ -43,5 +44,6 @@ def _options(version: _Version = False) -> None:
 
 for _command in (up, generate, chat, explain, lossless, bench):
     app.command()(_command)
+app.add_typer(keys, name="keys")
 for _service in (router, draft, verify):
     app.command(rich_help_panel="Services, for hand use", **PASS_ON)(_service)

@@ -45,6 +45,7 @@ class ClusterSettings:
         grpc_address: where the router listens; port 0 takes a free one.
         gateway_address: where it answers health and metrics over HTTP.
         dtype: number format of the target and the drafter.
+        keys: file of API keys, "redis" for those in `redis`, or "" to ask for none.
         insecure_bind: let the router listen beyond this machine, without TLS.
         num_threads: compute threads of each worker; None shares the cores of this process out among
             the verify workers and gives each drafter one, since drafters are small.
@@ -64,6 +65,7 @@ class ClusterSettings:
     redis: str | None = None
     grpc_address: str = "127.0.0.1:0"
     gateway_address: str = "127.0.0.1:0"
+    keys: str = ""
     insecure_bind: bool = False
     dtype: str = "float32"
     num_threads: int | None = None
@@ -223,6 +225,8 @@ def _router_flags(
         flags += ["--verify", address]
     for address in drafters:
         flags += ["--draft", address]
+    if settings.keys:
+        flags += ["--keys", settings.keys]
     if settings.insecure_bind:
         flags.append("--insecure-bind")
     return flags

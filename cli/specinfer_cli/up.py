@@ -10,6 +10,7 @@ import typer
 from rich.panel import Panel
 
 from specinfer import Capabilities, Client
+from specinfer.errors import Unauthenticated
 from specinfer_cli import arguments
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster, stop_signals
 from specinfer_cli.console import friendly, import_extra, messages, output, print_json
@@ -40,6 +41,12 @@ _Threads = Annotated[
         "out among the verify workers, and 1 for each draft worker.",
     ),
 ]
+_Keys = Annotated[
+    str,
+    typer.Option(
+        "--keys", metavar="FILE", help="Ask for API keys: those of this file, or 'redis'."
+    ),
+]
 _InsecureBind = Annotated[
     bool,
     typer.Option(
@@ -63,6 +70,7 @@ def up(
     redis: _Redis = None,
     grpc: _Grpc = arguments.DEFAULT_ADDRESS,
     gateway: _Gateway = "127.0.0.1:8000",
+    keys: _Keys = "",
     insecure_bind: _InsecureBind = False,
     dtype: arguments.Dtype = "float32",
     threads: _Threads = None,
@@ -85,6 +93,7 @@ def up(
         redis=redis,
         grpc_address=grpc,
         gateway_address=gateway,
+        keys=keys,
         insecure_bind=insecure_bind,
         dtype=dtype,
         num_threads=threads,
@@ -100,8 +109,7 @@ def up(
 
 
 def _announce(cluster: RunningCluster, *, json: bool) -> None:
-    with Client(cluster.router, timeout=CAPABILITY_TIMEOUT_SECONDS) as client:
-        capabilities = client.capabilities()
+    capabilities = _capabilities(cluster)
     if json:
         print_json(_facts(cluster, capabilities))
         return
@@ -110,8 +118,7 @@ def _announce(cluster: RunningCluster, *, json: bool) -> None:
         f"gRPC      {cluster.router}",
         f"health    http://{cluster.gateway}/health/ready",
         f"metrics   http://{cluster.gateway}/metrics",
-        f"model     {capabilities.model}, {capabilities.dtype}, "
-        f"{capabilities.max_model_len} tokens",
+        f"model     {_model_text(capabilities)}",
         f"workers   {workers}",
         "",
         f'try       specinfer generate "What does textwrap.dedent do?" --router {cluster.router}',
@@ -120,15 +127,30 @@ def _announce(cluster: RunningCluster, *, json: bool) -> None:
     output().print(Panel("\n".join(rows), title="specinfer is up", expand=False))
 
 
-def _facts(cluster: RunningCluster, capabilities: Capabilities) -> dict[str, Any]:
+def _capabilities(cluster: RunningCluster) -> Capabilities | None:
+    """What the cluster says of itself, or None when it asks for a key first."""
+    with Client(cluster.router, timeout=CAPABILITY_TIMEOUT_SECONDS) as client:
+        try:
+            return client.capabilities()
+        except Unauthenticated:
+            return None
+
+
+def _model_text(capabilities: Capabilities | None) -> str:
+    if capabilities is None:
+        return "told to those with an API key"
+    return f"{capabilities.model}, {capabilities.dtype}, {capabilities.max_model_len} tokens"
+
+
+def _facts(cluster: RunningCluster, capabilities: Capabilities | None) -> dict[str, Any]:
     return {
         "router": cluster.router,
         "gateway": cluster.gateway,
         "verifiers": list(cluster.verifiers),
         "drafters": list(cluster.drafters),
-        "model": capabilities.model,
-        "model_hash": capabilities.model_hash,
-        "dtype": capabilities.dtype,
+        "model": capabilities.model if capabilities else None,
+        "model_hash": capabilities.model_hash if capabilities else None,
+        "dtype": capabilities.dtype if capabilities else None,
         "launcher_pid": os.getpid(),
         "pids": {child.name: child.process.pid for child in cluster.children},
     }

@@ -31,18 +31,21 @@ class KeyFile:
         return await asyncio.to_thread(self._version)
 
     async def load(self) -> dict[str, KeyRecord]:
-        """All keys by id; raises InvalidRequest."""
-        return await asyncio.to_thread(self.read)
+        """All keys by id; raises InvalidRequest for a line that is no key."""
+        return await asyncio.to_thread(self._read)
 
     async def close(self) -> None:
         """There is nothing to give up."""
 
-    def read(self) -> dict[str, KeyRecord]:
-        """All keys by id.
+    async def add(self, record: KeyRecord) -> None:
+        """Keep one more key; the file is made when there is none."""
+        await asyncio.to_thread(self._add, record)
 
-        Raises:
-            InvalidRequest: the file cannot be read, or a line of it is no key.
-        """
+    async def remove(self, key_id: str) -> None:
+        """Forget a key; raises NotFound."""
+        await asyncio.to_thread(self._remove, key_id)
+
+    def _read(self) -> dict[str, KeyRecord]:
         try:
             if self._path.stat().st_size > MAX_FILE_BYTES:
                 raise InvalidRequest(f"{self._path} is too large for keys", field="keys")
@@ -57,16 +60,14 @@ class KeyFile:
             }
         )
 
-    def add(self, record: KeyRecord) -> None:
-        """Keep one more key; the file is made when there is none."""
+    def _add(self, record: KeyRecord) -> None:
         with self._alone():
-            records = self.read() if self._path.exists() else {}
+            records = self._read() if self._path.exists() else {}
             self._write({**records, record.key_id: record})
 
-    def remove(self, key_id: str) -> None:
-        """Forget a key; raises NotFound."""
+    def _remove(self, key_id: str) -> None:
         with self._alone():
-            records = self.read()
+            records = self._read()
             if key_id not in records:
                 raise NotFound(f"{self._path} has no key {key_id}", field="key_id")
             del records[key_id]

@@ -1,0 +1,162 @@
+"""`specinfer keys`: make, list and revoke API keys, in a file or in the routers' Redis.
+
+A key is shown once, when it is made; what is kept cannot be turned back into it. This module knows
+nothing of how routers use keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar
+
+import typer
+from rich.table import Table
+
+from specinfer.errors import InvalidRequest
+from specinfer_cli import arguments
+from specinfer_cli.console import friendly, import_extra, messages, output, print_json, write
+from specinfer_router.access import KeyLimits
+from specinfer_router.keys.file import KeyFile
+from specinfer_router.keys.record import KeyRecord, new_key, parse_time
+
+app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+
+_Result = TypeVar("_Result")
+
+_File = Annotated[
+    Path | None, typer.Option("--file", metavar="FILE", help="Keys are kept in this file.")
+]
+_Redis = Annotated[
+    str | None,
+    typer.Option(
+        "--redis",
+        metavar="URL",
+        envvar="SPECINFER_ROUTER_REDIS",
+        help="Keys are kept in this Redis, for all routers that use it.",
+    ),
+]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="What people call the key.")]
+_KeyId = Annotated[str, typer.Argument(metavar="ID", help="Id of the key, the part after sk-.")]
+_Streams = Annotated[
+    int | None, typer.Option("--max-streams", min=1, help="Requests in progress or waiting.")
+]
+_Requests = Annotated[
+    int | None, typer.Option("--requests-per-minute", min=1, help="Requests begun.")
+]
+_Tokens = Annotated[
+    int | None,
+    typer.Option("--tokens-per-minute", min=1, help="Tokens of prompts and completions."),
+]
+_Priority = Annotated[
+    int, typer.Option("--max-priority", help="Highest priority that requests may ask for.")
+]
+_Expires = Annotated[
+    str | None,
+    typer.Option("--expires", metavar="TIME", help="Date or time in ISO 8601, UTC by default."),
+]
+
+
+class _Keys(Protocol):
+    async def load(self) -> dict[str, KeyRecord]: ...
+    async def add(self, record: KeyRecord) -> None: ...
+    async def remove(self, key_id: str) -> None: ...
+    async def close(self) -> None: ...
+
+
+@app.command()
+@friendly
+def create(
+    name: _Name,
+    file: _File = None,
+    redis: _Redis = None,
+    max_streams: _Streams = None,
+    requests_per_minute: _Requests = None,
+    tokens_per_minute: _Tokens = None,
+    max_priority: _Priority = 0,
+    expires: _Expires = None,
+    json: arguments.Json = False,
+) -> None:
+    """Make a key and print it, the only time that it is shown.
+
+    Limits that are not given are not set; every router counts them by itself.
+    """
+    key, record = new_key(
+        name,
+        limits=KeyLimits(max_streams, requests_per_minute, tokens_per_minute, max_priority),
+        now=datetime.now(UTC),
+        expires=None if expires is None else parse_time(expires, "expires"),
+    )
+    _with_keys(file, redis, lambda keys: keys.add(record))
+    if json:
+        print_json({"key": key, **_facts(record)})
+        return
+    write(key + "\n")
+    messages().print("This key is shown once. What is kept is its hash.", style="dim")
+
+
+@app.command("list")
+@friendly
+def list_keys(file: _File = None, redis: _Redis = None, json: arguments.Json = False) -> None:
+    """Show all keys, without their secrets."""
+    records = _with_keys(file, redis, lambda keys: keys.load()).values()
+    if json:
+        print_json([_facts(record) for record in records])
+        return
+    table = Table("id", "name", "created", "expires", "limits", box=None, pad_edge=False)
+    for record in sorted(records, key=lambda record: record.created):
+        table.add_row(
+            record.key_id,
+            record.name,
+            f"{record.created:%Y-%m-%d}",
+            f"{record.expires:%Y-%m-%d %H:%M%z}" if record.expires else "never",
+            _limits_text(record.limits),
+        )
+    output().print(table)
+
+
+@app.command()
+@friendly
+def revoke(key_id: _KeyId, file: _File = None, redis: _Redis = None) -> None:
+    """Forget a key; running routers refuse it a second later."""
+    _with_keys(file, redis, lambda keys: keys.remove(key_id))
+    messages().print(f"key {key_id} is revoked", markup=False)
+
+
+def _open(file: Path | None, redis: str | None) -> _Keys:
+    if file is not None:
+        return KeyFile(file)
+    if not redis:
+        raise InvalidRequest("say where keys are kept: --file FILE or --redis URL", field="file")
+    keys: _Keys = import_extra("specinfer_router.keys.redis_keys").RedisKeys(redis)
+    return keys
+
+
+def _with_keys(
+    file: Path | None, redis: str | None, use: Callable[[_Keys], Awaitable[_Result]]
+) -> _Result:
+    async def used() -> _Result:
+        keys = _open(file, redis)
+        try:
+            return await use(keys)
+        finally:
+            await keys.close()
+
+    return asyncio.run(used())
+
+
+def _facts(record: KeyRecord) -> dict[str, Any]:
+    return {
+        "id": record.key_id,
+        "name": record.name,
+        "created": record.created.isoformat(),
+        "expires": record.expires.isoformat() if record.expires else None,
+        "limits": asdict(record.limits),
+    }
+
+
+def _limits_text(limits: KeyLimits) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(limits).items() if value) or "none"
