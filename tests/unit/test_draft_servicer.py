@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import grpc.aio
 import pytest
@@ -14,134 +11,35 @@ from torch import Tensor
 
 from specinfer.convert import (
     draft_result_from_wire,
-    grammar_to_wire,
-    sampling_to_wire,
-    status_error,
     worker_info_from_wire,
 )
-from specinfer.errors import InternalError, InvalidRequest, NotFound, Unavailable
-from specinfer.grammar import GrammarChecker
-from specinfer.messages import Grammar, ShapeQuery, WorkerInfo
-from specinfer.rpc import open_channel
+from specinfer.errors import InternalError, InvalidRequest, Unavailable
+from specinfer.messages import ShapeQuery
 from specinfer.sampling import SamplingParams
-from specinfer.server import RpcServer, build_server
 from specinfer.tree import TokenTree
-from specinfer.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
+from specinfer.v1 import draft_pb2, tree_pb2
 from specinfer_draft.engine import DraftEngine
-from specinfer_draft.servicer import SERVICE_NAME, DraftServicer
 from specinfer_engine.batch import SequenceRows
-from tests.kit.draft_driver import GREEDY, Bench, table_drafter
-from tests.kit.grammars import HeldCompiler, token_ids_of
+from tests.kit.draft_driver import GREEDY, table_drafter
+from tests.kit.draft_service import (
+    CHAIN,
+    INFO,
+    PROMPT,
+    TIMEOUT,
+    Service,
+    opening,
+    proposing,
+    receive,
+    send,
+    served_drafter,
+)
 from tests.kit.stream_ends import StreamEnds
-from tests.kit.table_models import TableModel, TableRunner
-
-TIMEOUT = 20.0
-PROMPT = (1, 2, 3)
-LETTERS = ("<|end|>", *"abcdefghij")
-CHAIN = ShapeQuery(max_nodes=4, max_depth=4, widths=(1, 1, 1, 1))
-INFO = WorkerInfo("draft-1", "tiny", "h", "t", 11, "float32", "cpu", 200, 256, 32, 64, 4, True)
-
-Stream = grpc.aio.StreamStreamCall[Any, Any]
-
-
-class GatedRunner(TableRunner):
-    """Computes only while its gate is open."""
-
-    def __init__(self, model: TableModel, num_blocks: int, block_size: int) -> None:
-        super().__init__(model, num_blocks, block_size)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Event()
-
-    def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
-        self.entered.set()
-        assert self.gate.wait(TIMEOUT)
-        return super().forward(rows)
-
-
-@dataclass
-class Service:
-    """A served engine and a channel to it."""
-
-    bench: Bench
-    runner: GatedRunner
-    engine: DraftEngine
-    server: RpcServer
-    stub: Any
-    compiler: HeldCompiler
-
-    def stream(self) -> Stream:
-        call: Stream = self.stub.Draft()
-        return call
 
 
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
-    bench = table_drafter(make_runner=GatedRunner)
-    assert isinstance(bench.runner, GatedRunner)
-    engine = DraftEngine(bench.drafter, bench.blocks, clock=bench.clock, max_pending=64)
-    server = build_server("127.0.0.1:0", [SERVICE_NAME])
-    compiler = HeldCompiler(LETTERS)
-    compiler.gate.set()
-    servicer = DraftServicer(engine, INFO, GrammarChecker(compiler))
-    draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server.server)
-    engine.start()
-    await server.start()
-    async with open_channel(f"127.0.0.1:{server.port}") as channel:
-        stub = draft_pb2_grpc.DraftServiceStub(channel)
-        yield Service(bench, bench.runner, engine, server, stub, compiler)
-    bench.runner.gate.set()
-    compiler.gate.set()
-    await server.drain(0)
-    await asyncio.to_thread(engine.stop)
-
-
-def opening(
-    item_id: int,
-    session_id: str = "a",
-    sampling: SamplingParams = GREEDY,
-    grammar: Grammar | None = None,
-) -> draft_pb2.DraftItem:
-    start = draft_pb2.OpenDraft(
-        token_ids=PROMPT, sampling=sampling_to_wire(sampling), grammar=grammar_to_wire(grammar)
-    )
-    return draft_pb2.DraftItem(item_id=item_id, session_id=session_id, open=start)
-
-
-def proposing(
-    item_id: int,
-    session_id: str = "a",
-    *,
-    known_len: int = 3,
-    new: Sequence[int] = (),
-    epoch: int = 0,
-    shape: ShapeQuery = CHAIN,
-    deadline_seconds: float = 0.0,
-) -> draft_pb2.DraftItem:
-    query = draft_pb2.ShapeQuery(
-        max_nodes=shape.max_nodes, max_depth=shape.max_depth, widths=shape.widths
-    )
-    propose = draft_pb2.ProposeTree(
-        known_len=known_len, new_token_ids=new, shape=query, deadline_seconds=deadline_seconds
-    )
-    return draft_pb2.DraftItem(item_id=item_id, session_id=session_id, epoch=epoch, propose=propose)
-
-
-async def send(stream: Stream, *items: draft_pb2.DraftItem) -> None:
-    await stream.write(draft_pb2.DraftRequest(items=items))
-
-
-async def receive(stream: Stream, count: int) -> dict[int, draft_pb2.DraftItemResult]:
-    """Results of `count` items by item id, each exactly once."""
-    results: dict[int, draft_pb2.DraftItemResult] = {}
-    async with asyncio.timeout(TIMEOUT):
-        while len(results) < count:
-            frame = await stream.read()
-            assert isinstance(frame, draft_pb2.DraftResponse)
-            for result in frame.results:
-                assert result.item_id not in results
-                results[result.item_id] = result
-    return results
+    async with served_drafter() as served:
+        yield served
 
 
 def expected(service: Service, tokens: Sequence[int] = PROMPT) -> TokenTree:
@@ -364,69 +262,3 @@ async def test_a_session_opened_later_counts_its_output_as_output(service: Servi
         trees.append(draft_result_from_wire(results[2]).tree.token_ids)
     assert trees[0] == fresh.token_ids
     assert trees[0] != trees[1] == trees[2]
-
-
-async def test_a_tree_stays_within_the_sessions_grammar(service: Service) -> None:
-    stream = service.stream()
-    grammar = Grammar("regex", "([bd][aceg]){8}")
-    await send(stream, opening(1, grammar=grammar), proposing(2))
-    results = await receive(stream, 2)
-    assert not results[1].status.code
-    tree = draft_result_from_wire(results[2]).tree
-    assert tree.max_depth == 4
-    state = service.compiler.compile(grammar).start()
-    for node in range(1, len(tree)):
-        *before, token_id = tree.path_token_ids(node)[1:]
-        assert token_id in (token_ids_of(state.mask_after(before)) or [])
-    assert tree != expected(service)
-    await stream.done_writing()
-
-
-async def test_a_bad_grammar_is_answered_by_its_name(service: Service) -> None:
-    stream = service.stream()
-    await send(stream, opening(1, grammar=Grammar("regex", "(a")), proposing(2), opening(3, "b"))
-    results = await receive(stream, 3)
-    error = status_error(results[1].status)
-    assert isinstance(error, InvalidRequest)
-    assert "unclosed" in error.message
-    assert isinstance(status_error(results[2].status), NotFound)
-    assert not results[3].status.code
-    await stream.done_writing()
-
-
-async def test_a_slow_grammar_holds_up_its_own_session_alone(service: Service) -> None:
-    service.compiler.gate.clear()
-    stream, grammar = service.stream(), Grammar("regex", "[bd]{9}")
-    slow = (opening(1, "slow", grammar=grammar), proposing(2, "slow"))
-    await send(stream, *slow, opening(3, "b"), proposing(4, "b"))
-    assert set(await receive(stream, 2)) == {3, 4}
-    await stream.done_writing()  # what was sent is answered all the same
-    service.compiler.gate.set()
-    results = await receive(stream, 2)
-    assert not results[1].status.code
-    assert draft_result_from_wire(results[2]).tree.max_depth == 4
-    assert await stream.read() == grpc.aio.EOF
-
-
-async def test_a_stream_that_ends_meanwhile_opens_nothing(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service.compiler.gate.clear()
-    opened: list[str] = []
-    real = service.engine.open
-
-    def noted(session_id: str, *arguments: Any, **options: Any) -> Any:
-        opened.append(session_id)
-        return real(session_id, *arguments, **options)
-
-    monkeypatch.setattr(service.engine, "open", noted)
-    stream = service.stream()
-    await send(stream, opening(1, "left", grammar=Grammar("regex", "b+")), opening(2, "b"))
-    assert set(await receive(stream, 1)) == {2}
-    stream.cancel()
-    other = service.stream()
-    service.compiler.gate.set()
-    await send(other, opening(1, "c", grammar=Grammar("regex", "b+")))
-    assert not (await receive(other, 1))[1].status.code
-    assert opened == ["b", "c"]
-    await other.done_writing()

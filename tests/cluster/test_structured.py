@@ -1,0 +1,100 @@
+"""Through the whole cluster: JSON that its schema allows, equal with speculation on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from specinfer import AsyncClient, Completion
+from specinfer.errors import InvalidRequest
+from specinfer.messages import Grammar, SpeculationSummary, Usage
+from specinfer_bench.structured import SCHEMAS, all_cases, run_cases, what_is_wrong
+from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_settings: ClusterSettings) -> Iterator[RunningCluster]:
+    with running_cluster(tiny_settings) as running:
+        yield running
+
+
+async def test_every_schema_is_met_and_speculation_changes_no_token(
+    cluster: RunningCluster,
+) -> None:
+    async with AsyncClient(cluster.router) as client:
+        findings = await run_cases(client, all_cases(3 * len(SCHEMAS)), concurrency=6)
+    assert findings.failures == []
+    assert findings.clean
+    assert findings.num_valid == findings.num_equal == 24
+    assert set(findings.valid_by_schema) == set(SCHEMAS)
+    assert findings.num_accepted_tokens > 24
+
+
+@pytest.mark.parametrize(
+    ("grammar", "allowed"),
+    [
+        (Grammar("choice", '["yes", "no", "maybe so"]'), ("yes", "no", "maybe so")),
+        (Grammar("regex", "(ab|cd){2}"), ("abab", "abcd", "cdab", "cdcd")),
+        (Grammar("lark", 'start: "<" ("x" | "y") ">"'), ("<x>", "<y>")),
+    ],
+)
+async def test_the_other_kinds_hold_too(
+    grammar: Grammar, allowed: tuple[str, ...], cluster: RunningCluster
+) -> None:
+    seen = set()
+    async with AsyncClient(cluster.router) as client:
+        for seed in range(6):
+            runs = [
+                await client.generate(
+                    "Well?", grammar=grammar, temperature=1.5, seed=seed, speculation=on
+                )
+                for on in (True, False)
+            ]
+            assert runs[0].token_ids == runs[1].token_ids
+            assert runs[0].text in allowed
+            assert runs[0].finish_reason == "stop"
+            seen.add(runs[0].text)
+    assert len(seen) > 1, "the model chooses"
+
+
+async def test_a_bad_grammar_and_one_that_never_ends_are_refused_at_once(
+    cluster: RunningCluster,
+) -> None:
+    async with AsyncClient(cluster.router) as client:
+        with pytest.raises(InvalidRequest, match="grammar") as caught:
+            await client.generate("x", grammar=Grammar("regex", "(a"))
+        assert caught.value.field == "grammar"
+        with pytest.raises(InvalidRequest) as caught:
+            await client.generate("x", grammar=Grammar("json_object"), ignore_eos=True)
+        assert caught.value.field == "ignore_eos"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "wrong"),
+    [
+        ('{"topic": "files", "certain": true}', "stop", ""),
+        ('{"topic": "files"}', "stop", "required"),
+        ('{"topic": "maths", "certain": true}', "stop", "not one of"),
+        ('{"topic": "files", "cer', "stop", "not JSON"),
+        ('{"topic": "files", "certain": true}', "length", "ended by length"),
+    ],
+)
+def test_the_judge_sees_what_is_wrong(text: str, reason: str, wrong: str) -> None:
+    completion = Completion(
+        text=text,
+        token_ids=(),
+        finish_reason=reason,
+        stop_match="",
+        seed=0,
+        request_id="r",
+        session_id="s",
+        model="m",
+        usage=Usage(),
+        speculation=SpeculationSummary(),
+        logprobs=(),
+        rounds=(),
+    )
+    found = what_is_wrong(SCHEMAS["enums"][1], completion)
+    assert wrong in found
+    assert bool(found) == bool(wrong)
