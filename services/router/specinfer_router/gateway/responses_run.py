@@ -1,0 +1,180 @@
+"""Runs of responses: a stream of the router written as a response and kept in the store.
+
+Those in the background go on without a reader, in tasks that one object owns. This module knows
+nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from specinfer.errors import InternalError, NotFound, ResourceExhausted, SpecinferError
+from specinfer.messages import Finished, GenerateEvent, Started
+from specinfer_router.access import Caller
+from specinfer_router.gateway.responses_request import CreateBody, response_plan
+from specinfer_router.gateway.responses_store import ResponseStore, StoredResponse
+from specinfer_router.gateway.responses_writer import ResponseWriter
+from specinfer_router.router import Router
+
+log = logging.getLogger(__name__)
+
+Events = AsyncGenerator[dict[str, Any], None]
+
+
+async def written(
+    router: Router,
+    stream: AsyncGenerator[GenerateEvent, None],
+    stored: StoredResponse,
+    *,
+    after: int = -1,
+    keep: ResponseStore | None = None,
+) -> Events:
+    """The events of a response; the last one carries it complete.
+
+    Args:
+        router: for its tokenizer and store.
+        stream: from the completion's first token on; closed at the end.
+        stored: what is known so far.
+        after: events with this sequence number and lower ones are left out.
+        keep: where to put the response when it begins and ends, or None.
+
+    Raises:
+        SpecinferError: whatever the stream raises; one that no retry mends is kept as a failed
+            response before.
+    """
+    async with aclosing(stream) as events:
+        started = await anext(events)
+        assert isinstance(started, Started)
+        stored = replace(
+            stored,
+            session_id=started.session_id,
+            response=stored.response | {"model": started.model},
+        )
+        writer = await _writer(router, stored, after)
+        if keep is not None and after < 0:
+            await keep.put(stored)
+        for out in writer.begin():
+            yield out
+        try:
+            async for event in events:
+                if isinstance(event, Finished):
+                    last = writer.finish(event)
+                    if keep is not None:
+                        await keep.end(replace(stored, response=writer.response))
+                    for out in last:
+                        yield out
+                    return
+                assert not isinstance(event, Started)
+                for out in writer.take(event):
+                    yield out
+        except SpecinferError as error:
+            known = stored.response["error"]
+            if error.retryable and known is None:
+                raise
+            last = writer.fail(known["message"] if known else error.message)
+            if keep is not None:
+                await keep.end(replace(stored, response=writer.response))
+            for out in last:
+                yield out
+
+
+async def _writer(router: Router, stored: StoredResponse, after: int) -> ResponseWriter:
+    """A writer at the start of a response, wherever its events were left."""
+    tokenizer = router.tokenizer
+    record = await router.store.load(stored.session_id)
+    body = CreateBody.model_validate(stored.request)
+    return ResponseWriter(
+        stored.response,
+        response_plan(body, tokenizer.chat_template),
+        vocabulary=tokenizer.vocabulary,
+        detokenizer=tokenizer.vocabulary.detokenizer(
+            record.token_ids[: record.terms.num_prompt_tokens]
+        ),
+        eos_token_ids=tokenizer.eos_token_ids,
+        after=after,
+    )
+
+
+def failure_of(event: dict[str, Any]) -> SpecinferError | None:
+    """The error that a response's last event tells of, or None."""
+    if event["type"] != "response.failed":
+        return None
+    return InternalError(event["response"]["error"]["message"])
+
+
+class BackgroundRuns:
+    """Owns the responses that run without a reader, a bounded number of them."""
+
+    def __init__(self, max_runs: int = 256) -> None:
+        self._max_runs = max_runs
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def start(self, events: Events) -> dict[str, Any]:
+        """Run a response to its end; returns its first event.
+
+        Raises:
+            ResourceExhausted: too many run already.
+            SpecinferError: the response could not begin.
+        """
+        if len(self._tasks) >= self._max_runs:
+            await events.aclose()
+            raise ResourceExhausted(
+                f"{self._max_runs} responses run in the background; try again later",
+                retry_after=1.0,
+            )
+        begun: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(_run(events, begun), name="background response")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await begun
+        except asyncio.CancelledError:
+            # Nobody has learnt its id, so nobody could ever ask for it.
+            task.cancel()
+            raise
+
+    async def close(self) -> None:
+        """Give all of them up; each can be resumed."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _run(events: Events, begun: asyncio.Future[dict[str, Any]]) -> None:
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if not begun.done():
+                    begun.set_result(event)
+    except SpecinferError as error:
+        if not begun.done():
+            begun.set_exception(error)
+        else:
+            log.warning("a response in the background broke", extra={"reason": error.reason})
+    except Exception as error:  # it must reach whoever waits, or the log
+        if begun.done():
+            log.exception("a response in the background failed")
+        else:
+            begun.set_exception(error)
+
+
+async def cancel_run(
+    router: Router, stored: StoredResponse, caller: Caller, keep: ResponseStore
+) -> StoredResponse:
+    """End a response wherever it runs; one that has ended stays as it is."""
+    if not stored.running:
+        return stored
+    with contextlib.suppress(NotFound):
+        await router.cancel(stored.session_id, caller)
+    cancelled = replace(stored, response=stored.response | {"status": "cancelled"})
+    await keep.put(cancelled)
+    return cancelled
