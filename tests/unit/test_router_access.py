@@ -172,7 +172,7 @@ async def until_status(client: httpx.AsyncClient, status: int, headers: dict[str
     """Ask until the answer is this one; the keys are looked at every second."""
     async with asyncio.timeout(20):
         while (await client.get("/v1/models", headers=headers)).status_code != status:
-            continue
+            pass
 
 
 async def test_a_process_asks_for_keys_and_drains_http_streams(tmp_path: Path) -> None:

@@ -2,111 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from specinfer.errors import (
     DeadlineExceeded,
     InvalidRequest,
     PermissionDenied,
     ResourceExhausted,
-    SpecinferError,
     Unavailable,
 )
-from specinfer_router.access import ANYBODY, Caller, KeyLimits
-from specinfer_router.admission import Admission, AdmissionLimits, Ticket
+from specinfer_router.access import ANYBODY, Caller
+from specinfer_router.admission import Admission, AdmissionLimits
 from specinfer_router.rates import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS
-
-
-@dataclass
-class Clock:
-    now: float = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def key(name: str, **limits: int) -> Caller:
-    return Caller(name, KeyLimits(**limits))
-
-
-async def settle() -> None:
-    """Let every task that can run do so; nothing here waits for time."""
-    for _ in range(6):
-        await asyncio.sleep(0)
-
-
-@dataclass
-class Request:
-    """One caller of the door, in its own task."""
-
-    admission: Admission
-    caller: Caller
-    priority: int = 0
-    ticket: Ticket | None = None
-    error: BaseException | None = None
-    go: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-
-    def start(self) -> Request:
-        self.task = asyncio.create_task(self._run())
-        return self
-
-    async def _run(self) -> None:
-        try:
-            async with self.admission.slot(self.caller, self.priority) as ticket:
-                self.ticket = ticket
-                await self.go.wait()
-        except (SpecinferError, asyncio.CancelledError) as error:
-            self.error = error
-
-    @property
-    def state(self) -> str:
-        if self.error is not None:
-            return "refused"
-        if self.ticket is None:
-            return "waiting"
-        return "ended" if self.go.is_set() else "running"
-
-    async def end(self) -> None:
-        self.go.set()
-        assert self.task is not None
-        await self.task
-        await settle()
-
-    async def cancel(self) -> None:
-        assert self.task is not None
-        self.task.cancel()
-        await self.task
-        await settle()
-
-
-async def begin(admission: Admission, caller: Caller = ANYBODY, priority: int = 0) -> Request:
-    request = Request(admission, caller, priority).start()
-    await settle()
-    return request
-
-
-@asynccontextmanager
-async def door(
-    max_streams: int = 1, max_waiting: int = 8, kind: type[Admission] = Admission
-) -> AsyncIterator[tuple[Admission, Clock]]:
-    clock = Clock()
-    limits = AdmissionLimits(max_streams=max_streams, max_waiting=max_waiting)
-    yield kind(limits, clock=clock), clock
-
-
-def refusal(request: Request) -> ResourceExhausted:
-    assert isinstance(request.error, ResourceExhausted)
-    assert request.error.retry_after is not None
-    return request.error
+from tests.kit.door import begin, door, key, refusal, settle
 
 
 async def test_a_place_is_given_back_and_the_wait_is_told() -> None:
@@ -355,72 +263,3 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         with pytest.raises(InvalidRequest) as caught:
             AdmissionLimits(**{name: value})  # type: ignore[arg-type]
         assert caught.value.field == name
-
-
-ACTIONS = st.lists(
-    st.tuples(
-        st.sampled_from(("come", "end", "cancel")),
-        st.sampled_from(("a", "b", "c")),
-        st.integers(0, 2),
-        st.integers(0, 20),
-    ),
-    max_size=60,
-)
-
-
-def expected_next(waiting: list[Request], running: list[Request]) -> Callable[[Request], bool]:
-    """Whether a request may be the one that starts now."""
-    top = max(request.priority for request in waiting)
-    candidates = [request for request in waiting if request.priority == top]
-
-    def busy(request: Request) -> int:
-        return sum(other.caller.key_id == request.caller.key_id for other in running)
-
-    least = min(busy(request) for request in candidates)
-
-    def allowed(request: Request) -> bool:
-        mine = [other for other in candidates if other.caller.key_id == request.caller.key_id]
-        return request in candidates and busy(request) == least and mine[0] is request
-
-    return allowed
-
-
-@settings(max_examples=200, deadline=None)
-@given(actions=ACTIONS, max_streams=st.integers(1, 3), max_waiting=st.integers(0, 4))
-def test_bounds_and_order_hold_whatever_happens(
-    actions: list[tuple[str, str, int, int]], max_streams: int, max_waiting: int
-) -> None:
-    asyncio.run(_play(actions, max_streams, max_waiting))
-
-
-async def _play(
-    actions: list[tuple[str, str, int, int]], max_streams: int, max_waiting: int
-) -> None:
-    async with door(max_streams, max_waiting) as (admission, clock):
-        requests: list[Request] = []
-
-        def those(state: str) -> list[Request]:
-            return [request for request in requests if request.state == state]
-
-        for action, name, priority, pick in actions:
-            clock.now += 0.5
-            waiting, running = those("waiting"), those("running")
-            if action == "come":
-                requests.append(await begin(admission, key(name, max_priority=2), priority))
-            elif action == "end" and running:
-                ended = running.pop(pick % len(running))
-                allowed = expected_next(waiting, running) if waiting else None
-                await ended.end()
-                for request in those("running"):
-                    assert request in running or (allowed is not None and allowed(request))
-            elif action == "cancel" and waiting:
-                await waiting[pick % len(waiting)].cancel()
-            assert admission.num_running == len(those("running")) <= max_streams
-            assert admission.num_waiting == len(those("waiting")) <= max_waiting
-            # Nobody waits beside a free place.
-            assert not admission.num_waiting or admission.num_running == max_streams
-            for request in those("refused"):
-                assert isinstance(request.error, ResourceExhausted | asyncio.CancelledError)
-        while left := deque(those("running")):
-            await left[0].end()
-        assert (admission.num_running, admission.num_waiting, admission._queues) == (0, 0, {})
