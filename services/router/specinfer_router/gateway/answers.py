@@ -7,6 +7,7 @@ nothing of HTTP, nor of how a choice looks: a `ChoiceWriter` does.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -24,7 +25,7 @@ from specinfer.messages import (
 )
 from specinfer_router.gateway.choices import Stream, event_id, merged
 from specinfer_router.gateway.errors import renaming
-from specinfer_router.gateway.sse import ServerEvent
+from specinfer_router.gateway.sse import ServerEvent, encode_json
 from specinfer_router.gateway.usage import RoundCounts, metrics_of, usage_of, usage_so_far
 
 
@@ -122,19 +123,23 @@ class Answer:
         if self._options.include_usage:
             yield self._event({"choices": []} | self._summary())
 
-    async def body(self, streams: Sequence[Stream]) -> dict[str, Any]:
-        """The answer in one piece; raises SpecinferError, the streams' own."""
+    async def body(self, streams: Sequence[Stream]) -> bytes:
+        """The answer in one piece, as JSON; raises SpecinferError, the streams' own."""
         rounds: list[list[TokensEvent]] = [[] for _ in self._writers]
         async with aclosing(self._events(streams)) as events:
             async for index, event in events:
                 if isinstance(event, TokensEvent):
                     rounds[index].append(event)
+        # Long answers with logprobs take their time to write down.
+        return await asyncio.to_thread(self._whole, rounds)
+
+    def _whole(self, rounds: Sequence[Sequence[TokensEvent]]) -> bytes:
         choices = [
             {"index": index} | writer.whole(rounds[index], end)
             for index, (writer, end) in enumerate(zip(self._writers, self._ends(), strict=True))
         ]
         head = self._head | {"object": self._options.object}
-        return head | {"choices": choices} | self._summary()
+        return encode_json(head | {"choices": choices} | self._summary())
 
     async def _events(
         self, streams: Sequence[Stream]

@@ -61,6 +61,12 @@ def json_answer(request: Request, body: dict[str, Any]) -> JSONResponse:
     return JSONResponse(body, headers={REQUEST_ID_HEADER: request_id_of(request)})
 
 
+def encoded_answer(request: Request, content: bytes) -> Response:
+    """A body that is JSON already, with the call's id."""
+    headers = {REQUEST_ID_HEADER: request_id_of(request)}
+    return Response(content, media_type="application/json", headers=headers)
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
     """The result of `work`, which is cancelled at once when the caller leaves.
 

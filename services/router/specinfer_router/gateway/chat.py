@@ -15,13 +15,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from specinfer.errors import Unavailable
-from specinfer.messages import Finished, GenerateEvent, ResumeRequest, Started, TokensEvent
+from specinfer.messages import (
+    Finished,
+    GenerateEvent,
+    GenerateRequest,
+    ResumeRequest,
+    Started,
+    TokensEvent,
+)
 from specinfer_router.access import Caller
 from specinfer_router.gateway.answers import Answer, AnswerOptions
 from specinfer_router.gateway.body import parse_body
 from specinfer_router.gateway.calls import (
     caller_of,
-    json_answer,
+    encoded_answer,
     request_id_of,
     while_connected,
 )
@@ -67,16 +74,14 @@ def chat_handler(
     async def chat(request: Request) -> Response:
         body = await parse_body(request, ChatBody)
         router, caller, request_id = get_router(), caller_of(request), request_id_of(request)
-        with renaming(PARAMETERS):
-            # Schemas may be long, and writing them down takes its time.
-            plan = await asyncio.to_thread(tool_plan_of, body, router.tokenizer.chat_template)
-            requests = chat_requests(body, plan, request_id)
+        plan, requests = await _understood(body, router.tokenizer.chat_template, request_id)
         writers = [_ChatWriter(body, plan, router.tokenizer.vocabulary) for _ in requests]
         place = request.headers.get(LAST_EVENT_ID, "") if body.stream else ""
         answer = Answer(writers, _options(body, resumed=bool(place)), router.capabilities())
         if not body.stream:
             streams = new_streams(router, requests, caller)
-            return json_answer(request, await while_connected(request, answer.body(streams)))
+            content = await while_connected(request, answer.body(streams))
+            return encoded_answer(request, content)
         if place:
             places = places_of(place, len(requests), request_id)
             answer.start_at([each.offset for each in places])
@@ -86,6 +91,20 @@ def chat_handler(
         return EventStream(answer.stream(streams), request_id, settings=settings)
 
     return chat
+
+
+async def _understood(
+    body: ChatBody, template: str, request_id: str
+) -> tuple[ToolPlan, list[GenerateRequest]]:
+    def understand() -> tuple[ToolPlan, list[GenerateRequest]]:
+        with renaming(PARAMETERS):
+            plan = tool_plan_of(body, template)
+            return plan, chat_requests(body, plan, request_id)
+
+    if body.tools or body.response_format or body.structured_outputs:
+        # Schemas may be long, and writing them down takes its time.
+        return await asyncio.to_thread(understand)
+    return understand()
 
 
 def _options(body: ChatBody, *, resumed: bool) -> AnswerOptions:

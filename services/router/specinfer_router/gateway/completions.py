@@ -17,7 +17,7 @@ from specinfer_router.gateway.answers import Answer, AnswerOptions
 from specinfer_router.gateway.body import parse_body
 from specinfer_router.gateway.calls import (
     caller_of,
-    json_answer,
+    encoded_answer,
     request_id_of,
     while_connected,
 )
@@ -66,7 +66,8 @@ def completions_handler(
         answer = Answer(writers, _options(body, resumed=bool(place)), router.capabilities())
         if not body.stream:
             streams = new_streams(router, requests, caller)
-            return json_answer(request, await while_connected(request, answer.body(streams)))
+            content = await while_connected(request, answer.body(streams))
+            return encoded_answer(request, content)
         if place:
             places = places_of(place, len(requests), request_id)
             answer.start_at([each.offset for each in places])

@@ -14,6 +14,7 @@ from specinfer.messages import GenerateRequest
 from specinfer_router.gateway.fields import (
     GenerationFields,
     check_stream_options,
+    choice_id,
     grammar_of,
     priority_of,
     sampling_of,
@@ -71,7 +72,7 @@ def completion_requests(body: CompletionBody, request_id: str) -> list[GenerateR
             stop=stop_of(body, max_tokens),
             num_logprobs=body.logprobs,
             speculation=speculation_of(body),
-            request_id=request_id if number == 1 else f"{request_id}-{index}",
+            request_id=choice_id(request_id, index, number),
             grammar=grammar_of(body.structured_outputs),
             priority=priority_of(body, None),
             detail=bool(body.speculation and body.speculation.detail),

@@ -14,6 +14,7 @@ from pydantic import Field
 from specinfer.errors import InvalidRequest
 from specinfer.messages import Grammar, SpeculationOptions
 from specinfer.sampling import MAX_SEED, SamplingParams, StopConditions
+from specinfer_router.checks import MAX_REQUEST_ID_LENGTH
 from specinfer_router.gateway.body import Body
 
 MAX_CHOICES_PER_PROMPT = 8
@@ -155,6 +156,14 @@ def check_stream_options(body: GenerationFields) -> None:
     """Raise InvalidRequest for options of a stream without a stream."""
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream: true", field="stream_options")
+
+
+def choice_id(request_id: str, choice: int, number: int) -> str:
+    """Id of one choice's request: the call's own, where it has one choice alone."""
+    if number == 1:
+        return request_id
+    suffix = f"-{choice}"
+    return request_id[: MAX_REQUEST_ID_LENGTH - len(suffix)] + suffix
 
 
 def _biases(named: dict[str, float]) -> dict[int, float]:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,11 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 class _ReaderGone(Exception):
     """The client took nothing for too long."""
+
+
+def encode_json(data: dict[str, Any]) -> bytes:
+    """Compact JSON; a lone surrogate, which UTF-8 has not, is replaced."""
+    return _encode(data).encode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,7 @@ class ServerEvent:
             return KEEP_ALIVE
         head = f"event: {self.name}\n" if self.name else ""
         head += f"id: {self.id}\n" if self.id else ""
-        # A lone surrogate has no UTF-8; text from a model never holds one.
-        return f"{head}data: {_encode(self.data)}\n\n".encode(errors="replace")
+        return b"%bdata: %b\n\n" % (head.encode(), encode_json(self.data))
 
 
 class EventStream(Response):
@@ -137,9 +141,9 @@ class EventStream(Response):
                 "headers": self.raw_headers,
             }
         )
-        await self._write(send, first.encode())
         keeping_alive = asyncio.create_task(self._keep_alive(send))
         try:
+            await self._write(send, first.encode())
             await self._send_rest(send)
         except _ReaderGone:
             log.info("a reader was cut off", extra={"request_id": self._request_id})
@@ -176,7 +180,9 @@ class EventStream(Response):
         loop = asyncio.get_running_loop()
         while True:
             due = self._last_write + self._settings.keep_alive_seconds
-            if due <= loop.time():
-                await self._write(send, KEEP_ALIVE)
-            else:
+            if due > loop.time():
                 await asyncio.sleep(due - loop.time())
+                continue
+            # A client that takes no comment takes no event either, and is cut off there.
+            with suppress(_ReaderGone):
+                await self._write(send, KEEP_ALIVE)
