@@ -23,7 +23,13 @@ from specinfer.convert import (
 )
 from specinfer.errors import InvalidRequest, SpecinferError, Unauthenticated
 from specinfer.messages import Capabilities, GenerateEvent, GenerateRequest
-from specinfer.rpc import SERVER_OPTIONS, error_metadata, error_text, status_code
+from specinfer.rpc import (
+    SERVER_OPTIONS,
+    TlsSettings,
+    error_metadata,
+    error_text,
+    status_code,
+)
 from specinfer.sync_client import LoopThread
 from specinfer.testing.script import (
     FakeReply,
@@ -59,6 +65,7 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
         api_keys: Sequence[str] = (),
         store: FakeStore | None = None,
         address: str = "127.0.0.1:0",
+        tls: TlsSettings | None = None,
     ) -> None:
         """Take down what to answer.
 
@@ -69,6 +76,7 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
             api_keys: keys that calls have to carry one of; empty asks for none.
             store: where sessions are kept; give several fakes the same one to resume across them.
             address: where to listen; port 0 takes a free one.
+            tls: certificates to serve with; None speaks plain text.
         """
         self.address = address
         self.capabilities = capabilities
@@ -79,6 +87,7 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
         self.cancelled = threading.Event()
         self._answers = answers
         self._api_keys = tuple(api_keys)
+        self._tls = tls
         self._store = store or FakeStore()
         self._loop: LoopThread | None = None
         self._server: grpc.aio.Server | None = None
@@ -109,7 +118,10 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
     async def _serve(self) -> str:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         host, _, _ = self.address.rpartition(":")
-        port = self._server.add_insecure_port(self.address)
+        if self._tls is None:
+            port = self._server.add_insecure_port(self.address)
+        else:
+            port = self._server.add_secure_port(self.address, self._tls.server_credentials())
         router_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
         await self._server.start()
         return f"{host}:{port}"
@@ -206,7 +218,8 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
             yield event
 
     def _next_reply(self, request: GenerateRequest) -> FakeReply:
-        answers: Any = self._answers
+        answers = self._answers
+        answer: Any
         if callable(answers):
             answer = answers(request)
         elif isinstance(answers, str | FakeReply):

@@ -50,23 +50,37 @@ async def endless(request: GenerateRequest, attempt: int) -> AsyncIterator[Gener
     await asyncio.Event().wait()
 
 
-def methods(kind: type) -> dict[str, list[str]]:
-    """Names of the public and protocol methods with their parameters."""
+def members(kind: type) -> dict[str, tuple[str, str]]:
+    """Arguments and first line of the documentation of all public and protocol members."""
     protocol = {*TWIN_NAMES, *TWIN_NAMES.values()}
     return {
-        TWIN_NAMES.get(name, name): list(inspect.signature(member).parameters)
+        TWIN_NAMES.get(name, name): (
+            arguments(member),
+            (inspect.getdoc(member) or "").partition("\n")[0],
+        )
         for name, member in vars(kind).items()
-        if callable(member) and (not name.startswith("_") or name in protocol)
+        if name == "__init__" or not name.startswith("_") or name in protocol
     }
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [(AsyncClient, Client), (AsyncCompletionStream, CompletionStream)]
-)
-def test_the_twins_have_the_same_names(one: type, other: type) -> None:
-    assert methods(one) == methods(other)
-    properties = {name for name, member in vars(one).items() if isinstance(member, property)}
-    assert properties == {n for n, member in vars(other).items() if isinstance(member, property)}
+def first_line(member: object) -> str:
+    return (inspect.getdoc(member) or "").partition("\n")[0]
+
+
+def arguments(member: object) -> str:
+    if not callable(member):
+        return type(member).__name__
+    parameters = inspect.signature(member).parameters.values()
+    return ", ".join(str(parameter) for parameter in parameters)
+
+
+def test_the_twins_have_the_same_members_arguments_and_documentation() -> None:
+    assert members(AsyncClient) == members(Client)
+    one, other = members(AsyncCompletionStream), members(CompletionStream)
+    # Users make clients, and clients make streams.
+    del one["__init__"], other["__init__"]
+    assert one == other
+    assert {"generate", "stream", "chat", "resume", "cancel", "explain"} < members(Client).keys()
 
 
 def test_generate_and_stream(client: Client, router: FakeRouter) -> None:
