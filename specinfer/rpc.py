@@ -39,6 +39,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A window that grows with the bandwidth takes in megabytes for an application that does not
+    # read, and the server would never learn that it does not.
+    ("grpc.http2.bdp_probe", 0),
 )
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     *_LIMITS,

@@ -31,6 +31,7 @@ from specinfer_router.gateway.middleware import (
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 MAX_CONNECTIONS = 2048
+SEND_BUFFER_BYTES = 64 * 1024
 STOP_SECONDS = 2
 
 
@@ -172,6 +173,9 @@ def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Left alone the kernel holds megabytes, whole answers, for a client that does not read, and
+        # nobody would notice that it does not.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind((host, port))
     except OSError as error:
         listener.close()
