@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,7 @@ SETTINGS: dict[str, GenerateOptions] = {
 PLAIN = SpeculationOptions(enabled=False)
 SHAPES: dict[str, SpeculationOptions] = {
     "the cluster's": SpeculationOptions(),
+    "chain of 6": SpeculationOptions(max_nodes=6, max_depth=6, widths=(1,) * 6),
     "widths 3,2,2,1": SpeculationOptions(max_nodes=33, max_depth=4, widths=(3, 2, 2, 1)),
 }
 
@@ -167,6 +168,28 @@ class Case:
 
 
 @dataclass
+class ShapeCounts:
+    """Rounds, guesses and tokens of all runs with one tree shape."""
+
+    num_tokens: int = 0
+    num_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    def add(self, completion: Completion) -> None:
+        """Count one run."""
+        summary = completion.speculation
+        self.num_tokens += len(completion.token_ids)
+        self.num_rounds += summary.num_rounds
+        self.num_draft_tokens += summary.num_draft_tokens
+        self.num_accepted_tokens += summary.num_accepted_tokens
+
+    def report(self) -> dict[str, float]:
+        """The counts, and tokens a round."""
+        return {**asdict(self), "tokens_per_round": self.num_tokens / max(1, self.num_rounds)}
+
+
+@dataclass
 class Findings:
     """What came of the cases so far.
 
@@ -174,10 +197,7 @@ class Findings:
         num_cases: requests made.
         num_valid: those whose plain run ended by itself with JSON that the schema allows.
         num_equal: those whose speculated runs have the plain run's tokens and text.
-        num_tokens: tokens of the speculated runs.
-        num_rounds: rounds of the speculated runs.
-        num_draft_tokens: guesses in them.
-        num_accepted_tokens: guesses confirmed.
+        by_shape: what the speculated runs took.
         valid_by_schema: valid requests of each schema.
         failures: what was wrong, the first MAX_REPORTED.
     """
@@ -185,10 +205,9 @@ class Findings:
     num_cases: int = 0
     num_valid: int = 0
     num_equal: int = 0
-    num_tokens: int = 0
-    num_rounds: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
+    by_shape: dict[str, ShapeCounts] = field(
+        default_factory=lambda: {name: ShapeCounts() for name in SHAPES}
+    )
     valid_by_schema: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -196,7 +215,7 @@ class Findings:
     def clean(self) -> bool:
         """Whether everything was valid and equal, and guesses were put to the test."""
         all_good = self.num_valid == self.num_equal == self.num_cases > 0
-        return all_good and self.num_accepted_tokens > 0
+        return all_good and all(counts.num_accepted_tokens for counts in self.by_shape.values())
 
 
 def all_cases(num_requests: int) -> Iterator[Case]:
@@ -253,11 +272,7 @@ async def _run_case(client: AsyncClient, case: Case, findings: Findings) -> None
         if (speculated.token_ids, speculated.text) != (plain.token_ids, plain.text):
             num_different += 1
             _note(findings, case, f"{name}: {speculated.text!r} instead of {plain.text!r}")
-        summary = speculated.speculation
-        findings.num_tokens += len(speculated.token_ids)
-        findings.num_rounds += summary.num_rounds
-        findings.num_draft_tokens += summary.num_draft_tokens
-        findings.num_accepted_tokens += summary.num_accepted_tokens
+        findings.by_shape[name].add(speculated)
     findings.num_equal += num_different == 0
 
 
@@ -284,16 +299,12 @@ async def measure(router: str, num_requests: int, concurrency: int) -> dict[str,
         },
         "schemas": {name: schema for name, (_, schema) in SCHEMAS.items()},
         "settings": SETTINGS,
-        "shapes": list(SHAPES),
         "num_requests": findings.num_cases,
         "num_valid": findings.num_valid,
         "num_equal": findings.num_equal,
         "valid_by_schema": findings.valid_by_schema,
         "clean": findings.clean,
-        "num_tokens": findings.num_tokens,
-        "num_draft_tokens": findings.num_draft_tokens,
-        "num_accepted_tokens": findings.num_accepted_tokens,
-        "tokens_per_round": round(findings.num_tokens / max(1, findings.num_rounds), 3),
+        "shapes": {name: counts.report() for name, counts in findings.by_shape.items()},
         "failures": findings.failures,
         "seconds": round(time.perf_counter() - began, 1),
     }
