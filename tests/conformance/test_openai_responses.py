@@ -19,7 +19,6 @@ from specinfer_router.gateway.responses_writer import STRIDE
 from tests.kit.fake_workers import FakeVerifier, info_of
 from tests.kit.gateway import TOOLS_TEMPLATE, GatewayBench, running_gateway, saying
 
-ASK: dict[str, Any] = {"model": "table", "input": "words", "max_output_tokens": 24}
 SEEDED: dict[str, Any] = {"extra_body": {"seed": 3}}
 TOOL: Any = {
     "type": "function",
@@ -29,6 +28,11 @@ TOOL: Any = {
     "strict": False,
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+
+
+def ask(**changes: Any) -> dict[str, Any]:
+    """A request of few tokens."""
+    return {"model": "table", "input": "words", "max_output_tokens": 24} | changes
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def without_times(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 async def test_a_response_is_created_and_retrieved(client: AsyncOpenAI) -> None:
-    made = await client.responses.create(**ASK, **SEEDED, metadata={"a": "b"}, user="me")
+    made = await client.responses.create(**ask(), **SEEDED, metadata={"a": "b"}, user="me")
     assert (made.status, made.object, made.model) == ("incomplete", "response", "table")
     assert made.incomplete_details is not None
     assert made.incomplete_details.reason == "max_output_tokens"
@@ -83,7 +87,7 @@ async def test_a_response_is_created_and_retrieved(client: AsyncOpenAI) -> None:
 
 
 async def test_the_text_is_that_of_chat(client: AsyncOpenAI) -> None:
-    made = await client.responses.create(**ASK, **SEEDED, instructions="be short")
+    made = await client.responses.create(**ask(), **SEEDED, instructions="be short")
     chat = await client.chat.completions.create(
         model="table",
         messages=[{"role": "system", "content": "be short"}, {"role": "user", "content": "words"}],
@@ -95,14 +99,14 @@ async def test_the_text_is_that_of_chat(client: AsyncOpenAI) -> None:
 
 async def test_a_response_ends_at_the_end_token() -> None:
     async with serving(verifiers=[saying("All is well.")]) as (_, client):
-        made = await client.responses.create(**ASK)
+        made = await client.responses.create(**ask())
         assert (made.status, made.output_text) == ("completed", "All is well.")
         assert made.completed_at is not None
 
 
 async def test_a_stream_has_every_event_in_order() -> None:
     async with serving(verifiers=[saying("All is well, so far.")]) as (_, client):
-        events = await data_of(await client.responses.create(**ASK, stream=True))
+        events = await data_of(await client.responses.create(**ask(), stream=True))
         kinds = [event["type"].removeprefix("response.") for event in events]
         assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
         assert set(kinds[4:-4]) == {"output_text.delta"}
@@ -123,7 +127,7 @@ async def test_a_stream_has_every_event_in_order() -> None:
 
 async def test_the_stream_helper_puts_the_response_together() -> None:
     async with serving(verifiers=[saying("All is well.")]) as (_, client):
-        async with client.responses.stream(**ASK) as stream:
+        async with client.responses.stream(**ask()) as stream:
             async for _ in stream:
                 pass
             final = await stream.get_final_response()
@@ -138,15 +142,15 @@ class Answer(BaseModel):
 
 async def test_parse_gives_a_model() -> None:
     async with serving(verifiers=[saying('{"city": "Bonn"}')]) as (_, client):
-        parsed = await client.responses.parse(**ASK, text_format=Answer)
+        parsed = await client.responses.parse(**ask(), text_format=Answer)
         assert parsed.output_parsed == Answer(city="Bonn")
 
 
 async def test_tools_are_called_and_their_answers_go_back() -> None:
     worker = saying(CALL, chat_template=TOOLS_TEMPLATE)
     async with serving(verifiers=[worker]) as (_, client):
-        ask = ASK | {"max_output_tokens": 200}
-        events = await data_of(await client.responses.create(**ask, tools=[TOOL], stream=True))
+        asked = ask(max_output_tokens=200)
+        events = await data_of(await client.responses.create(**asked, tools=[TOOL], stream=True))
         kinds = [event["type"].removeprefix("response.") for event in events]
         assert kinds[2] == "output_item.added"
         assert kinds[-3:] == [
@@ -158,7 +162,7 @@ async def test_tools_are_called_and_their_answers_go_back() -> None:
         assert (call["type"], call["name"]) == ("function_call", "weather")
         assert call["arguments"] == '{"city": "Bonn"}'
         answered = await client.responses.create(
-            **ask,
+            **asked,
             tools=[TOOL],
             previous_response_id=events[-1]["response"]["id"],
         )
@@ -168,24 +172,24 @@ async def test_tools_are_called_and_their_answers_go_back() -> None:
             call,
             {"type": "function_call_output", "call_id": call["call_id"], "output": "rain"},
         ]
-        by_hand = await client.responses.create(**(ask | {"input": answer}), tools=[TOOL])
+        by_hand = await client.responses.create(**(asked | {"input": answer}), tools=[TOOL])
         assert by_hand.status == "completed"
 
 
 async def test_a_conversation_goes_on_from_the_response_before(client: AsyncOpenAI) -> None:
-    first = await client.responses.create(**ASK, **SEEDED)
+    first = await client.responses.create(**ask(), **SEEDED)
     second = await client.responses.create(
-        **(ASK | {"input": "more"}), **SEEDED, previous_response_id=first.id
+        **ask(input="more"), **SEEDED, previous_response_id=first.id
     )
     whole: Any = [
         {"role": "user", "content": "words"},
         {"role": "assistant", "content": first.output_text},
         {"role": "user", "content": "more"},
     ]
-    by_hand = await client.responses.create(**(ASK | {"input": whole}), **SEEDED)
+    by_hand = await client.responses.create(**ask(input=whole), **SEEDED)
     assert second.output_text == by_hand.output_text
     third = await client.responses.create(
-        **(ASK | {"input": "and"}), **SEEDED, previous_response_id=second.id
+        **ask(input="and"), **SEEDED, previous_response_id=second.id
     )
     assert second.usage is not None
     assert third.usage is not None
@@ -193,7 +197,7 @@ async def test_a_conversation_goes_on_from_the_response_before(client: AsyncOpen
 
 
 async def test_a_stream_resumes_after_any_event(client: AsyncOpenAI) -> None:
-    whole = without_times(await data_of(await client.responses.create(**ASK, stream=True)))
+    whole = without_times(await data_of(await client.responses.create(**ask(), stream=True)))
     response_id = whole[0]["response"]["id"]
     for index, event in enumerate(whole[:-1]):
         number = event["sequence_number"]
@@ -213,9 +217,9 @@ def joined(events: list[dict[str, Any]]) -> tuple[str, list[str]]:
 async def test_a_broken_stream_resumes_where_it_broke() -> None:
     """The session stops with its reader and goes on with the next one."""
     async with serving() as (_, client):
-        whole = await client.responses.create(**ASK, **SEEDED)
+        whole = await client.responses.create(**ask(), **SEEDED)
     async with serving() as (_, client):
-        stream = await client.responses.create(**ASK, **SEEDED, stream=True)
+        stream = await client.responses.create(**ask(), **SEEDED, stream=True)
         seen: list[dict[str, Any]] = []
         async for event in stream:
             seen.append(event.to_dict())
@@ -236,8 +240,8 @@ async def test_a_broken_stream_resumes_where_it_broke() -> None:
 async def test_calls_of_tools_resume_within_their_arguments() -> None:
     worker = saying(CALL, chat_template=TOOLS_TEMPLATE)
     async with serving(verifiers=[worker]) as (_, client):
-        ask = ASK | {"max_output_tokens": 200}
-        whole = await data_of(await client.responses.create(**ask, tools=[TOOL], stream=True))
+        asked = ask(max_output_tokens=200)
+        whole = await data_of(await client.responses.create(**asked, tools=[TOOL], stream=True))
         response_id, last = whole[0]["response"]["id"], whole[-1]["sequence_number"]
         for number in range(0, last, STRIDE // 2):
             stream = await client.responses.retrieve(
@@ -250,7 +254,7 @@ async def test_calls_of_tools_resume_within_their_arguments() -> None:
 
 
 async def test_last_event_id_resumes_as_well(gateway: GatewayBench) -> None:
-    body = ASK | {"stream": True}
+    body = ask(stream=True)
     text = (await gateway.http.post("/v1/responses", json=body)).text
     blocks = [dict(line.split(": ", 1) for line in b.splitlines()) for b in text.split("\n\n")[:-1]]
     assert "[DONE]" not in text
@@ -266,7 +270,7 @@ async def test_last_event_id_resumes_as_well(gateway: GatewayBench) -> None:
 
 
 async def test_a_response_in_the_background_runs_on_alone(client: AsyncOpenAI) -> None:
-    made = await client.responses.create(**ASK, **SEEDED, background=True)
+    made = await client.responses.create(**ask(), **SEEDED, background=True)
     assert (made.status, made.background) == ("in_progress", True)
     events = await data_of(await client.responses.retrieve(made.id, stream=True))
     assert events[-1]["type"] == "response.incomplete"
@@ -284,7 +288,7 @@ async def ended(client: AsyncOpenAI, response_id: str) -> Any:
 
 
 async def test_a_response_in_the_background_can_be_streamed_at_once(client: AsyncOpenAI) -> None:
-    stream = await client.responses.create(**ASK, background=True, stream=True)
+    stream = await client.responses.create(**ask(), background=True, stream=True)
     events = await data_of(stream)
     assert events[0]["type"] == "response.created"
     assert events[-1]["response"]["usage"]["output_tokens"] == 24
@@ -294,7 +298,7 @@ async def test_a_response_in_the_background_is_cancelled() -> None:
     worker = FakeVerifier(info_of("verify"))
     async with serving(verifiers=[worker]) as (_, client):
         worker.gate.clear()
-        made = await client.responses.create(**ASK, background=True)
+        made = await client.responses.create(**ask(), background=True)
         assert (await client.responses.cancel(made.id)).status == "cancelled"
         worker.gate.set()
         assert (await client.responses.cancel(made.id)).status == "cancelled"
@@ -306,7 +310,7 @@ async def test_one_whose_router_gave_it_up_runs_on_with_its_next_reader() -> Non
     worker = FakeVerifier(info_of("verify"))
     async with serving(verifiers=[worker]) as (gateway, client):
         worker.gate.clear()
-        made = await client.responses.create(**ASK, background=True)
+        made = await client.responses.create(**ask(), background=True)
         stored = await ResponseStore(gateway.bench.store).get(made.id, Caller())
         await gateway.bench.store.finish(stored.session_id, "abandoned")
         worker.gate.set()
@@ -316,33 +320,35 @@ async def test_one_whose_router_gave_it_up_runs_on_with_its_next_reader() -> Non
 
 
 async def test_a_deleted_response_is_gone(client: AsyncOpenAI) -> None:
-    made = await client.responses.create(**ASK)
+    made = await client.responses.create(**ask())
     await client.responses.delete(made.id)
     with pytest.raises(openai.NotFoundError):
         await client.responses.retrieve(made.id)
 
 
 async def test_what_is_not_to_be_stored_is_not(client: AsyncOpenAI) -> None:
-    made = await client.responses.create(**ASK, store=False)
+    made = await client.responses.create(**ask(), store=False)
     with pytest.raises(openai.NotFoundError):
         await client.responses.retrieve(made.id)
 
 
 async def test_input_items_are_listed_by_pages(client: AsyncOpenAI) -> None:
     asked: Any = [{"role": "user", "content": str(number)} for number in range(5)]
-    made = await client.responses.create(**(ASK | {"input": asked}))
+    made = await client.responses.create(**ask(input=asked))
     items = [item async for item in client.responses.input_items.list(made.id, limit=2)]
-    texts = [item.content[0].text for item in items]  # type: ignore[union-attr]
+    contents: list[Any] = [item.to_dict()["content"] for item in items]
+    texts = [content[0]["text"] for content in contents]
     assert texts == ["4", "3", "2", "1", "0"]
 
 
 async def test_logprobs_come_with_the_text(client: AsyncOpenAI) -> None:
     made = await client.responses.create(
-        **ASK, include=["message.output_text.logprobs"], top_logprobs=2
+        **ask(), include=["message.output_text.logprobs"], top_logprobs=2
     )
-    part: Any = made.output[0].content[0]  # type: ignore[union-attr]
-    assert "".join(item.token for item in part.logprobs)
-    assert all(len(item.top_logprobs) == 2 for item in part.logprobs)
+    output: Any = made.to_dict()["output"]
+    logprobs = output[0]["content"][0]["logprobs"]
+    assert "".join(item["token"] for item in logprobs)
+    assert all(len(item["top_logprobs"]) == 2 for item in logprobs)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +371,7 @@ async def test_logprobs_come_with_the_text(client: AsyncOpenAI) -> None:
 async def test_what_is_not_served_is_refused(
     gateway: GatewayBench, changes: dict[str, Any], param: str, code: str
 ) -> None:
-    answer = await gateway.http.post("/v1/responses", json=ASK | changes)
+    answer = await gateway.http.post("/v1/responses", json=ask(**changes))
     error = answer.json()["error"]
     assert (error["param"] or "").startswith(param), error
     assert (answer.status_code, error["code"]) == (404 if code == "not_found" else 400, code)
@@ -379,7 +385,7 @@ async def test_queries_are_checked(gateway: GatewayBench, query: str) -> None:
 
 
 async def test_a_response_is_seen_by_its_own_key_alone(gateway: GatewayBench) -> None:
-    made = (await gateway.http.post("/v1/responses", json=ASK)).json()
+    made = (await gateway.http.post("/v1/responses", json=ask())).json()
     keep = ResponseStore(gateway.bench.store)
     await keep.get(made["id"], Caller())
     with pytest.raises(Exception, match="no response"):

@@ -13,6 +13,7 @@ from specinfer_router.gateway.calls import api_route
 from specinfer_router.gateway.chat import chat_handler
 from specinfer_router.gateway.completions import completions_handler
 from specinfer_router.gateway.models import model_handler, models_handler
+from specinfer_router.gateway.openapi import openapi_route
 from specinfer_router.gateway.responses import responses_routes
 from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.gateway.tokenize import detokenize_handler, tokenize_handler
@@ -40,4 +41,5 @@ def api_routes(
         api_route("/v1/tokenize", tokenize),
         api_route("/v1/detokenize", detokenize),
         *responses_routes(get_router, streams),
+        openapi_route(get_router),
     ]

@@ -34,7 +34,7 @@ from specinfer_router.gateway.errors import renaming
 from specinfer_router.gateway.responses_items import read_items, stored_items
 from specinfer_router.gateway.responses_query import ItemsQuery, RetrieveQuery, parse_query
 from specinfer_router.gateway.responses_request import (
-    CreateBody,
+    ResponseBody,
     check_create,
     generate_request,
     new_response,
@@ -84,7 +84,7 @@ class ResponseRoutes:
 
     async def create(self, request: Request) -> Response:
         """Generate a response: at once, as a stream, or in the background."""
-        body = await parse_body(request, CreateBody)
+        body = await parse_body(request, ResponseBody)
         with renaming(PARAMETERS):
             check_create(body)
             router, keep, caller = self._parts(request)
@@ -201,7 +201,7 @@ def responses_routes(
 
 
 def _new(
-    body: CreateBody, earlier: list[dict[str, Any]], caller: Caller, model: str
+    body: ResponseBody, earlier: list[dict[str, Any]], caller: Caller, model: str
 ) -> StoredResponse:
     response_id = f"resp_{uuid.uuid4().hex}"
     return StoredResponse(
@@ -214,7 +214,7 @@ def _new(
     )
 
 
-async def _earlier(keep: ResponseStore, body: CreateBody, caller: Caller) -> list[dict[str, Any]]:
+async def _earlier(keep: ResponseStore, body: ResponseBody, caller: Caller) -> list[dict[str, Any]]:
     """The conversation that the request goes on with."""
     if not body.previous_response_id:
         return []

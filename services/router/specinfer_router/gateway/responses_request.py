@@ -41,34 +41,34 @@ class ResponseTool(Body):
     strict: bool | None = None
 
 
-class NamedTool(Body):
+class ResponseNamedTool(Body):
     """One tool by its name."""
 
     type: Literal["function"]
     name: str
 
 
-class AllowedTools(Body):
+class ResponseAllowedTools(Body):
     """A choice among some of the tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[ResponseNamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
-class TextFormat(Body):
+class ResponseTextFormat(Body):
     """Any text."""
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(Body):
+class ResponseJsonObjectFormat(Body):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class JsonSchemaFormat(Body):
+class ResponseJsonSchemaFormat(Body):
     """JSON that a schema describes."""
 
     type: Literal["json_schema"]
@@ -78,11 +78,14 @@ class JsonSchemaFormat(Body):
     strict: bool | None = None
 
 
-class TextFields(Body):
+class ResponseTextFields(Body):
     """What the text has to be like."""
 
     format: (
-        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+        Annotated[
+            ResponseTextFormat | ResponseJsonObjectFormat | ResponseJsonSchemaFormat,
+            Field(discriminator="type"),
+        ]
         | None
     ) = None
     verbosity: Literal["medium"] | None = None
@@ -94,7 +97,7 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class CreateBody(Body):
+class ResponseBody(Body):
     """The body of POST /v1/responses."""
 
     unsupported: ClassVar[dict[str, str]] = {
@@ -119,11 +122,11 @@ class CreateBody(Body):
     include: (
         Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=8)] | None
     ) = None
-    text: TextFields | None = None
+    text: ResponseTextFields | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: (
         Literal["none", "auto", "required"]
-        | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+        | Annotated[ResponseNamedTool | ResponseAllowedTools, Field(discriminator="type")]
         | None
     ) = None
     parallel_tool_calls: bool | None = None
@@ -153,7 +156,7 @@ class CreateBody(Body):
         return self.top_logprobs or 0
 
 
-def check_create(body: CreateBody) -> None:
+def check_create(body: ResponseBody) -> None:
     """Raise InvalidRequest for fields that do not go together."""
     if body.background and not body.stored:
         raise InvalidRequest(
@@ -167,7 +170,7 @@ def check_create(body: CreateBody) -> None:
         )
 
 
-def response_plan(body: CreateBody, template: str) -> ToolPlan:
+def response_plan(body: ResponseBody, template: str) -> ToolPlan:
     """How tools are offered and their calls read; raises InvalidRequest."""
     tools = [
         FunctionTool(tool.name, tool.description or "", tool.parameters, strict=bool(tool.strict))
@@ -177,7 +180,7 @@ def response_plan(body: CreateBody, template: str) -> ToolPlan:
 
 
 def generate_request(
-    body: CreateBody, items: Sequence[Item], plan: ToolPlan, request_id: str
+    body: ResponseBody, items: Sequence[Item], plan: ToolPlan, request_id: str
 ) -> GenerateRequest:
     """What the router is asked for.
 
@@ -217,7 +220,9 @@ def generate_request(
     )
 
 
-def new_response(body: CreateBody, response_id: str, created_at: int, model: str) -> dict[str, Any]:
+def new_response(
+    body: ResponseBody, response_id: str, created_at: int, model: str
+) -> dict[str, Any]:
     """The response object before anything was generated."""
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     choice = body.tool_choice
@@ -264,16 +269,16 @@ def _told_tool(tool: ResponseTool) -> dict[str, Any]:
     }
 
 
-def _choice(body: CreateBody) -> ToolChoice:
+def _choice(body: ResponseBody) -> ToolChoice:
     choice = body.tool_choice
-    if isinstance(choice, NamedTool):
+    if isinstance(choice, ResponseNamedTool):
         return ToolChoice("required", (choice.name,))
-    if isinstance(choice, AllowedTools):
+    if isinstance(choice, ResponseAllowedTools):
         return ToolChoice(choice.mode, tuple(tool.name for tool in choice.tools))
     return ToolChoice(choice or ("auto" if body.tools else "none"))
 
 
-def _sampling(body: CreateBody) -> SamplingParams:
+def _sampling(body: ResponseBody) -> SamplingParams:
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -281,18 +286,18 @@ def _sampling(body: CreateBody) -> SamplingParams:
     )
 
 
-def _stop(body: CreateBody) -> StopConditions:
+def _stop(body: ResponseBody) -> StopConditions:
     if body.max_output_tokens is not None and body.max_output_tokens < 1:
         raise InvalidRequest("max_output_tokens is at least 1", field="max_output_tokens")
     return StopConditions(max_tokens=body.max_output_tokens)
 
 
-def _grammar(body: CreateBody, plan: ToolPlan) -> Grammar | None:
+def _grammar(body: ResponseBody, plan: ToolPlan) -> Grammar | None:
     asked = body.text.format if body.text else None
     grammar = None
-    if isinstance(asked, JsonObjectFormat):
+    if isinstance(asked, ResponseJsonObjectFormat):
         grammar = Grammar("json_object")
-    elif isinstance(asked, JsonSchemaFormat):
+    elif isinstance(asked, ResponseJsonSchemaFormat):
         grammar = Grammar("json_schema", json.dumps(asked.schema_))
     if grammar is not None and plan.grammar is not None:
         raise InvalidRequest(

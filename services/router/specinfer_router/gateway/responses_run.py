@@ -17,7 +17,7 @@ from typing import Any
 from specinfer.errors import InternalError, NotFound, ResourceExhausted, SpecinferError
 from specinfer.messages import Finished, GenerateEvent, Started
 from specinfer_router.access import Caller
-from specinfer_router.gateway.responses_request import CreateBody, response_plan
+from specinfer_router.gateway.responses_request import ResponseBody, response_plan
 from specinfer_router.gateway.responses_store import ResponseStore, StoredResponse
 from specinfer_router.gateway.responses_writer import ResponseWriter
 from specinfer_router.router import Router
@@ -88,7 +88,7 @@ async def _writer(router: Router, stored: StoredResponse, after: int) -> Respons
     """A writer at the start of a response, wherever its events were left."""
     tokenizer = router.tokenizer
     record = await router.store.load(stored.session_id)
-    body = CreateBody.model_validate(stored.request)
+    body = ResponseBody.model_validate(stored.request)
     return ResponseWriter(
         stored.response,
         response_plan(body, tokenizer.chat_template),
