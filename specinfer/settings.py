@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,8 @@ def _add_flag(
     if base is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options |= {"type": base, "required": required, "metavar": base.__name__.upper()}
+        read = finite_number if base is float else base
+        options |= {"type": read, "required": required, "metavar": base.__name__.upper()}
         if repeated:
             options["action"] = _Collect
     parser.add_argument("--" + item.name.replace("_", "-"), **options)
@@ -119,11 +121,19 @@ def _parse(variable: str, text: str, base: Any) -> Any:
     if base is Path:
         return Path(text)
     try:
-        return base(text)
+        return finite_number(text) if base is float else base(text)
     except ValueError as error:
         raise InvalidRequest(
             f"{variable} is not a {base.__name__}: {text!r}", field=variable
         ) from error
+
+
+def finite_number(text: str) -> float:
+    """A float that can be calculated with; raises ValueError for NaN and the infinities."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def _frozen(value: Any) -> Any:

@@ -81,6 +81,9 @@ def test_flags_win_over_the_environment() -> None:
         {"max_sessions": 0},
         {"threads": -1},
         {"drain_seconds": -1.0},
+        {"spread": -0.5},
+        {"spread": float("nan")},
+        {"least_reach": float("nan")},
     ],
     ids=str,
 )

@@ -45,6 +45,17 @@ def test_a_bad_variable_is_named() -> None:
         read(EX_MODEL="m", EX_VERBOSE="perhaps")
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_that_cannot_be_calculated_with_are_refused(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InvalidRequest, match="EX_RATIO"):
+        read(EX_MODEL="m", EX_RATIO=text)
+    with pytest.raises(SystemExit):
+        read("--model", "m", f"--ratio={text}")
+    assert "--ratio" in capsys.readouterr().err
+
+
 def test_a_missing_value_and_a_bad_flag_end_with_status_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -103,6 +103,14 @@ def test_zero_is_refused(field: str) -> None:
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("field", ["yield_seconds", "session_idle_seconds", "drain_seconds"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_times_are_0_or_more(field: str, value: float) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Settings(model=Path("m"), **{field: value})  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
 def test_contradicting_limits_are_refused(tmp_path: Path) -> None:
     model = write_tiny_llama(tmp_path / "target")
     with pytest.raises(InvalidRequest, match="max_tree_nodes"):

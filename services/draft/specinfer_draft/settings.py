@@ -55,6 +55,8 @@ class Settings:
             raise InvalidRequest(
                 "score_floor is negative and least_reach between 0 and 1", field="score_floor"
             )
+        if not 0 <= self.spread < float("inf"):
+            raise InvalidRequest("spread is 0 or more", field="spread")
         if self.drain_seconds < 0 or self.threads < 0:
             raise InvalidRequest("drain_seconds and threads are at least 0", field="drain_seconds")
 

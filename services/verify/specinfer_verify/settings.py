@@ -49,6 +49,9 @@ class Settings:
                 raise InvalidRequest(f"{field} is at least 1", field=field)
         if self.kv_blocks is not None and self.kv_blocks < 1:
             raise InvalidRequest("kv_blocks is at least 1", field="kv_blocks")
+        for field in ("yield_seconds", "session_idle_seconds", "drain_seconds"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise InvalidRequest(f"{field} is 0 or more", field=field)
 
     @property
     def tls(self) -> TlsSettings | None:
