@@ -272,6 +272,20 @@ async def test_a_failure_in_mid_stream_is_an_event_and_then_the_end_marker() -> 
         assert response.text.endswith("data: [DONE]\n\n")
 
 
+async def test_a_session_that_is_cancelled_elsewhere_ends_with_an_error(
+    gateway: GatewayBench, client: AsyncOpenAI
+) -> None:
+    (verifier,) = gateway.bench.verifiers
+    verifier.gate.clear()
+    stream = await client.chat.completions.create(**chat_body(max_tokens=400), stream=True)
+    session_id = (await anext(stream)).id.removeprefix("chatcmpl-")
+    await gateway.bench.router.cancel(session_id)
+    verifier.gate.set()
+    with pytest.raises(openai.APIError) as caught:
+        _ = [chunk async for chunk in stream]
+    assert caught.value.code == "cancelled"
+
+
 async def broken_at(
     gateway: GatewayBench, path: str, body: dict[str, Any], number: int
 ) -> list[tuple[str, dict[str, Any]]]:

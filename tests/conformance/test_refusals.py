@@ -62,6 +62,28 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "structured_outputs",
         "invalid_request",
     ),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "schema": {"type": "nonsense"}},
+            }
+        },
+        "response_format",
+        "invalid_request",
+    ),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs", "invalid_request"),
+    (
+        {"structured_outputs": {"grammar": "start: nothing"}},
+        "structured_outputs",
+        "invalid_request",
+    ),
+    ({"structured_outputs": {}}, "structured_outputs", "invalid_request"),
+    (
+        {"structured_outputs": {"regex": "a"}, "ignore_eos": True},
+        "ignore_eos",
+        "invalid_request",
+    ),
     ({"speculation": {"widths": [0]}}, "speculation.widths[0]", "invalid_request"),
     ({"speculation": {"widths": [31, 31]}}, "speculation.widths", "invalid_request"),
     ({"speculation": {"depth": 1}}, "speculation.depth", "unknown_parameter"),

@@ -60,7 +60,6 @@ PARAMETERS = {
     "prompt": "messages",
     "token_ids": "messages",
     "num_logprobs": "top_logprobs",
-    "grammar": "response_format",
     "detail": "speculation.detail",
     "affinity_key": "prompt_cache_key",
 }
@@ -77,7 +76,8 @@ def chat_handler(
         plan, requests = await _understood(body, router.tokenizer.chat_template, request_id)
         writers = [_ChatWriter(body, plan, router.tokenizer.vocabulary) for _ in requests]
         place = request.headers.get(LAST_EVENT_ID, "") if body.stream else ""
-        answer = Answer(writers, _options(body, resumed=bool(place)), router.capabilities())
+        options = _options(body, _parameters(body, plan), resumed=bool(place))
+        answer = Answer(writers, options, router.capabilities())
         if not body.stream:
             streams = new_streams(router, requests, caller)
             content = await while_connected(request, answer.body(streams))
@@ -107,7 +107,13 @@ async def _understood(
     return understand()
 
 
-def _options(body: ChatBody, *, resumed: bool) -> AnswerOptions:
+def _parameters(body: ChatBody, plan: ToolPlan) -> dict[str, str]:
+    """The caller's names of fields; what the text must match comes from one of three."""
+    source = "tools" if plan.grammar else "response_format"
+    return PARAMETERS | {"grammar": "structured_outputs" if body.structured_outputs else source}
+
+
+def _options(body: ChatBody, parameters: dict[str, str], *, resumed: bool) -> AnswerOptions:
     asked = body.stream_options
     return AnswerOptions(
         id_prefix="chatcmpl-",
@@ -118,7 +124,7 @@ def _options(body: ChatBody, *, resumed: bool) -> AnswerOptions:
         continuous_usage=bool(asked and asked.continuous_usage_stats),
         detail=bool(body.speculation and body.speculation.detail),
         resumed=resumed,
-        parameters=PARAMETERS,
+        parameters=parameters,
         service_tier=body.service_tier,
     )
 
