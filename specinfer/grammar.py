@@ -32,7 +32,9 @@ from specinfer.errors import (
 )
 from specinfer.messages import Grammar
 
-MAX_GRAMMAR_BYTES = 64 * 1024
+MAX_SCHEMA_BYTES = 64 * 1024
+# Where a long text is forced, every mask tokenises what is left of it.
+MAX_PATTERN_BYTES = 16 * 1024
 MAX_JSON_DEPTH = 64
 MAX_CHOICES = 1024
 MAX_MESSAGE_CHARACTERS = 400
@@ -309,8 +311,9 @@ class GrammarChecker:
 def check_grammar(grammar: Grammar) -> None:
     """Raise InvalidRequest unless a grammar is within the bounds on its size and form."""
     size = len(grammar.text.encode(errors="surrogatepass"))
-    if size > MAX_GRAMMAR_BYTES:
-        raise _refusal(f"{size} bytes are more than {MAX_GRAMMAR_BYTES}")
+    limit = MAX_SCHEMA_BYTES if grammar.kind == "json_schema" else MAX_PATTERN_BYTES
+    if size > limit:
+        raise _refusal(f"{size} bytes are more than {limit}")
     if grammar.kind == "json_object":
         if grammar.text:
             raise _refusal("any JSON object has no text of its own")

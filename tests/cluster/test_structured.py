@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from specinfer import AsyncClient, Completion
 from specinfer.errors import InvalidRequest
-from specinfer.messages import Grammar, SpeculationSummary, Usage
+from specinfer.messages import Grammar, SpeculationOptions, SpeculationSummary, Usage
+from specinfer.options import GenerateOptions
 from specinfer_bench.structured import SCHEMAS, all_cases, run_cases, what_is_wrong
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
+from tests.cluster.test_faults import child, first_tokens, rest_of, suspended, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,35 @@ async def test_a_bad_grammar_and_one_that_never_ends_are_refused_at_once(
         with pytest.raises(InvalidRequest) as caught:
             await client.generate("x", grammar=Grammar("json_object"), ignore_eos=True)
         assert caught.value.field == "ignore_eos"
+
+
+async def test_killing_a_verifier_in_the_middle_costs_no_token(
+    tiny_settings: ClusterSettings,
+) -> None:
+    """The other worker begins within the grammar, from the output that there is."""
+    first: GenerateOptions = {
+        "token_ids": [5, 9, 12],
+        "seed": 1,
+        "max_tokens": 400,
+        "temperature": 0.9,
+        "grammar": Grammar("regex", "([a-z]{3}-[0-9]{2},){60}"),
+        "speculation": SpeculationOptions(widths=(2, 1, 1)),
+    }
+    second: GenerateOptions = {**first, "seed": 2}
+    with running_cluster(dataclasses.replace(tiny_settings, num_verifiers=2)) as running:
+        async with AsyncClient(running.router) as client:
+            unbroken = [await client.generate(**options) for options in (first, second)]
+            async with client.stream(**first) as one, client.stream(**second) as other:
+                await first_tokens(one)
+                await first_tokens(other)
+                with suspended([child(running, "verify 2")]):
+                    child(running, "verify 1").process.kill()
+                    await wait_for(client, lambda told: told.num_verifiers == 1)
+                broken = await asyncio.gather(rest_of(one), rest_of(other))
+    assert [run.token_ids for run in broken] == [run.token_ids for run in unbroken]
+    for run in unbroken:
+        assert re.fullmatch("([a-z]{3}-[0-9]{2},){60}", run.text)
+        assert run.speculation.num_accepted_tokens > 0
 
 
 @pytest.mark.parametrize(

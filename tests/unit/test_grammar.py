@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from specinfer.errors import InvalidRequest, Mismatch, ResourceExhausted
 from specinfer.grammar import (
     MAX_CHOICES,
-    MAX_GRAMMAR_BYTES,
     MAX_JSON_DEPTH,
+    MAX_PATTERN_BYTES,
+    MAX_SCHEMA_BYTES,
     GrammarChecker,
     GrammarCompiler,
 )
@@ -198,7 +199,8 @@ REFUSED = [
     (Grammar("choice", '["a", 3]'), "string"),
     (Grammar("choice", '["a", ""]'), "string"),
     (Grammar("choice", json.dumps(["x"] * (MAX_CHOICES + 1))), "choices"),
-    (Grammar("regex", "a" * (MAX_GRAMMAR_BYTES + 1)), "bytes"),
+    (Grammar("regex", "a" * (MAX_PATTERN_BYTES + 1)), "bytes"),
+    (Grammar("json_schema", "{}" + " " * MAX_SCHEMA_BYTES), "bytes"),
     (Grammar("regex", "\ud800"), "surrogates"),
 ]
 
