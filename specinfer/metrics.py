@@ -129,6 +129,16 @@ class RouterMetrics:
         self._requests.labels(self._model, outcome).inc()
         self._request_seconds.observe(seconds)
 
+    def watch_waiting(self, num_waiting: Callable[[], int]) -> None:
+        """Report how many requests wait for a place, asked at each scrape."""
+        gauge = Gauge(
+            "specinfer_num_requests_waiting",
+            "Requests that wait for a place.",
+            ("model_name",),
+            registry=self._registry,
+        )
+        gauge.labels(self._model).set_function(num_waiting)
+
     def watch_workers(self, tier: str, num_ready: Callable[[], int]) -> None:
         """Report how many workers of a tier are ready, asked at each scrape."""
         gauge = Gauge(

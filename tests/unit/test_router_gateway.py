@@ -85,6 +85,7 @@ async def test_metrics_count_what_happened(bench: Bench, http: httpx.AsyncClient
     assert seen["specinfer_prompt_tokens_total", ""] == 80
     assert seen["specinfer_requests_total", "length"] == 4
     assert seen["specinfer_num_sessions_running", ""] == 0
+    assert seen["specinfer_num_requests_waiting", ""] == 0
     assert seen["specinfer_time_to_first_token_seconds_count", ""] == 4
     rounds = sum(s.num_rounds for s in speculation) + 5
     assert seen["specinfer_round_seconds_count", "verify"] == rounds

@@ -100,6 +100,7 @@ class Router:
         self._limits = limits or RouterLimits()
         self._telemetry = telemetry or Telemetry()
         self._admission = Admission(self._limits.admission)
+        metrics.watch_waiting(lambda: self._admission.num_waiting)
         self._requests = RequestLog()
         self._num_followers = 0
         self._plain = PlainSpeed(cluster.target.step_costs)
