@@ -63,9 +63,11 @@ export async function* streamChunks(path, body, { signal, cursor = "", onResume 
   const text = JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } });
   let position = cursor;
   let numTries = 0;
+  let begun = false;
   for (;;) {
     try {
       const response = await call(path, request(text, position, signal));
+      begun = true;
       for await (const event of readEvents(response.body)) {
         if (event.data === "[DONE]") return;
         const chunk = parse(event.data);
@@ -77,7 +79,8 @@ export async function* streamChunks(path, body, { signal, cursor = "", onResume 
       throw new ApiError("The connection closed before the answer was complete.");
     } catch (error) {
       if (signal.aborted) return;
-      if (!resumable(error, position) || ++numTries > MAX_RESUMES) throw final(error, position);
+      // Nothing came yet: with its seed the same request gives the same tokens from the start.
+      if (!resumable(error, position || begun) || ++numTries > MAX_RESUMES) throw final(error, position);
       onResume(numTries);
       await pause(Math.max(error.retryMs ?? 0, FIRST_PAUSE_MS * 2 ** (numTries - 1)), signal);
       if (signal.aborted) return;

@@ -3,6 +3,7 @@
 
 import { apiKey } from "./api.js";
 import { announce } from "./chrome.js";
+import { turnsBefore } from "./conversations.js";
 import { button, byId, fill, h } from "./dom.js";
 import { explain } from "./errors.js";
 import { AnswerView, userTurn } from "./message.js";
@@ -124,21 +125,19 @@ export class Chat {
         view.showFacts(facts, { last: messages.at(-1) === view.message });
         if (run.state === "failed") view.showTwinError(explain(run.error));
         else view.showVerdict({ content, facts }, { content: run.content, facts: run.facts() });
-        this.panel.changed();
+        this.panel.settle();
         this.toEnd();
       },
     });
     this.begin(view, run);
-    this.panel.show(shownRun(run));
+    this.panel.show({ ...shownRun(run), other: () => speedOf(facts) });
     view.twin.scrollIntoView({ block: "nearest" });
     await run.start();
   }
 
   plan(messages, message) {
-    const turns = messages.slice(0, messages.indexOf(message));
-    const said = turns.filter((turn) => turn.content !== "");
-    const settings = { ...this.settings, stop: [...this.settings.stop] };
-    return { mode: this.conversations.current.mode, turns: said, settings, model: this.modelName() };
+    const turns = turnsBefore(messages, message);
+    return { mode: this.conversations.current.mode, turns, settings: { ...this.settings }, model: this.modelName() };
   }
 
   regenerate(view, messages) {
@@ -207,7 +206,7 @@ export class Chat {
     Object.assign(view.message, { content: run.content, spans: packSpans(run.spans), facts });
     this.conversations.touch();
     this.showEnd(view, messages, run, facts);
-    this.panel.changed();
+    this.panel.settle();
     if (near) this.toEnd(true);
   }
 

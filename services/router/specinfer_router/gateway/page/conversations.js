@@ -75,6 +75,13 @@ export class Conversations {
   }
 }
 
+/** What was said before `message`; questions that never got an answer are left out. */
+export function turnsBefore(messages, message) {
+  const before = messages.slice(0, messages.indexOf(message));
+  const unanswered = (turn, index) => before[index + 1]?.role === "assistant" && !before[index + 1].content;
+  return before.filter((turn, index) => turn.content !== "" && !unanswered(turn, index));
+}
+
 function sizeOf(conversation) {
   return JSON.stringify(conversation).length;
 }
@@ -97,6 +104,15 @@ function sound(list) {
       title: String(item.title ?? "Untitled"),
       mode: item.mode === "completion" ? "completion" : "chat",
       at: Number(item.at) || 0,
-      messages: item.messages.filter(isMessage).slice(-MAX_MESSAGES),
+      messages: item.messages.filter(isMessage).slice(-MAX_MESSAGES).map(soundMessage),
     }));
+}
+
+function soundMessage(message) {
+  const { role, content, spans, facts } = message;
+  if (role === "user") return { role, content };
+  const counts = ["numTokens", "seed", "decodeTokens", "decodeSeconds"];
+  const known = counts.every((name) => Number.isFinite(facts?.[name]));
+  const plan = Array.isArray(facts?.plan?.settings?.stop) ? facts.plan : undefined;
+  return { role, content, spans: String(spans ?? ""), facts: known ? { ...facts, plan } : null };
 }

@@ -63,6 +63,17 @@ export class Panel {
     this.select(Math.min(last, Math.max(first, this.current() + by)));
   }
 
+  /** The answer is complete: stay where the user looks, or else show the round that kept most. */
+  settle() {
+    const { kept } = this.shown?.rounds ?? { kept: [] };
+    if (this.live && kept.length) {
+      const best = kept.reduce((a, b) => (b.tree.accepted.length > a.tree.accepted.length ? b : a));
+      this.selected = best.tree.accepted.length ? best.number : kept.at(-1).number;
+      this.live = false;
+    }
+    this.changed();
+  }
+
   goLive() {
     this.live = true;
     this.draw();
@@ -95,15 +106,17 @@ export class Panel {
   }
 
   drawSpeeds() {
-    const speed = this.shown.speed();
-    const { tokensPerSecond: plain, source } = this.plain.now;
-    const most = Math.max(speed, plain, 1e-9);
-    const label = this.shown.speculated ? "this answer" : "this answer, plain";
-    fill(byId("speeds"), bar(label, speed, most, "accepted"), bar("plain decoding", plain, most, "own"));
+    const { speculated, speed, other } = this.shown;
+    const measured = this.plain.now;
+    const fast = speculated ? speed() : (other?.() ?? 0);
+    const plain = speculated ? measured.tokensPerSecond : speed();
+    const source = speculated ? measured.source : "this answer";
+    const most = Math.max(fast, plain, 1e-9);
+    const bars = [["with speculation", fast, "accepted"], ["plain decoding", plain, "own"]];
+    const shown = bars.filter(([, value], index) => value || index === Number(!speculated));
+    fill(byId("speeds"), ...shown.map(([label, value, kind]) => bar(label, value, most, kind)));
     byId("plain-source").textContent = source ? `Plain decoding: ${source}.` : PLAIN_UNKNOWN;
-    const ratio = plain && speed && this.shown.speculated ? speed / plain : 0;
-    byId("speed-ratio").textContent = ratio ? `${ratio.toFixed(2)}×` : "";
-    byId("speed-ratio").hidden = !ratio;
+    drawRatio(plain && fast ? fast / plain : 0);
   }
 
   drawRound(rounds) {
@@ -131,14 +144,21 @@ export class Panel {
   }
 }
 
+// Why the cluster guessed nothing in a round; other reasons are shown as they are.
+const REASONS = {
+  disabled: ", for speculation is off",
+  budget: ", for they would not have paid here (tree widths in the settings insist on some)",
+};
 const PLAIN_UNKNOWN = "Plain decoding was not measured yet: switch speculation off for one message.";
 
 function story({ tree, tokens, facts }) {
   const guesses = tree.parents.length - 1;
+  const own = tokens.length ? " from the target itself" : "";
   const count = `${tokens.length} token${tokens.length === 1 ? "" : "s"}`;
   if (guesses === 0) {
-    const reason = facts.root_only_reason ? ` (${facts.root_only_reason.replaceAll("_", " ")})` : "";
-    return `No guesses${reason}: ${count} from the target itself.`;
+    const reason = facts.root_only_reason;
+    const why = REASONS[reason] ?? (reason ? `: ${reason.replaceAll("_", " ")}` : "");
+    return `No guesses${why}; ${count}${own}.`;
   }
   return `${tree.accepted.length} of ${guesses} guesses kept, ${count} from one pass of the target.`;
 }
@@ -155,6 +175,13 @@ function bar(label, value, most, kind) {
     h("span", { class: "speed-value" }, h("b", { text: figure }), " tokens/s"),
     row,
   );
+}
+
+function drawRatio(ratio) {
+  const element = byId("speed-ratio");
+  element.textContent = ratio ? `${ratio.toFixed(2)}×` : "";
+  element.hidden = !ratio;
+  element.classList.toggle("slower", ratio < 1);
 }
 
 /** One column a round: what was kept below, the target's own token on top, guesses as the ground. */

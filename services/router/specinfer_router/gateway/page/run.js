@@ -27,6 +27,7 @@ export function requestOf(plan) {
   };
   if (settings.stop.length) body.stop = settings.stop;
   if (plan.speculate && settings.maxNodes) body.speculation.max_nodes = settings.maxNodes;
+  if (plan.speculate && settings.widths?.length) body.speculation.widths = settings.widths;
   if (mode === "completion") {
     return { path: "v1/completions", body: { ...body, prompt: plan.turns.at(-1).content } };
   }

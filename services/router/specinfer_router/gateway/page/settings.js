@@ -14,6 +14,7 @@ export const DEFAULTS = Object.freeze({
   system: "",
   stop: [],
   maxNodes: null,
+  widths: [],
 });
 
 const NUMBERS = {
@@ -24,6 +25,8 @@ const NUMBERS = {
   maxNodes: { min: 1, max: 255, whole: true, optional: true, name: "Guesses a round" },
 };
 const MAX_STOPS = 4;
+const MAX_WIDTHS = 16;
+const MAX_WIDTH = 64;
 const MAX_SYSTEM = 20_000;
 
 /** Settings as kept, with the default for each that is missing or out of bounds. */
@@ -36,6 +39,7 @@ export function loadSettings(storage) {
   if (kept.mode === "completion") settings.mode = "completion";
   if (typeof kept.tint === "boolean") settings.tint = kept.tint;
   if (typeof kept.system === "string") settings.system = kept.system.slice(0, MAX_SYSTEM);
+  if (Array.isArray(kept.widths) && areWidths(kept.widths)) settings.widths = kept.widths;
   if (Array.isArray(kept.stop)) settings.stop = kept.stop.map(String).slice(0, MAX_STOPS);
   return settings;
 }
@@ -72,6 +76,7 @@ export function settingsDialog(settings, onChange) {
 function write(form, settings) {
   for (const name of [...Object.keys(NUMBERS), "system"]) form.elements[name].value = settings[name] ?? "";
   form.elements.stop.value = settings.stop.join("\n");
+  form.elements.widths.value = settings.widths.join(" ");
 }
 
 function readForm(form) {
@@ -87,7 +92,17 @@ function readForm(form) {
   if (values.stop.length > MAX_STOPS) {
     problems.push({ name: "stop", text: `At most ${MAX_STOPS} stop strings.` });
   }
+  values.widths = form.elements.widths.value.split(/[\s,]+/).filter(Boolean).map(Number);
+  if (!areWidths(values.widths)) {
+    const text = `Tree widths are at most ${MAX_WIDTHS} whole numbers from 1 to ${MAX_WIDTH}.`;
+    problems.push({ name: "widths", text });
+  }
   return { values, problems };
+}
+
+function areWidths(widths) {
+  const isWidth = (width) => Number.isSafeInteger(width) && width >= 1 && width <= MAX_WIDTH;
+  return widths.length <= MAX_WIDTHS && widths.every(isWidth);
 }
 
 function complaint(value, { min, max, whole, optional, name }) {
