@@ -19,7 +19,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -30,14 +30,9 @@ from specinfer.errors import (
     ResourceExhausted,
     SpecinferError,
 )
+from specinfer.grammar_bounds import check_grammar, refusal, shorten
 from specinfer.messages import Grammar
 
-MAX_SCHEMA_BYTES = 64 * 1024
-# Where a long text is forced, every mask tokenises what is left of it.
-MAX_PATTERN_BYTES = 16 * 1024
-MAX_JSON_DEPTH = 64
-MAX_CHOICES = 1024
-MAX_MESSAGE_CHARACTERS = 400
 # At most one space between the tokens of JSON: a model that likes blanks still comes to an end.
 _WHITESPACE = r"\x20?"
 # What the library calls a place where the text can neither go on nor end.
@@ -115,7 +110,7 @@ class GrammarState:
     def _failure(self, what: str) -> InvalidRequest:
         num_tokens = len(self._consumed)
         error = self._matcher.get_error()
-        reason = "" if _NOTHING_FOLLOWS in error else _shorten(error)
+        reason = "" if _NOTHING_FOLLOWS in error else shorten(error)
         self._restart()
         return InvalidRequest(
             f"{what} after {num_tokens} tokens of output{': ' if reason else ''}{reason}",
@@ -199,9 +194,9 @@ class GrammarCompiler:
         try:
             matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=self._limits)
         except ValueError as error:
-            raise _refusal(str(error)) from error
+            raise refusal(str(error)) from error
         if matcher.is_error():
-            raise _refusal(matcher.get_error())
+            raise refusal(matcher.get_error())
         compiled = CompiledGrammar(grammar, matcher, self._vocab_size, self._end_token_ids)
         compiled.start().mask_after(())  # a grammar that nothing can match is refused here
         with self._lock:
@@ -221,7 +216,7 @@ class GrammarCompiler:
                         self._tokenizer_json.decode(), n_vocab=self._vocab_size, eos_token=ends
                     )
                 except (ValueError, RuntimeError, OverflowError) as error:
-                    message = f"grammars cannot use this tokenizer: {_shorten(str(error))}"
+                    message = f"grammars cannot use this tokenizer: {shorten(str(error))}"
                     raise Mismatch(message) from error
             return self._tokenizer
 
@@ -296,7 +291,7 @@ class GrammarChecker:
             raise
         except Exception as error:  # whoever asked gets an answer
             log.exception("a grammar failed to compile")
-            raise InternalError(f"the grammar failed to compile: {_shorten(str(error))}") from error
+            raise InternalError(f"the grammar failed to compile: {shorten(str(error))}") from error
         finally:
             self._num_waiting -= 1
 
@@ -306,23 +301,6 @@ class GrammarChecker:
         return InvalidRequest(
             f"the grammar takes more than {self._max_seconds:g} s to compile", field="grammar"
         )
-
-
-def check_grammar(grammar: Grammar) -> None:
-    """Raise InvalidRequest unless a grammar is within the bounds on its size and form."""
-    size = len(grammar.text.encode(errors="surrogatepass"))
-    limit = MAX_SCHEMA_BYTES if grammar.kind == "json_schema" else MAX_PATTERN_BYTES
-    if size > limit:
-        raise _refusal(f"{size} bytes are more than {limit}")
-    if grammar.kind == "json_object":
-        if grammar.text:
-            raise _refusal("any JSON object has no text of its own")
-    elif not grammar.text:
-        raise _refusal(f"a grammar of kind {grammar.kind} needs a text")
-    elif grammar.kind == "json_schema":
-        _check_schema(_read_json(grammar.text))
-    elif grammar.kind == "choice":
-        _check_choices(_read_json(grammar.text))
 
 
 def _source(grammar: Grammar) -> str:
@@ -344,49 +322,6 @@ def _source(grammar: Grammar) -> str:
             "lenient": False,
         },
     )
-
-
-def _read_json(text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _refusal(f"it is not JSON: {error}") from error
-    level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        level = [child for item in level for child in _children(item)]
-        if not level:
-            return value
-    raise _refusal(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list) else []
-
-
-def _check_schema(schema: Any) -> None:
-    if not isinstance(schema, dict):
-        raise _refusal("a JSON schema is a JSON object")
-    if "x-guidance" in schema:
-        raise _refusal("x-guidance is not for requests to set")
-
-
-def _check_choices(choices: Any) -> None:
-    if not isinstance(choices, list) or not 1 <= len(choices) <= MAX_CHOICES:
-        raise _refusal(f"choices are a JSON list of 1 to {MAX_CHOICES} strings")
-    if not all(isinstance(text, str) and text for text in choices):
-        raise _refusal("every choice is a string that is not empty")
-
-
-def _refusal(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"this grammar cannot be used: {_shorten(reason)}", field="grammar")
-
-
-def _shorten(message: str) -> str:
-    """One line of bounded length."""
-    line = " ".join(message.replace("<non-verbose/>", "").split())
-    return line[:MAX_MESSAGE_CHARACTERS]
 
 
 def _common_length(first: list[int], second: list[int]) -> int:

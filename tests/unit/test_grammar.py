@@ -14,12 +14,14 @@ from tokenizers import Tokenizer
 
 from specinfer.errors import InvalidRequest, Mismatch, ResourceExhausted
 from specinfer.grammar import (
+    GrammarChecker,
+    GrammarCompiler,
+)
+from specinfer.grammar_bounds import (
     MAX_CHOICES,
     MAX_JSON_DEPTH,
     MAX_PATTERN_BYTES,
     MAX_SCHEMA_BYTES,
-    GrammarChecker,
-    GrammarCompiler,
 )
 from specinfer.messages import Grammar
 from tests.kit.grammars import (
