@@ -18,8 +18,9 @@ from starlette.routing import Route
 from specinfer.errors import InvalidRequest, Unauthenticated
 from specinfer.rpc import TlsSettings
 from specinfer_router.access import Caller
+from specinfer_router.gateway import connection, middleware
 from specinfer_router.gateway.body import MAX_BODY_BYTES
-from specinfer_router.gateway.calls import api_route, caller_of, json_answer
+from specinfer_router.gateway.calls import api_route, caller_of, json_answer, while_connected
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.server import Gateway
 from tests.kit.certificates import Certificates, make_certificates
@@ -121,6 +122,61 @@ async def test_headers_without_end_are_cut_off() -> None:
         async with asyncio.timeout(10):
             assert b" 400 " in await reader.readline()
         writer.close()
+
+
+@pytest.mark.parametrize("before", ["nothing", "a request"])
+async def test_a_caller_that_never_finishes_its_headers_is_let_go(
+    before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.05)
+    async with gateway() as served, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        if before == "a request":
+            writer.write(b"GET /health/live HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert b" 200 " in await reader.readline()
+            await reader.readuntil(b'"live"}')
+        writer.write(b"GET /health/live HTTP/1.1\r\n")
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_caller_that_never_finishes_its_body_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.01)
+    async with gateway() as served, asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(
+            b"POST /v1/who HTTP/1.1\r\nhost: a\r\nauthorization: Bearer right\r\n"
+            b"content-length: 10\r\n\r\nabc"
+        )
+        assert b" 504 " in await reader.readline()
+        writer.close()
+
+
+async def test_a_stream_may_last_longer_than_a_body_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.02)
+
+    async def wait(request: Request) -> Response:
+        await request.body()
+        loop = asyncio.get_running_loop()
+        long = loop.create_future()
+        loop.call_later(0.1, long.set_result, "done")
+        return json_answer(request, {"waited": await while_connected(request, result_of(long))})
+
+    served = Gateway("127.0.0.1:0", [api_route("/v1/wait", wait)])
+    await served.start()
+    async with httpx.AsyncClient() as client:
+        answer = await client.post(f"http://127.0.0.1:{served.port}/v1/wait", content=b"abc")
+        assert answer.json() == {"waited": "done"}
+    await served.stop()
+
+
+async def result_of(future: asyncio.Future[str]) -> str:
+    return await future
 
 
 async def test_a_body_that_is_too_large_is_refused_by_its_length() -> None:

@@ -6,6 +6,7 @@ how keys are kept.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specinfer.errors import InvalidRequest, SpecinferError
+from specinfer.errors import DeadlineExceeded, InvalidRequest, SpecinferError
 from specinfer_router.access import Caller
 from specinfer_router.gateway.body import MAX_BODY_BYTES
 from specinfer_router.gateway.errors import REQUEST_ID_HEADER, BodyTooLarge, error_response
@@ -23,6 +24,7 @@ from specinfer_router.keys.control import bearer_token
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 MAX_REQUEST_ID = 128
+BODY_SECONDS = 60.0
 _EXPOSED = (REQUEST_ID_HEADER, "retry-after", "retry-after-ms", "x-should-retry")
 
 Authenticate = Callable[[str | None], Caller]
@@ -124,12 +126,22 @@ def _check_sizes(headers: Headers) -> None:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Bodies without a length are counted as they come."""
+    """Bodies without a length are counted as they come, and none takes for ever."""
     num_bytes = 0
+    deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def counted() -> Message:
-        nonlocal num_bytes
-        message = await receive()
+        nonlocal num_bytes, deadline
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"the body did not come within {BODY_SECONDS:g} seconds"
+            ) from error
+        if not message.get("more_body", False):
+            # What comes after the body is the caller's leaving, for which a stream waits.
+            deadline = None
         num_bytes += len(message.get("body", b""))
         if num_bytes > MAX_BODY_BYTES:
             raise _too_large()

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from specinfer.errors import InvalidRequest
 from specinfer.rpc import TlsSettings
 from specinfer_router.access import ANYBODY, Caller
+from specinfer_router.gateway.connection import PatientProtocol
 from specinfer_router.gateway.errors import http_error
 from specinfer_router.gateway.middleware import (
     MAX_HEADER_BYTES,
@@ -123,8 +124,8 @@ def _anybody(token: str | None) -> Caller:
 def _configuration(application: Starlette, tls: TlsSettings | None) -> uvicorn.Config:
     config = uvicorn.Config(
         application,
-        # The one parser that bounds headers before they are complete.
-        http="h11",
+        # Bounds the size of headers and the time they take before they are complete.
+        http=PatientProtocol,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         lifespan="off",
