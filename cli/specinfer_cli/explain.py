@@ -49,6 +49,7 @@ def explain(
         console.print(line, markup=False, soft_wrap=True)
     if report.rounds:
         # A file or a pipe is as wide as one likes.
-        width = max(console.width, WIDE_COLUMNS) if not console.is_terminal else console.width
+        if not console.is_terminal:
+            console.width = max(console.width, WIDE_COLUMNS)
         console.print()
-        console.print(picture(report, rounds, wide=width >= WIDE_COLUMNS), width=width)
+        console.print(picture(report, rounds, wide=console.width >= WIDE_COLUMNS))

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,8 @@ import pytest
 from typer.testing import CliRunner
 
 from specinfer.errors import InvalidRequest, SpecinferError, Unavailable
+from specinfer.server import RpcServer, build_server
+from specinfer.sync_client import LoopThread
 from specinfer_cli.app import app
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
 from specinfer_cli.models import ModelChoice, choose_models, demo_folder
@@ -30,7 +34,6 @@ from specinfer_cli.processes import (
     stop_children,
     wait_healthy,
 )
-from tests.kit.fake_router import FakeRouter, running
 
 ROOT = Path(__file__).resolve().parents[2]
 # A module of the standard library that serves until a signal comes and speaks no gRPC.
@@ -133,11 +136,28 @@ def test_waiting_ends_in_time_and_on_interrupt(tmp_path: Path) -> None:
         stop_children([child], 10)
 
 
+@contextmanager
+def healthy_server() -> Iterator[str]:
+    """A server that says no more than that it serves."""
+
+    async def start() -> RpcServer:
+        server = build_server("127.0.0.1:0", [])
+        await server.start()
+        return server
+
+    loop = LoopThread()
+    server = loop.run(start())
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        loop.stop(server.drain(0))
+
+
 def test_a_healthy_server_is_seen(tmp_path: Path) -> None:
     child = sleeper(tmp_path)
     try:
-        with running(FakeRouter()) as router:
-            child.address = router.address
+        with healthy_server() as address:
+            child.address = address
             wait_healthy([child], time.monotonic() + 30, never)
     finally:
         stop_children([child], 10)

@@ -30,9 +30,14 @@ CTRL_D = b"\x04"
 PATIENCE_SECONDS = 60.0
 
 
-def _take_interrupts() -> None:
-    """A terminal's programs do not inherit that Ctrl-C is ignored, as background jobs do."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A terminal's programs do not inherit that Ctrl-C is ignored, as background jobs do. Set by the
+# child itself: code that runs between fork and exec does not go with gRPC's threads.
+CHAT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from specinfer_cli.main import main
+main()
+"""
 
 
 class Terminal:
@@ -42,13 +47,12 @@ class Terminal:
         self._master, slave = pty.openpty()
         environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "specinfer_cli.main", "chat", "--router", address],
+            [sys.executable, "-c", CHAT, "chat", "--router", address],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             env=environment | {"TERM": kind},
             start_new_session=True,
-            preexec_fn=_take_interrupts,
         )
         os.close(slave)
         self._seen = b""

@@ -1,13 +1,17 @@
-"""Where the time of a request went: sums, words, and a bar for each round."""
+"""`specinfer explain`: where the time of a request went, in sums, words, and a bar a round."""
 
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
-from specinfer import RequestReport, RoundFacts, RoundReport, Timings
+from specinfer import Client, RequestReport, RoundFacts, RoundReport, Timings
+from specinfer.testing import FakeRouter
+from specinfer_cli.app import app
 from specinfer_cli.timeline import (
     BAR_WIDTH,
     COMMIT,
@@ -113,3 +117,34 @@ def test_a_narrow_terminal_keeps_the_bars() -> None:
     assert rows[0].split()[:6] == ["0", "10.0", "30.0", "3", "4", "2"]
     assert rows[1].endswith("drafter late")
     assert "…" not in text
+
+
+def explained(router: FakeRouter, *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["explain", *arguments, "--router", router.address])
+
+
+def test_explain_asks_the_router() -> None:
+    with FakeRouter("one two three four five six") as router, Client(router.address) as client:
+        request_id = client.generate("hello", request_id="mine").request_id
+        told = explained(router, request_id)
+        assert told.exit_code == 0, told.output
+        assert told.stdout.startswith("request mine: ")
+        assert "most of the time" in told.stdout
+        # Wide where nobody's terminal says how much room there is.
+        assert "network" in told.stdout
+        assert "…" not in told.stdout
+        report = json.loads(explained(router, request_id, "--json").stdout)
+        assert report["request_id"] == "mine"
+        tokens = sum(each["num_tokens"] for each in report["rounds"])
+        assert tokens == 6
+        drafted = sum(each["facts"]["draft_seconds"] for each in report["rounds"])
+        assert report["totals"]["draft_seconds"] == pytest.approx(drafted)
+        last = explained(router, request_id, "--rounds", "1")
+        assert f"{len(report['rounds']) - 1} earlier rounds are left out" in last.stdout
+
+
+def test_explain_says_that_a_request_is_not_known() -> None:
+    with FakeRouter("") as router:
+        missing = explained(router, "nope")
+    assert missing.exit_code == 1
+    assert "nope" in missing.stderr
