@@ -44,11 +44,12 @@ fmt: setup ## format Python and protos, sort imports
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write
 
-lint: setup ## ruff, import contracts, sizes of functions and files
+lint: setup ## ruff, import contracts, sizes, the SDK's reference
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_sizes.py
+	$(BIN)/python tools/generate_api.py --check
 
 types: setup ## mypy (strict) and pyright
 	$(BIN)/mypy

@@ -1,31 +1,21 @@
-"""Ask one question and print the answer as it is made: `python examples/generate.py "..."`.
+"""Generate to the end and look at what came back."""
 
-Needs a running cluster (`specinfer up`) and nothing but `pip install specinfer`.
-"""
+import argparse
 
-import sys
-
-from specinfer import Client, SpecinferError
+from specinfer import Client
 
 
-def main() -> int:
-    question = " ".join(sys.argv[1:]) or "What does textwrap.dedent do?"
-    try:
-        with (
-            Client("127.0.0.1:50051", timeout=60) as client,
-            client.stream(
-                messages=[{"role": "user", "content": question}], max_tokens=128, temperature=0
-            ) as stream,
-        ):
-            for event in stream:
-                print(event.text, end="", flush=True)
-            summary = stream.completion.speculation
-    except SpecinferError as error:
-        print(f"{error.reason}: {error} (retryable: {error.retryable})", file=sys.stderr)
-        return 1
-    print(f"\n[{summary.num_accepted_tokens} of {summary.num_draft_tokens} guesses confirmed]")
-    return 0
+def main(router: str) -> None:
+    with Client(router, timeout=60) as client:
+        completion = client.generate("def add(a, b):", max_tokens=32, temperature=0, stop=["\n\n"])
+    print(completion.text)
+    summary, usage = completion.speculation, completion.usage
+    print(f"{usage.num_completion_tokens} tokens in {summary.num_rounds} rounds")
+    print(f"{summary.num_accepted_tokens} of {summary.num_draft_tokens} guesses confirmed")
+    print(f"ended by {completion.finish_reason}; seed {completion.seed}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--router", default="127.0.0.1:50051")
+    main(parser.parse_args().router)

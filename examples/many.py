@@ -1,8 +1,6 @@
-"""Many requests at once from asyncio; the cluster puts them into shared passes.
+"""Many requests at once from asyncio; the cluster puts them into shared passes."""
 
-Needs a running cluster (`specinfer up`) and nothing but `pip install specinfer`.
-"""
-
+import argparse
 import asyncio
 
 from specinfer import AsyncClient, RetryPolicy
@@ -14,23 +12,19 @@ QUESTIONS = (
 )
 
 
-async def main() -> None:
+async def main(router: str) -> None:
     retry = RetryPolicy(max_attempts=6, max_backoff=2.0)
-    async with AsyncClient("127.0.0.1:50051", timeout=60, retry=retry) as client:
-        answers = await asyncio.gather(
-            *(
-                client.generate(
-                    messages=[{"role": "user", "content": question}],
-                    max_tokens=96,
-                    temperature=0.7,
-                    seed=number,
-                )
-                for number, question in enumerate(QUESTIONS)
-            )
+    async with AsyncClient(router, timeout=60, retry=retry) as client:
+        calls = (
+            client.chat(question, max_tokens=96, temperature=0.7, seed=number)
+            for number, question in enumerate(QUESTIONS)
         )
-    for question, answer in zip(QUESTIONS, answers, strict=True):
-        print(f"{question}\n  {answer.text.strip()}  [{answer.finish_reason}]")
+        replies = await asyncio.gather(*calls)
+    for question, reply in zip(QUESTIONS, replies, strict=True):
+        print(f"{question}\n  {reply.text.strip()}  [{reply.completion.finish_reason}]")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--router", default="127.0.0.1:50051")
+    asyncio.run(main(parser.parse_args().router))

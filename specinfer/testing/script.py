@@ -21,6 +21,7 @@ from specinfer.messages import (
     GenerateEvent,
     GenerateRequest,
     RequestReport,
+    RoundDetail,
     RoundFacts,
     RoundReport,
     Started,
@@ -29,6 +30,7 @@ from specinfer.messages import (
     TokensEvent,
     Usage,
 )
+from specinfer.tree import TokenTree
 
 VOCABULARY = 50_000
 RANDOM_SEED = 4242
@@ -203,7 +205,14 @@ def _round_event(session: FakeSession, start: int, end: int) -> TokensEvent:
     facts = RoundFacts(
         end, depth, accepted, reason, 0.001, 0.002, 0.0, 0.0005, 0.0005, 0.0002, depth
     )
-    return TokensEvent(start, "".join(words), token_ids, accepted, logprobs, facts)
+    detail = _detail(words, token_ids) if session.request.detail else None
+    return TokensEvent(start, "".join(words), token_ids, accepted, logprobs, facts, detail)
+
+
+def _detail(words: list[str], token_ids: tuple[int, ...]) -> RoundDetail:
+    """A tree with nothing in it but what was confirmed."""
+    tree = TokenTree.chain((0, *token_ids[:-1]))
+    return RoundDetail(tree, tuple(range(1, len(tree))), ("", *words[:-1]), tuple(words))
 
 
 def _logprob(token_id: int, count: int) -> TokenLogprob:
