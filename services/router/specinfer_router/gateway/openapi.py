@@ -210,7 +210,6 @@ def openapi_document(served: Capabilities) -> dict[str, Any]:
         "components": {
             "schemas": ANSWERS | bodies,
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
-            "headers": {"x-request-id": {"required": True, "schema": {"type": "string"}}},
         },
     }
 
@@ -304,16 +303,22 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
 def _answers(operation: Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": ref(operation.answer)}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": ref("ServerEvent")}
     answers = {"200": _answer(200, content)}
     for status in sorted(operation.errors):
-        answers[str(status)] = _answer(status, {"application/json": {"schema": ref("Error")}})
+        content = {"application/json": {"schema": ref("Error")}}
+        if status == 400:
+            # What is no HTTP, or has too long headers, reaches no route.
+            content["text/plain"] = {"schema": {"type": "string"}}
+        answers[str(status)] = _answer(status, content)
     return answers
 
 
 def _answer(status: int, content: dict[str, Any]) -> dict[str, Any]:
-    headers = {"x-request-id": {"$ref": "#/components/headers/x-request-id"}}
+    headers: dict[str, Any] = {"x-request-id": {"schema": {"type": "string"}}}
+    # What reaches no route has no id.
+    headers["x-request-id"]["required"] = status != 400
     if status in (429, 503):
         for name in ("retry-after", "retry-after-ms"):
-            headers[name] = {"schema": {"type": "string", "pattern": "^[0-9]+$"}}  # type: ignore[dict-item]
+            headers[name] = {"schema": {"type": "string", "pattern": "^[0-9]+$"}}
     return {"description": _MEANINGS[status], "headers": headers, "content": content}

@@ -191,6 +191,16 @@ ANSWERS: dict[str, Schema] = {
             )
         }
     ),
+    "ServerEvent": fields(
+        {
+            "data": {
+                "type": "string",
+                "description": "JSON, or [DONE] where there is no event name.",
+            }
+        },
+        id=STRING,
+        event=STRING,
+    ),
     "Usage": _USAGE,
     "Metrics": _METRICS,
     "ChatChoice": _CHAT_CHOICE,

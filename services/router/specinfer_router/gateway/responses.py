@@ -248,6 +248,11 @@ async def _last(events: Events) -> dict[str, Any]:
 
 
 async def _server_events(events: Events) -> AsyncGenerator[ServerEvent, None]:
+    any_sent = False
     async with aclosing(events):
         async for event in events:
+            any_sent = True
             yield ServerEvent(event, id=str(event["sequence_number"]), name=event["type"])
+    if not any_sent:
+        # All had been read before.
+        yield ServerEvent(None)
