@@ -22,6 +22,7 @@ from specinfer_router.gateway.app import api_routes
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.page import page_routes
 from specinfer_router.gateway.server import Gateway
+from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.keys.control import AccessControl, KeySource
 from specinfer_router.keys.file import KeyFile
 from specinfer_router.keys.redis_keys import RedisKeys
@@ -92,7 +93,7 @@ def build_gateway(
 
     return Gateway(
         settings.gateway,
-        api_routes(get_router),
+        api_routes(get_router, streams=StreamSettings(settings.keep_alive_seconds)),
         open_routes=[*operator_routes(not_ready_reason, registry), *page_routes()],
         authenticate=access.authenticate,
         cors_origins=settings.cors_origin,

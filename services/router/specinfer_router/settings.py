@@ -30,6 +30,7 @@ PROPOSE_STEPS = 4
 KEYS_IN_REDIS = "redis"
 _POSITIVE = (
     *("session_seconds", "start_seconds", "stall_seconds", "step_deadline", "max_wait_seconds"),
+    "keep_alive_seconds",
     *("max_sessions", "max_tree_nodes", "max_streams", "max_prompt_characters"),
 )
 
@@ -58,6 +59,7 @@ class RouterSettings:
     failover_seconds: float = setting(30.0, "seconds a session waits for a verify worker")
     drain_seconds: float = setting(30.0, "seconds that running requests get at shutdown")
     stall_seconds: float = setting(60.0, "a reader that takes nothing for so long is cut off")
+    keep_alive_seconds: float = setting(15.0, "silence of an HTTP stream that a comment fills")
     max_streams: int = setting(256, "most requests at once")
     max_waiting: int = setting(1024, "most requests that wait for a place")
     max_wait_seconds: float = setting(60.0, "longest wait for a place")
