@@ -191,12 +191,13 @@ async def test_everything_can_be_done_from_the_keyboard(page: Page, model: Scrip
     await page.keyboard.press("Enter")
     await ended(page)
     assert model.bodies[0]["messages"][0]["content"] == "One\ntwo"
+    await expect(page.locator("#round-title")).to_have_text("Round 1 of 3")
     reached = set()
     for _ in range(60):
         await page.keyboard.press("Tab")
         reached.add(await page.evaluate(NAME_OF_FOCUS))
     wanted = {"Copy", "Regenerate", "Run again without speculation", "Settings", "Send", "Theme"}
-    wanted |= {"Round to look at", "Previous round", "Conversations", "New conversation"}
+    wanted |= {"Round to look at", "Previous round", "Next round", "Conversations", "New conversation"}
     assert not {name for name in wanted if not any(seen.startswith(name) for seen in reached)}
     await page.keyboard.press("Alt+/")
     await expect(page.locator("#keys")).to_be_visible()

@@ -125,6 +125,7 @@ export class Chat {
         view.showFacts(facts, { last: messages.at(-1) === view.message });
         if (run.state === "failed") view.showTwinError(explain(run.error));
         else view.showVerdict({ content, facts }, { content: run.content, facts: run.facts() });
+        this.panel.show(view.shown);
         this.panel.settle();
         this.toEnd();
       },

@@ -130,8 +130,9 @@ export class Panel {
     this.slider.setAttribute("aria-valuetext", `Round ${number + 1} of ${rounds.numRounds}`);
     byId("round-title").textContent = `Round ${number + 1} of ${rounds.numRounds}`;
     byId("round-live").hidden = this.live || !this.shown.running();
-    byId("round-previous").disabled = number <= first;
-    byId("round-next").disabled = number >= last;
+    // Not `disabled`, which would take the focus away from whoever steps to the end.
+    byId("round-previous").setAttribute("aria-disabled", String(number <= first));
+    byId("round-next").setAttribute("aria-disabled", String(number >= last));
     byId("round-story").textContent = story(round);
     fill(byId("tree"), drawTree(round));
     drawStrip(rounds, number);
@@ -190,9 +191,8 @@ function drawStrip(rounds, selected) {
   const end = Math.min(kept.length, Math.max(STRIP_ROUNDS, selected - kept[0].number + 1));
   const shown = kept.slice(Math.max(0, end - STRIP_ROUNDS), end);
   const most = Math.max(4, ...shown.map((round) => round.tokens.length));
-  const columns = Math.max(shown.length, 24);
   const elements = shown.map((round, index) => column(round, index, most, round.number === selected));
-  const view = { viewBox: `0 0 ${columns * 6} 40`, preserveAspectRatio: "none", "aria-hidden": "true" };
+  const view = { viewBox: `0 0 ${shown.length * 6} 40`, preserveAspectRatio: "none", "aria-hidden": "true" };
   fill(byId("round-strip"), s("svg", view, ...elements));
 }
 

@@ -9,8 +9,9 @@ const MAX_DRAWN_NODES = 160;
 const MAX_LABEL = 12;
 const ROW = 52;
 const PILL = 28;
-const GAP = 10;
+const GAP = 8;
 const CHARACTER = 7.4;
+const MIN_SCALE = 0.72;
 
 /** A token's text as one can see it: blanks, breaks and nothing at all included. */
 export function visibleText(text) {
@@ -46,7 +47,10 @@ export function drawTree(round) {
   const edges = nodes.filter((node) => node.parent >= 0).map((node) => edge(nodes[node.parent], node));
   const view = { viewBox: `0 0 ${width} ${height}`, width, height, class: "tree", role: "img" };
   view["aria-label"] = describe(nodes);
-  return s("svg", view, ...edges, ...nodes.map(pill));
+  const drawing = s("svg", view, ...edges, ...nodes.map(pill));
+  // It shrinks to fit as far as its text stays readable, and scrolls beyond that.
+  drawing.style.minWidth = `${width * MIN_SCALE}px`;
+  return drawing;
 }
 
 /** Set x of every node: leaves side by side, the accepted path first, parents above its middle. */
@@ -55,7 +59,7 @@ function place(nodes) {
   nodes.forEach((node, index) => node.parent >= 0 && children[node.parent].push(index));
   const rank = { accepted: 0, tail: 1, rejected: 2 };
   for (const list of children) list.sort((a, b) => rank[nodes[a].kind] - rank[nodes[b].kind]);
-  nodes.forEach((node) => (node.width = visibleText(node.text).length * CHARACTER + 20));
+  nodes.forEach((node) => (node.width = visibleText(node.text).length * CHARACTER + 18));
   // Children stand after their parents, so walking back sees every subtree before its root.
   for (let index = nodes.length - 1; index >= 0; index--) {
     const below = children[index].map((child) => nodes[child].span + GAP);
