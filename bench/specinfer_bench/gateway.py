@@ -135,9 +135,7 @@ def cpu_seconds(pid: int | None) -> float:
     if pid is None:
         return 0.0
     try:
-        line = Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii")
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        return sum(_on_cpu(task / "schedstat") for task in tasks) if line else 0.0
+        return sum(_on_cpu(task / "schedstat") for task in Path(f"/proc/{pid}/task").iterdir())
     except OSError:
         return 0.0
 

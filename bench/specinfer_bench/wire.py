@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,15 @@ class GrpcWire:
 
 
 class HttpWire:
-    """One HTTP/1.1 connection that is kept open between requests."""
+    """One HTTP/1.1 connection that is kept open between requests.
 
-    def __init__(self, address: str) -> None:
+    With `receive_bytes` it holds no more than about that much of what nobody has read.
+    """
+
+    def __init__(self, address: str, receive_bytes: int = 0) -> None:
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
+        self._receive_bytes = receive_bytes
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def run(self, path: str, body: dict[str, Any]) -> Arrivals:
@@ -86,7 +91,7 @@ class HttpWire:
         message = self._message(path, body)
         begun = time.perf_counter()
         writer.write(message)
-        status = await _head(reader)
+        status, _ = await _head(reader)
         chunks: list[tuple[float, bytes]] = []
         while size := int(await reader.readline(), 16):
             chunk = await reader.readexactly(size + 2)
@@ -97,6 +102,15 @@ class HttpWire:
             raise InternalError(f"the gateway answered {status}: {chunks!r}")
         return _arrivals(begun, [when for when, chunk in chunks if _has_tokens(chunk)], ended)
 
+    async def open(self, path: str, body: dict[str, Any]) -> str:
+        """Begin a stream and read its head alone; returns the request's id."""
+        reader, writer = await self._connected()
+        writer.write(self._message(path, body))
+        status, request_id = await _head(reader)
+        if status != 200:
+            raise InternalError(f"the gateway answered {status}")
+        return request_id
+
     async def close(self) -> None:
         """Close the connection."""
         if self._streams is not None:
@@ -106,12 +120,19 @@ class HttpWire:
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._streams is None:
             try:
-                self._streams = await asyncio.open_connection(
-                    self._host, self._port, limit=MAX_LINE_BYTES
-                )
+                self._streams = await self._connect()
             except OSError as error:
                 raise Unavailable(f"no gateway at {self._host}:{self._port}: {error}") from error
         return self._streams
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if not self._receive_bytes:
+            return await asyncio.open_connection(self._host, self._port, limit=MAX_LINE_BYTES)
+        link = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_bytes)
+        link.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(link, (self._host, self._port))
+        return await asyncio.open_connection(sock=link, limit=self._receive_bytes)
 
     def _message(self, path: str, body: dict[str, Any]) -> bytes:
         content = json.dumps(body).encode()
@@ -122,15 +143,16 @@ class HttpWire:
         return head.encode() + content
 
 
-async def _head(reader: asyncio.StreamReader) -> int:
-    """Read an answer's head; returns its status. The body is taken as chunked."""
+async def _head(reader: asyncio.StreamReader) -> tuple[int, str]:
+    """Read an answer's head; returns its status and the request's id. The body comes in chunks."""
     status = int((await reader.readline()).split()[1])
-    chunked = False
+    headers: dict[bytes, bytes] = {}
     while (line := await reader.readline()) != b"\r\n":
-        chunked |= line.lower().replace(b" ", b"") == b"transfer-encoding:chunked\r\n"
-    if not chunked:
+        name, _, value = line.lower().partition(b":")
+        headers[name] = value.strip()
+    if headers.get(b"transfer-encoding") != b"chunked":
         raise InternalError(f"the gateway answered {status} and no stream")
-    return status
+    return status, headers.get(b"x-request-id", b"").decode()
 
 
 def _has_tokens(chunk: bytes) -> bool:
