@@ -132,7 +132,7 @@ async def running_router(
     try:
         await cluster.start(seconds=10)
         registry = CollectorRegistry()
-        kept = store or MemoryStore()
+        kept = MemoryStore() if store is None else store
         router = Router(
             cluster,
             store=kept,
