@@ -9,6 +9,7 @@ import typer
 
 from specinfer.client import DEFAULT_ADDRESS
 from specinfer.messages import SpeculationOptions
+from specinfer.rpc import TlsSettings
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -24,6 +25,24 @@ Router = Annotated[
     str,
     typer.Option(
         "--router", metavar="ADDR", envvar="SPECINFER_ROUTER", help="Address of the router."
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        metavar="KEY",
+        envvar="SPECINFER_API_KEY",
+        help="Sent with each call; better given by the variable, which others cannot list.",
+    ),
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca",
+        metavar="FILE",
+        envvar="SPECINFER_TLS_CA",
+        help="Speak TLS, and trust the authorities in this PEM file.",
     ),
 ]
 AnyRouter = Annotated[
@@ -88,6 +107,11 @@ MaxDepth = Annotated[int | None, typer.Option("--max-depth", help="Deepest guess
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds for the whole call.")]
 
 __all__ = ["DEFAULT_ADDRESS", "DTYPES"]
+
+
+def tls_settings(ca: Path | None) -> TlsSettings | None:
+    """TLS that trusts these authorities, or None for plain text."""
+    return None if ca is None else TlsSettings(ca)
 
 
 def speculation_options(

@@ -52,6 +52,8 @@ class TerminalScreen:
 @friendly
 def chat(
     router: arguments.Router = arguments.DEFAULT_ADDRESS,
+    api_key: arguments.ApiKey = None,
+    tls_ca: arguments.TlsCa = None,
     system: _System = None,
     max_tokens: arguments.MaxTokens = None,
     temperature: arguments.Temperature = 0.0,
@@ -76,7 +78,8 @@ def chat(
         "seed": seed,
         "speculation": arguments.speculation_options(no_speculation, max_nodes, max_depth),
     }
-    with Client(router) as client:
+    tls = arguments.tls_settings(tls_ca)
+    with Client(router, tls=tls, api_key=api_key) as client:
         capabilities = client.capabilities()
         if not capabilities.chat:
             raise InvalidRequest(

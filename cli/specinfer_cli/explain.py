@@ -33,11 +33,14 @@ _Rounds = Annotated[
 def explain(
     request_id: _RequestId,
     router: arguments.Router = arguments.DEFAULT_ADDRESS,
+    api_key: arguments.ApiKey = None,
+    tls_ca: arguments.TlsCa = None,
     rounds: _Rounds = DEFAULT_ROUNDS,
     json: arguments.Json = False,
 ) -> None:
     """Tell where the time of a request went: waiting, drafting, verifying, the way, the store."""
-    with Client(router) as client:
+    tls = arguments.tls_settings(tls_ca)
+    with Client(router, tls=tls, api_key=api_key) as client:
         report = client.explain(request_id)
     if json:
         found = totals(report)

@@ -39,6 +39,8 @@ _Stats = Annotated[
 def generate(
     prompt: _Prompt,
     router: arguments.Router = arguments.DEFAULT_ADDRESS,
+    api_key: arguments.ApiKey = None,
+    tls_ca: arguments.TlsCa = None,
     raw: _Raw = False,
     system: _System = None,
     max_tokens: arguments.MaxTokens = None,
@@ -67,7 +69,8 @@ def generate(
         "stop": stop or [],
         "speculation": arguments.speculation_options(no_speculation, max_nodes, max_depth),
     }
-    with Client(router, timeout=timeout) as client:
+    tls = arguments.tls_settings(tls_ca)
+    with Client(router, timeout=timeout, tls=tls, api_key=api_key) as client:
         raw_prompt = choose_input(client, text, options, raw=raw, system=system)
         began = time.perf_counter()
         completion = _run(client, raw_prompt, options, show=not json)
