@@ -136,7 +136,9 @@ class StopConditions:
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # A whole number is finite, and may be too large to be asked as a float.
+    if not number or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidRequest(f"{name} is a finite number, got {value!r}", field=name)
     if isinstance(low, int) and isinstance(high, int) and not isinstance(value, int):
         raise InvalidRequest(f"{name} is a whole number, got {value!r}", field=name)

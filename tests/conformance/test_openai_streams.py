@@ -367,4 +367,12 @@ async def test_an_unknown_session_is_not_found(gateway: GatewayBench) -> None:
     body = chat_body(stream=True)
     response = await resumed(gateway, "/v1/chat/completions", body, f"{'0' * 32}:3")
     assert response.status_code == 404
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.json()["error"]["param"] == "last-event-id"
+
+
+async def test_an_offset_past_the_end_is_refused(gateway: GatewayBench) -> None:
+    body = chat_body(stream=True)
+    session_id = events_of((await gateway.chat(stream=True)).text)[-1][0].split(":")[0]
+    response = await resumed(gateway, "/v1/chat/completions", body, f"{session_id}:25")
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "last-event-id"

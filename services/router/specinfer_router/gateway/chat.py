@@ -61,6 +61,8 @@ PARAMETERS = {
     "token_ids": "messages",
     "num_logprobs": "top_logprobs",
     "detail": "speculation.detail",
+    "session_id": LAST_EVENT_ID,
+    "offset": LAST_EVENT_ID,
     "affinity_key": "prompt_cache_key",
 }
 

@@ -40,6 +40,8 @@ PARAMETERS = {
     "num_logprobs": "logprobs",
     "grammar": "structured_outputs",
     "detail": "speculation.detail",
+    "session_id": LAST_EVENT_ID,
+    "offset": LAST_EVENT_ID,
 }
 
 

@@ -63,13 +63,13 @@ class GenerationFields(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
