@@ -37,10 +37,16 @@ from specinfer.messages import Grammar
 _WHITESPACE = r"\x20?"
 # What the library calls a place where the text can neither go on nor end.
 _NOTHING_FOLLOWS = "NoExtension"
+# And what it says of a token that the text cannot go on with.
+_NO_MATCH = "satisfy the grammar"
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+
+
+class _TooMuchWork(InvalidRequest):
+    """The grammar needs more work or more states than it may have."""
 
 
 class GrammarState:
@@ -76,11 +82,22 @@ class GrammarState:
         """
         if not self.compiled.end_token_ids.isdisjoint(output_ids):
             return None
-        self._move_to(list(output_ids))
+        tokens = list(output_ids)
+        try:
+            return self._mask_after(tokens)
+        except _TooMuchWork:
+            # The lexer's states are those of all sessions of the grammar together, so others may
+            # have used them up: once more, with new ones.
+            self.compiled.renew(self._edition)
+            self._restart()
+            return self._mask_after(tokens)
+
+    def _mask_after(self, output_ids: list[int]) -> bytes:
+        self._move_to(output_ids)
         mask = bytearray(self._matcher.compute_bitmask()[: (self.compiled.vocab_size + 7) // 8])
         error = self._matcher.get_error()
         if error and _NOTHING_FOLLOWS not in error:
-            raise self._failure("the grammar is too much work")
+            raise self._too_much_work()
         accepting = self._matcher.is_accepting()
         for token_id in self.compiled.end_token_ids:
             bit = 1 << (token_id & 7)
@@ -102,28 +119,36 @@ class GrammarState:
             raise self._failure("the output has a token outside the vocabulary")
         num_taken = self._matcher.try_consume_tokens(new)
         self._consumed += new[:num_taken]
-        if self._matcher.is_error():
-            raise self._failure("the grammar is too much work")
         if num_taken < len(new):
+            # Only now does the matcher say why it took no more.
+            over = _NOTHING_FOLLOWS in self._matcher.stop_reason()
+            self._matcher.consume_token(new[num_taken])
+            if not over and _NO_MATCH not in self._matcher.get_error():
+                raise self._too_much_work()
             raise self._failure(f"the output does not match the grammar at token {new[num_taken]}")
+        if self._matcher.is_error():
+            raise self._too_much_work()
 
     def _failure(self, what: str) -> InvalidRequest:
         num_tokens = len(self._consumed)
-        error = self._matcher.get_error()
-        reason = "" if _NOTHING_FOLLOWS in error else shorten(error)
         self._restart()
-        return InvalidRequest(
-            f"{what} after {num_tokens} tokens of output{': ' if reason else ''}{reason}",
+        return InvalidRequest(f"{what} after {num_tokens} tokens of output", field="grammar")
+
+    def _too_much_work(self) -> _TooMuchWork:
+        reason, num_tokens = shorten(self._matcher.get_error()), len(self._consumed)
+        self._restart()
+        return _TooMuchWork(
+            f"the grammar is too much work after {num_tokens} tokens of output: {reason}",
             field="grammar",
         )
 
     def _restart(self) -> None:
-        self._matcher = self.compiled.new_matcher()
+        self._edition, self._matcher = self.compiled.new_matcher()
         self._consumed: list[int] = []
 
 
 class CompiledGrammar:
-    """A grammar over one tokenizer's tokens; it never changes and may be shared by threads.
+    """A grammar over one tokenizer's tokens; what it allows never changes. Threads may share it.
 
     Attributes:
         grammar: what it was compiled from.
@@ -132,20 +157,39 @@ class CompiledGrammar:
     """
 
     def __init__(
-        self, grammar: Grammar, matcher: LLMatcher, vocab_size: int, end_token_ids: frozenset[int]
+        self,
+        grammar: Grammar,
+        make_matcher: Callable[[], LLMatcher],
+        vocab_size: int,
+        end_token_ids: frozenset[int],
     ) -> None:
+        """Compile it; raises as `make_matcher` does."""
         self.grammar = grammar
         self.vocab_size = vocab_size
         self.end_token_ids = end_token_ids
-        self._matcher = matcher
+        self._make_matcher = make_matcher
+        self._lock = threading.Lock()
+        self._matcher = make_matcher()
+        self._edition = 0
 
     def start(self) -> GrammarState:
         """A state before the first token of output."""
         return GrammarState(self)
 
-    def new_matcher(self) -> LLMatcher:
-        """A matcher before the first token; what was computed lazily is shared with the others."""
-        return self._matcher.deep_copy()
+    def new_matcher(self) -> tuple[int, LLMatcher]:
+        """A matcher before the first token, and its edition.
+
+        What matchers of one edition compute lazily they share, and its bound too.
+        """
+        with self._lock:
+            return self._edition, self._matcher.deep_copy()
+
+    def renew(self, edition: int) -> None:
+        """Let new matchers share nothing with those of an edition; takes a compilation's time."""
+        with self._lock:
+            if edition == self._edition:
+                self._matcher = self._make_matcher()
+                self._edition += 1
 
 
 class GrammarCompiler:
@@ -156,6 +200,8 @@ class GrammarCompiler:
         vocab_size: tokens that the model knows.
         end_token_ids: tokens that end a text.
         max_kept: compiled grammars kept, the least recently used one leaves first.
+        max_states: states of the lexer that the sessions of a grammar compute, at some 1.5 kB each,
+            before they begin anew.
     """
 
     def __init__(
@@ -165,6 +211,7 @@ class GrammarCompiler:
         end_token_ids: Sequence[int],
         *,
         max_kept: int = 32,
+        max_states: int = 25_000,
     ) -> None:
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
@@ -174,8 +221,7 @@ class GrammarCompiler:
         self._tokenizer_lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        # No text of a grammar in errors, and no more than some 50 MB of lazily computed states.
-        self._limits = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
+        self._limits = LLParserLimits(max_lexer_states=max_states, verbose_errors=False)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The compiled form of a grammar; takes milliseconds, or some hundred for the first one.
@@ -190,6 +236,17 @@ class GrammarCompiler:
                 self._kept.move_to_end(grammar)
                 return self._kept[grammar]
         check_grammar(grammar)
+        compiled = CompiledGrammar(
+            grammar, lambda: self._make_matcher(grammar), self._vocab_size, self._end_token_ids
+        )
+        compiled.start().mask_after(())  # a grammar that nothing can match is refused here
+        with self._lock:
+            self._kept[grammar] = compiled
+            while len(self._kept) > self._max_kept:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _make_matcher(self, grammar: Grammar) -> LLMatcher:
         tokenizer = self._load_tokenizer()
         try:
             matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=self._limits)
@@ -197,13 +254,7 @@ class GrammarCompiler:
             raise refusal(str(error)) from error
         if matcher.is_error():
             raise refusal(matcher.get_error())
-        compiled = CompiledGrammar(grammar, matcher, self._vocab_size, self._end_token_ids)
-        compiled.start().mask_after(())  # a grammar that nothing can match is refused here
-        with self._lock:
-            self._kept[grammar] = compiled
-            while len(self._kept) > self._max_kept:
-                self._kept.popitem(last=False)
-        return compiled
+        return matcher
 
     def _load_tokenizer(self) -> LLTokenizer:
         with self._tokenizer_lock:
