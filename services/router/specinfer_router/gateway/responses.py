@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from specinfer.errors import InvalidRequest, Unavailable
-from specinfer.messages import ResumeRequest
+from specinfer.messages import GenerateRequest, ResumeRequest
 from specinfer_router.access import Caller
 from specinfer_router.gateway.body import parse_body
 from specinfer_router.gateway.calls import (
@@ -44,11 +44,11 @@ from specinfer_router.gateway.responses_run import (
     BackgroundRuns,
     Events,
     cancel_run,
-    failure_of,
     written,
 )
 from specinfer_router.gateway.responses_store import ResponseStore, StoredResponse
 from specinfer_router.gateway.sse import EventStream, ServerEvent, StreamSettings
+from specinfer_router.gateway.tools import ToolPlan
 from specinfer_router.router import Router
 
 PARAMETERS = {
@@ -85,23 +85,29 @@ class ResponseRoutes:
     async def create(self, request: Request) -> Response:
         """Generate a response: at once, as a stream, or in the background."""
         body = await parse_body(request, ResponseBody)
-        with renaming(PARAMETERS):
-            check_create(body)
-            router, keep, caller = self._parts(request)
+        check_create(body)
+        router, keep, caller = self._parts(request)
+        with renaming(_parameters(body)):
             earlier = await _earlier(keep, body, caller)
-            stored = _new(body, earlier, caller, router.capabilities().model)
-            plan = await asyncio.to_thread(response_plan, body, router.tokenizer.chat_template)
-            items = read_items([*stored.earlier, *stored.input])
-            asked = generate_request(body, items, plan, request_id_of(request))
+            made = await asyncio.to_thread(
+                _made, body, earlier, caller, router, request_id_of(request)
+            )
         # The call's own deadline is none of a response in the background.
         runner = replace(caller, seconds_left=None) if body.background else caller
-        stream = router.generate(asked, runner)
-        events = _renamed(written(router, stream, stored, keep=keep if body.stored else None))
+        events = written(
+            router,
+            router.generate(made.request, runner),
+            made.stored,
+            plan=made.plan,
+            keep=keep if body.stored else None,
+            raising=not body.stream and not body.background,
+        )
+        events = _renamed(events, _parameters(body))
         if body.background:
             first = await while_connected(request, self._runs.start(events))
             if not body.stream:
                 return json_answer(request, first["response"])
-            response_id = stored.response["id"]
+            response_id = made.stored.response["id"]
             return self._stream(request, self._followed(response_id, caller, after=-1))
         if body.stream:
             return self._stream(request, events)
@@ -200,18 +206,42 @@ def responses_routes(
     ).routes()
 
 
-def _new(
-    body: ResponseBody, earlier: list[dict[str, Any]], caller: Caller, model: str
-) -> StoredResponse:
+@dataclass(frozen=True)
+class _Made:
+    """What a body made: what to ask the router for, how to read tools, and what to keep."""
+
+    request: GenerateRequest
+    plan: ToolPlan
+    stored: StoredResponse
+
+
+def _made(
+    body: ResponseBody,
+    earlier: list[dict[str, Any]],
+    caller: Caller,
+    router: Router,
+    request_id: str,
+) -> _Made:
+    """Runs on a thread: conversations and schemas may be long."""
     response_id = f"resp_{uuid.uuid4().hex}"
-    return StoredResponse(
+    model = body.model or router.capabilities().model
+    stored = StoredResponse(
         key_id=caller.key_id,
         session_id="",
         request=body.model_dump(by_alias=True, exclude_none=True),
         earlier=earlier,
         input=stored_items(body.input, response_id),
-        response=new_response(body, response_id, int(time.time()), body.model or model),
+        response=new_response(body, response_id, int(time.time()), model),
     )
+    plan = response_plan(body, router.tokenizer.chat_template)
+    items = read_items([*stored.earlier, *stored.input])
+    return _Made(generate_request(body, items, plan, request_id), plan, stored)
+
+
+def _parameters(body: ResponseBody) -> dict[str, str]:
+    """What the router calls a field, and what this request does."""
+    forced = body.text is None or body.text.format is None
+    return PARAMETERS | ({"grammar": "tools"} if forced else {})
 
 
 async def _earlier(keep: ResponseStore, body: ResponseBody, caller: Caller) -> list[dict[str, Any]]:
@@ -226,23 +256,20 @@ async def _earlier(keep: ResponseStore, body: ResponseBody, caller: Caller) -> l
     return before.conversation
 
 
-async def _renamed(events: Events) -> Events:
+async def _renamed(events: Events, parameters: dict[str, str]) -> Events:
     """Errors name the parameters of this API."""
-    with renaming(PARAMETERS):
+    with renaming(parameters):
         async with aclosing(events):
             async for event in events:
                 yield event
 
 
 async def _last(events: Events) -> dict[str, Any]:
-    """The response at the end of its events; raises what made it fail."""
+    """The response at the end of its events."""
     event: dict[str, Any] = {}
     async with aclosing(events):
         async for each in events:
             event = each
-    failure = failure_of(event)
-    if failure is not None:
-        raise failure
     response: dict[str, Any] = event["response"]
     return response
 

@@ -14,12 +14,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from specinfer.errors import InternalError, NotFound, ResourceExhausted, SpecinferError
+from specinfer.errors import NotFound, ResourceExhausted, SpecinferError
 from specinfer.messages import Finished, GenerateEvent, Started
 from specinfer_router.access import Caller
 from specinfer_router.gateway.responses_request import ResponseBody, response_plan
 from specinfer_router.gateway.responses_store import ResponseStore, StoredResponse
 from specinfer_router.gateway.responses_writer import ResponseWriter
+from specinfer_router.gateway.tools import ToolPlan
 from specinfer_router.router import Router
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,10 @@ async def written(
     stream: AsyncGenerator[GenerateEvent, None],
     stored: StoredResponse,
     *,
+    plan: ToolPlan | None = None,
     after: int = -1,
     keep: ResponseStore | None = None,
+    raising: bool = False,
 ) -> Events:
     """The events of a response; the last one carries it complete.
 
@@ -41,37 +44,31 @@ async def written(
         router: for its tokenizer and store.
         stream: from the completion's first token on; closed at the end.
         stored: what is known so far.
+        plan: of its tools, where it was made already.
         after: events with this sequence number and lower ones are left out.
         keep: where to put the response when it begins and ends, or None.
+        raising: raise every error, rather than end with an event that tells of one that no retry
+            mends.
 
     Raises:
         SpecinferError: whatever the stream raises; one that no retry mends is kept as a failed
-            response before.
+            response.
     """
     async with aclosing(stream) as events:
         started = await anext(events)
         assert isinstance(started, Started)
-        stored = replace(
-            stored,
-            session_id=started.session_id,
-            response=stored.response | {"model": started.model},
-        )
-        writer = await _writer(router, stored, after)
+        begun = {"model": started.model}
+        stored = replace(stored, session_id=started.session_id, response=stored.response | begun)
+        if plan is None:
+            plan = await asyncio.to_thread(_plan, stored, router.tokenizer.chat_template)
+        writer = await _writer(router, stored, plan, after)
         if keep is not None and after < 0:
             await keep.put(stored)
         for out in writer.begin():
             yield out
         try:
             async for event in events:
-                if isinstance(event, Finished):
-                    last = writer.finish(event)
-                    if keep is not None:
-                        await keep.end(replace(stored, response=writer.response))
-                    for out in last:
-                        yield out
-                    return
-                assert not isinstance(event, Started)
-                for out in writer.take(event):
+                for out in await _turn(writer, event, stored, keep):
                     yield out
         except SpecinferError as error:
             known = stored.response["error"]
@@ -80,32 +77,47 @@ async def written(
             last = writer.fail(known["message"] if known else error.message)
             if keep is not None:
                 await keep.end(replace(stored, response=writer.response))
+            if raising:
+                raise
             for out in last:
                 yield out
 
 
-async def _writer(router: Router, stored: StoredResponse, after: int) -> ResponseWriter:
+async def _turn(
+    writer: ResponseWriter,
+    event: GenerateEvent,
+    stored: StoredResponse,
+    keep: ResponseStore | None,
+) -> list[dict[str, Any]]:
+    """What an event of the router makes; the end is kept before anybody hears of it."""
+    assert not isinstance(event, Started)
+    if not isinstance(event, Finished):
+        return writer.take(event)
+    last = writer.finish(event)
+    if keep is not None:
+        await keep.end(replace(stored, response=writer.response))
+    return last
+
+
+def _plan(stored: StoredResponse, template: str) -> ToolPlan:
+    return response_plan(ResponseBody.model_validate(stored.request), template)
+
+
+async def _writer(
+    router: Router, stored: StoredResponse, plan: ToolPlan, after: int
+) -> ResponseWriter:
     """A writer at the start of a response, wherever its events were left."""
-    tokenizer = router.tokenizer
     record = await router.store.load(stored.session_id)
-    body = ResponseBody.model_validate(stored.request)
+    prompt_ids = record.token_ids[: record.terms.num_prompt_tokens]
+    tokenizer = router.tokenizer
     return ResponseWriter(
         stored.response,
-        response_plan(body, tokenizer.chat_template),
+        plan,
         vocabulary=tokenizer.vocabulary,
-        detokenizer=tokenizer.vocabulary.detokenizer(
-            record.token_ids[: record.terms.num_prompt_tokens]
-        ),
+        detokenizer=tokenizer.vocabulary.detokenizer(prompt_ids),
         eos_token_ids=tokenizer.eos_token_ids,
         after=after,
     )
-
-
-def failure_of(event: dict[str, Any]) -> SpecinferError | None:
-    """The error that a response's last event tells of, or None."""
-    if event["type"] != "response.failed":
-        return None
-    return InternalError(event["response"]["error"]["message"])
 
 
 class BackgroundRuns:

@@ -5,6 +5,7 @@ They expire with the store's own time to live. This module knows nothing of HTTP
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -61,8 +62,9 @@ class ResponseStore:
         Raises:
             InvalidRequest: the conversation is too large to be kept.
         """
+        text = await asyncio.to_thread(_encoded, stored)
         try:
-            await self._store.put_document(_name(stored.response["id"]), json.dumps(asdict(stored)))
+            await self._store.put_document(_name(stored.response["id"]), text)
         except InvalidRequest as error:
             raise InvalidRequest(
                 "the conversation is too large to be stored; send store: false", field="store"
@@ -91,7 +93,7 @@ class ResponseStore:
             text = await self._store.get_document(_name(response_id))
         except NotFound:
             raise missing from None
-        stored = StoredResponse(**json.loads(text))
+        stored = await asyncio.to_thread(_decoded, text)
         if stored.key_id != caller.key_id:
             raise missing
         return stored
@@ -99,6 +101,14 @@ class ResponseStore:
     async def delete(self, response_id: str) -> None:
         """Forget a response."""
         await self._store.delete_document(_name(response_id))
+
+
+def _encoded(stored: StoredResponse) -> str:
+    return json.dumps(asdict(stored))
+
+
+def _decoded(text: str) -> StoredResponse:
+    return StoredResponse(**json.loads(text))
 
 
 def _name(response_id: str) -> str:
