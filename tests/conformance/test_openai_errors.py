@@ -119,6 +119,15 @@ async def test_an_error_before_the_first_event_of_a_stream_has_its_status(
     assert caught.value.param == "max_tokens"
 
 
+async def test_the_calls_own_id_comes_back_with_an_error_of_a_choice(
+    gateway: GatewayBench,
+) -> None:
+    body, headers = chat_body(n=2, max_tokens=10_000), {"x-request-id": "mine-7"}
+    response = await gateway.http.post("/v1/chat/completions", json=body, headers=headers)
+    assert response.status_code == 400
+    assert response.headers["x-request-id"] == "mine-7"
+
+
 async def test_an_unforeseen_fault_leaks_nothing(gateway: GatewayBench) -> None:
     gateway.failures.append(ValueError("a secret"))  # type: ignore[arg-type]
     response = await gateway.http.post("/v1/completions", json=completion_body())

@@ -79,7 +79,8 @@ def error_body(error: SpecinferError) -> dict[str, Any]:
 def error_headers(error: SpecinferError, request_id: str) -> dict[str, str]:
     """The request's id, and whether and when the same call may be tried again."""
     headers = {
-        REQUEST_ID_HEADER: error.request_id or request_id,
+        # The call's own id: one of its choices may have failed under an id made from it.
+        REQUEST_ID_HEADER: request_id or error.request_id,
         "x-should-retry": "true" if error.retryable else "false",
     }
     if error.retryable and error.retry_after is not None:
