@@ -187,45 +187,51 @@ class Connection:
     async def explain(self, request_id: str, limits: CallLimits) -> RequestReport:
         """Where a request's time went; asks every router, for only the one that ran it knows."""
         message = router_pb2.ExplainRequest(request_id=request_id)
-        attempts = self.attempts(limits.timeout)
-        for turn in range(len(self._options.addresses)):
+        failure: SpecinferError | None = None
+        for router in range(len(self._options.addresses)):
             try:
-                wire = await self._ask(lambda stub: stub.Explain, message, limits, attempts)
+                wire = await self._ask(lambda stub: stub.Explain, message, limits, router)
                 return report_from_wire(wire)
-            except NotFound:
-                if turn == len(self._options.addresses) - 1:
-                    raise
-                self._preferred = (self._preferred + 1) % len(self._options.addresses)
-        raise AssertionError("a client has at least one address")
+            except (NotFound, Unavailable) as error:
+                # A router that cannot be asked may be the one that knows.
+                if failure is None or isinstance(error, Unavailable):
+                    failure = error
+        raise failure or NotFound("a client has at least one address")
 
     async def _ask(
         self,
-        method: Callable[
-            [router_pb2_grpc.GenerationServiceAsyncStub],
-            grpc.aio.UnaryUnaryMultiCallable[Any, _Message],
-        ],
+        method: Callable[[Any], grpc.aio.UnaryUnaryMultiCallable[Any, _Message]],
         message: Any,
         limits: CallLimits,
-        attempts: Attempts | None = None,
+        only: int | None = None,
     ) -> _Message:
-        attempts = attempts or self.attempts(limits.timeout)
+        """Ask a router, or the `only` one that is to be asked, until it answers."""
+        attempts = self.attempts(limits.timeout)
         while True:
             self.check_open()
-            router: int | None = None
+            router = only
             metadata = await self._metadata("")
             try:
-                router = await self._pick()
+                router = await self._pick() if only is None else only
                 left = attempts.remaining()
                 call = method(self._stub(router))(message, timeout=left, metadata=metadata)
                 async with asyncio.timeout(limits.attempt_timeout):
                     return await call
             except TimeoutError:
-                await self.again(_silent(limits.attempt_timeout), attempts, router)
+                await self._once_more(_silent(limits.attempt_timeout), attempts, router, only)
             except grpc.aio.AioRpcError as error:
-                await self.again(_error_of(error), attempts, router)
+                await self._once_more(_error_of(error), attempts, router, only)
             except asyncio.CancelledError:
                 self.check_not_closed_meanwhile()
                 raise
+
+    async def _once_more(
+        self, error: SpecinferError, attempts: Attempts, router: int | None, only: int | None
+    ) -> None:
+        if only is None or isinstance(error, Unauthenticated):
+            await self.again(error, attempts, router)
+        else:
+            await attempts.wait_or_raise(error)
 
     async def _metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
         # The id joins the router's log lines even where a request cannot be read.

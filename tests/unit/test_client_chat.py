@@ -16,12 +16,15 @@ from specinfer import (
     Grammar,
     InvalidRequest,
     NotFound,
+    RetryPolicy,
     ToolCall,
+    Unavailable,
 )
 from specinfer.options import build_request
 from specinfer.testing import FakeReply, FakeRouter
 from specinfer.v1 import router_pb2
 
+ONCE = RetryPolicy(max_attempts=1)
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
@@ -170,10 +173,13 @@ async def test_explain_asks_the_router_that_knows() -> None:
     with FakeRouter("a b c d e") as first, FakeRouter("a b c d e") as second:
         with Client(second.address) as client:
             completion = client.generate("hi", request_id="mine")
-        async with AsyncClient([first.address, second.address]) as both:
+        async with AsyncClient([first.address, second.address], retry=ONCE) as both:
             report = await both.explain("mine")
             with pytest.raises(NotFound):
                 await both.explain("nobody's")
+            second.close()
+            with pytest.raises(Unavailable):
+                await both.explain("mine")
     assert report.session_id == completion.session_id
     assert report.outcome == "stop"
     assert [one.num_tokens for one in report.rounds] == [3, 2]
