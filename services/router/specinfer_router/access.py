@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+MAX_PRIORITY = 100
+
+
 @dataclass(frozen=True)
 class KeyLimits:
     """Bounds of one API key; None sets no bound of its own.
@@ -40,4 +43,5 @@ class Caller:
     seconds_left: float | None = None
 
 
-ANYBODY = Caller()
+# Where no keys are asked for nobody stands below anybody.
+ANYBODY = Caller(limits=KeyLimits(max_priority=MAX_PRIORITY))

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from specinfer.errors import InvalidRequest, NotFound
 from specinfer.messages import GenerateRequest, SpeculationOptions, WorkerInfo
 from specinfer.sampling import MAX_LOGPROBS
+from specinfer_router.access import MAX_PRIORITY
 from specinfer_router.policy import num_nodes
 
 MAX_REQUEST_ID_LENGTH = 128
 MAX_AFFINITY_KEY_LENGTH = 256
-MAX_PRIORITY = 100
 MAX_TOOLS = 128
 MAX_TOOLS_LENGTH = 256 * 1024
 
