@@ -49,7 +49,7 @@ class Comparison:
 
     Attributes:
         pairs: requests through each door.
-        events: token events of one stream.
+        events, events_gateway: token events of one stream; what has no text has no HTTP event.
         first_grpc, first_gateway: time to the first tokens.
         first_added: the difference, pair by pair.
         event_grpc, event_gateway: time from one token event to the next.
@@ -60,6 +60,7 @@ class Comparison:
 
     pairs: int
     events: int
+    events_gateway: int
     first_grpc: Spread
     first_gateway: Spread
     first_added: Spread
@@ -145,12 +146,12 @@ def _on_cpu(path: Path) -> float:
 
 
 def _comparison(grpc: _Door, http: _Door, *, measured_cpu: bool) -> Comparison:
-    events = len(grpc.arrivals[0].seconds)
     pairs = list(zip(grpc.arrivals, http.arrivals, strict=True))
     num_events = sum(len(each.seconds) for each in grpc.arrivals)
     return Comparison(
         pairs=len(pairs),
-        events=events,
+        events=len(grpc.arrivals[0].seconds),
+        events_gateway=len(http.arrivals[0].seconds),
         first_grpc=spread([g.first_seconds for g, _ in pairs]),
         first_gateway=spread([h.first_seconds for _, h in pairs]),
         first_added=spread([h.first_seconds - g.first_seconds for g, h in pairs]),

@@ -161,6 +161,9 @@ def _has_tokens(chunk: bytes) -> bool:
         if not line.startswith(b"data: {"):
             continue
         for choice in json.loads(line[6:]).get("choices", ()):
+            # What the end brings with it comes without a round of its own.
+            if choice.get("finish_reason") is not None:
+                continue
             if choice.get("text") or choice.get("delta", {}).get("content"):
                 return True
     return False
