@@ -7,7 +7,9 @@ from specinfer import Client
 
 def main(router: str) -> None:
     with Client(router, timeout=60) as client:
-        completion = client.generate("def add(a, b):", max_tokens=16, temperature=0)
+        completion = client.generate(
+            "The function textwrap.dedent(text):", max_tokens=16, temperature=0
+        )
         report = client.explain(completion.request_id)
     print(f"{report.outcome}, first token after {report.timings.first_token_seconds * 1e3:.1f} ms")
     for one in report.rounds:

@@ -4,10 +4,12 @@ import argparse
 
 from specinfer import Client
 
+PROMPT = "The function textwrap.dedent(text):"
+
 
 def main(router: str) -> None:
     with Client(router, timeout=60) as client:
-        completion = client.generate("def add(a, b):", max_tokens=32, temperature=0, stop=["\n\n"])
+        completion = client.generate(PROMPT, max_tokens=32, temperature=0, stop=["\n\n"])
     print(completion.text)
     summary, usage = completion.speculation, completion.usage
     print(f"{usage.num_completion_tokens} tokens in {summary.num_rounds} rounds")

@@ -13,7 +13,11 @@ def main(routers: list[str], ca: Path | None, key_file: Path | None) -> None:
     with Client(routers, tls=tls, token_provider=provider, timeout=60) as client:
         served = client.capabilities()
         print(f"{served.model} ({served.dtype}), {served.num_drafters} drafters")
-        print(client.generate("def add(a, b):", max_tokens=16, temperature=0).text)
+        print(
+            client.generate(
+                "The function textwrap.dedent(text):", max_tokens=16, temperature=0
+            ).text
+        )
 
 
 if __name__ == "__main__":

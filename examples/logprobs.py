@@ -8,7 +8,7 @@ from specinfer import Client
 
 def main(router: str) -> None:
     with Client(router, timeout=60) as client:
-        completion = client.generate("The capital of France is", max_tokens=5, logprobs=2, seed=1)
+        completion = client.generate("The function textwrap.", max_tokens=5, logprobs=2, seed=1)
     for entry in completion.logprobs:
         others = ", ".join(f"{token} {math.exp(logprob):.0%}" for token, logprob in entry.top)
         print(f"token {entry.token_id}: {math.exp(entry.logprob):.0%} (best: {others})")

@@ -1,24 +1,25 @@
-"""Say what you expect: an edit repeats most of a text, and what is predicted is not waited for.
+"""Say what you expect: an edit repeats most of a text, and what is predicted is guessed for free.
 
 The prediction becomes one more branch of guesses. It changes no token, only how many rounds they
-take.
+take. Here the prediction is what the same seed gave before, so nearly all of it comes true.
 """
 
 import argparse
 
 from specinfer import Client
 
-BEFORE = "def area(width, height):\n    return width * height\n"
-TASK = f"Repeat this with the name surface:\n{BEFORE}"
+QUESTION = "Explain itertools.groupby."
 
 
 def main(router: str) -> None:
     with Client(router, timeout=60) as client:
-        plain = client.generate(TASK, max_tokens=48, temperature=0)
-        helped = client.generate(TASK, max_tokens=48, temperature=0, prediction=BEFORE)
-    assert helped.token_ids == plain.token_ids
-    print(f"without: {plain.speculation.num_rounds} rounds")
-    print(f"with: {helped.speculation.num_rounds} rounds, the same tokens")
+        first = client.chat(QUESTION, max_tokens=48, temperature=1.5, seed=1).completion
+        again = client.chat(
+            QUESTION, max_tokens=48, temperature=1.5, seed=1, prediction=first.text
+        ).completion
+    assert again.token_ids == first.token_ids
+    print(f"without: {first.speculation.num_rounds} rounds")
+    print(f"with: {again.speculation.num_rounds} rounds, the same tokens")
 
 
 if __name__ == "__main__":

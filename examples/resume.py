@@ -7,9 +7,11 @@ import argparse
 
 from specinfer import Client
 
+PROMPT = "The function textwrap.dedent(text):"
+
 
 def main(router: str) -> None:
-    with Client(router, timeout=60) as client, client.stream("One, two,", max_tokens=24) as stream:
+    with Client(router, timeout=60) as client, client.stream(PROMPT, max_tokens=24) as stream:
         head = next(stream).text
     token = stream.resume_token
     assert token is not None

@@ -9,7 +9,9 @@ from specinfer import AsyncClient
 async def main(router: str) -> None:
     async with (
         AsyncClient(router, timeout=60) as client,
-        client.stream("Once upon a time", max_tokens=48, temperature=0.8, seed=1) as stream,
+        client.stream(
+            "The function functools.reduce(", max_tokens=48, temperature=0.8, seed=1
+        ) as stream,
     ):
         async for event in stream:
             print(event.text, end="", flush=True)

@@ -15,7 +15,9 @@ def draw(detail: RoundDetail) -> None:
 
 def main(router: str) -> None:
     with Client(router, timeout=60) as client:
-        stream = client.stream("def add(a, b):", max_tokens=12, temperature=0, detail=True)
+        stream = client.stream(
+            "The function textwrap.dedent(text):", max_tokens=12, temperature=0, detail=True
+        )
         for number, event in enumerate(stream, start=1):
             print(f"round {number}: {event.num_accepted_tokens} guesses confirmed")
             if event.detail is not None:
