@@ -72,6 +72,7 @@ class ScriptedModel:
         hold_after: tokens after which a stream waits for `release`.
         key: what callers have to show, or "".
         ready: whether it says that it is ready.
+        chat: whether it says that it has a chat template.
         calls: bodies and headers received.
         left: set when a reader leaves a stream that waits.
     """
@@ -85,6 +86,7 @@ class ScriptedModel:
     hold_after: int | None = None
     key: str = ""
     ready: bool = True
+    chat: bool = True
     calls: list[tuple[dict[str, Any], dict[str, str]]] = field(default_factory=list)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     _cut: asyncio.Event = field(default_factory=asyncio.Event)
@@ -119,7 +121,7 @@ class ScriptedModel:
     async def _models(self, request: Request) -> Response:
         if not self._may(request):
             return _refusal(401, "This call needs a key.")
-        facts = {"plain_round_seconds": 0.02, "chat": True}
+        facts = {"plain_round_seconds": 0.02, "chat": self.chat}
         return JSONResponse({"data": [{"id": "scripted", "object": "model", "specinfer": facts}]})
 
     async def _generate(self, request: Request) -> Response:

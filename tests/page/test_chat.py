@@ -131,6 +131,23 @@ async def test_stopping_closes_the_stream_and_keeps_what_came(
     assert await page.locator(".answer-text").text_content() == text_of(ROUNDS[:1])
 
 
+async def test_leaving_a_conversation_stops_its_answer_and_keeps_what_came(
+    page: Page, model: ScriptedModel
+) -> None:
+    model.hold_after = 4
+    await page.locator("#text").fill("First")
+    await page.locator("#text").press("Enter")
+    await expect(page.locator(".answer-text")).to_have_text(text_of(ROUNDS[:1]))
+    await page.locator("#new-chat").click()
+    await asyncio.wait_for(model.left.wait(), 10)
+    await ended(page)
+    model.hold_after = None
+    await send(page, "Second")
+    assert await page.locator(".answer-text").all_text_contents() == [text_of(ROUNDS)]
+    await page.locator("#history-list .title", has_text="First").click()
+    assert await page.locator(".answer-text").all_text_contents() == [text_of(ROUNDS[:1])]
+
+
 async def test_a_broken_stream_goes_on_where_it_was(page: Page, model: ScriptedModel) -> None:
     model.cuts = [4, 7]
     await page.locator("#text").fill("Hi")
@@ -169,6 +186,16 @@ async def test_a_resumable_error_in_mid_stream_is_resumed(page: Page, model: Scr
     await send(page, "Hi")
     assert await page.locator(".answer-text").text_content() == text_of(ROUNDS)
     assert model.calls[1][1]["last-event-id"] == "session:4"
+
+
+async def test_a_model_without_a_chat_template_continues_texts(
+    page: Page, model: ScriptedModel
+) -> None:
+    model.chat = False
+    await page.reload()
+    await expect(page.locator("#text-label")).to_have_text("Text to continue")
+    await send(page, "Once upon")
+    assert model.bodies[0]["prompt"] == "Once upon"
 
 
 async def test_completion_mode_sends_a_prompt(page: Page, model: ScriptedModel) -> None:

@@ -74,7 +74,9 @@ def page_routes() -> list[Route]:
     Raises:
         OSError: the installation lacks the page's files.
     """
-    return [_route(_read(path)) for path in sorted(_FOLDER.iterdir()) if path.suffix in _MEDIA_TYPES]
+    return [
+        _route(_read(path)) for path in sorted(_FOLDER.iterdir()) if path.suffix in _MEDIA_TYPES
+    ]
 
 
 def _read(path: Path) -> PageFile:

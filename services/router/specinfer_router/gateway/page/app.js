@@ -21,6 +21,7 @@ function start() {
   const panel = new Panel(plain);
   const model = new ModelState((facts) => {
     plain.setRoundSeconds(facts.specinfer?.plain_round_seconds);
+    if (facts.specinfer?.chat === false) offerCompletionAlone(settings);
     panel.changed();
   });
   const conversations = new Conversations(storage);
@@ -43,6 +44,11 @@ function start() {
   bindComposer(chat, settings);
   bindHistory(chat, conversations, drawers);
   bindKeys(chat, drawers);
+  window.addEventListener("storage", (event) => {
+    if (event.key !== "specinfer.conversations") return;
+    conversations.reload();
+    refresh(chat, conversations, drawers);
+  });
   refresh(chat, conversations, drawers);
   model.check();
 }
@@ -96,6 +102,16 @@ function bindSwitches(settings, save) {
   }
   showTint();
   showSpeculation();
+  showMode(settings);
+}
+
+/** A model without a chat template can only continue texts. */
+function offerCompletionAlone(settings) {
+  const [chat, completion] = document.querySelectorAll("input[name=mode]");
+  chat.disabled = true;
+  chat.parentElement.title = "This model has no chat template";
+  completion.checked = true;
+  settings.mode = "completion";
   showMode(settings);
 }
 

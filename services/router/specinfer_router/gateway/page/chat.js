@@ -42,7 +42,7 @@ export class Chat {
     let view = null;
     for (let index = first; index < messages.length; index++) view = this.add(messages, index) ?? view;
     this.panel.show(view?.shown ?? null);
-    this.scroller.scrollTop = this.scroller.scrollHeight;
+    if (messages.length) this.toEnd(true);
   }
 
   /** Send a text as the next message. */
@@ -53,7 +53,7 @@ export class Chat {
     conversation.mode = mode;
     conversation.messages.push({ role: "user", content: text });
     conversation.messages.push({ role: "assistant", content: "", spans: "", facts: null });
-    this.conversations.touch();
+    this.conversations.touch(conversation);
     byId("welcome").hidden = true;
     const { messages } = conversation;
     this.add(messages, messages.length - 2);
@@ -94,13 +94,14 @@ export class Chat {
   /** Run the request that leads to `view`'s message, from its cursor when it has one. */
   async generate(view, messages, { seed, speculate, run = null }) {
     const { message } = view;
+    const conversation = this.conversations.current;
     const plan = { ...this.plan(messages, message), seed, speculate };
     const current = run ?? new Run(plan, {});
     current.listeners = {
       onSpans: (spans) => this.received(view, view.text, spans),
       onRound: () => this.panel.changed(),
       onResume: (numTry) => view.showResume(numTry),
-      onEnd: () => this.ended(view, messages, current),
+      onEnd: () => this.ended(view, conversation, current),
     };
     this.begin(view, current);
     view.shown = shownRun(current);
@@ -122,6 +123,7 @@ export class Chat {
       onEnd: () => {
         this.finish(view, text);
         this.plain.count(run.facts());
+        if (!view.element.isConnected) return;
         view.showFacts(facts, { last: messages.at(-1) === view.message });
         if (run.state === "failed") view.showTwinError(explain(run.error));
         else view.showVerdict({ content, facts }, { content: run.content, facts: run.facts() });
@@ -198,15 +200,17 @@ export class Chat {
     this.onChange();
   }
 
-  ended(view, messages, run) {
+  ended(view, conversation, run) {
     const near = this.isNearEnd();
-    this.finish(view, view.text);
     const facts = { ...run.facts(), plan: { settings: run.plan.settings, mode: run.plan.mode } };
     this.plain.count(facts);
     view.failed = run;
     Object.assign(view.message, { content: run.content, spans: packSpans(run.spans), facts });
-    this.conversations.touch();
-    this.showEnd(view, messages, run, facts);
+    this.conversations.touch(conversation);
+    this.finish(view, view.text);
+    // The user may have gone to another conversation meanwhile.
+    if (!view.element.isConnected) return;
+    this.showEnd(view, conversation.messages, run, facts);
     this.panel.settle();
     if (near) this.toEnd(true);
   }
@@ -232,7 +236,11 @@ export class Chat {
   }
 
   toEnd(force = false) {
-    if (force || this.isNearEnd()) this.scroller.scrollTop = this.scroller.scrollHeight;
+    if (!force && !this.isNearEnd()) return;
+    const { scroller } = this;
+    scroller.scrollTop = scroller.scrollHeight;
+    // Once more when the browser knows the heights of what was just added.
+    requestAnimationFrame(() => (scroller.scrollTop = scroller.scrollHeight));
   }
 }
 

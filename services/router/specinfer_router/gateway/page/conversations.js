@@ -56,14 +56,23 @@ export class Conversations {
     this.save();
   }
 
-  /** The open one was changed: it is now the newest. */
-  touch() {
-    const { current } = this;
-    if (!current) return;
-    current.at = Date.now();
-    current.messages.splice(0, current.messages.length - MAX_MESSAGES);
-    this.list = [current, ...this.list.filter((conversation) => conversation !== current)];
+  /** A conversation was changed: it is now the newest. One that was deleted stays so. */
+  touch(changed) {
+    if (!this.list.includes(changed)) return;
+    changed.at = Date.now();
+    changed.messages.splice(0, changed.messages.length - MAX_MESSAGES);
+    this.list = [changed, ...this.list.filter((conversation) => conversation !== changed)];
     this.save();
+  }
+
+  /** Another tab wrote its list: take it over, but for the conversation that is open here. */
+  reload() {
+    const { current } = this;
+    this.list = sound(this.storage.read("conversations", []));
+    if (!current) return;
+    const at = this.list.findIndex((conversation) => conversation.id === current.id);
+    if (at >= 0) this.list[at] = current;
+    else this.list.unshift(current);
   }
 
   /** Keep what fits; the oldest conversations go first. */

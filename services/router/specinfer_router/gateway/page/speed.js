@@ -1,9 +1,11 @@
 // Speeds to compare: of an answer, and of plain decoding as it was measured.
 // It knows facts of runs and the model's facts; it draws nothing.
 
+const MIN_SECONDS = 0.02;
+
 /** Tokens per second of a run's facts after its first tokens, or 0 when too short to say. */
 export function speedOf(facts) {
-  return facts?.decodeSeconds > 0 ? facts.decodeTokens / facts.decodeSeconds : 0;
+  return facts?.decodeSeconds >= MIN_SECONDS ? facts.decodeTokens / facts.decodeSeconds : 0;
 }
 
 /** Adds up the user's own messages without speculation, and falls back on the router's measure. */
