@@ -19,6 +19,7 @@ from specinfer.errors import DeadlineExceeded, InvalidRequest, SpecinferError
 from specinfer_router.access import Caller
 from specinfer_router.gateway.body import MAX_BODY_BYTES
 from specinfer_router.gateway.errors import REQUEST_ID_HEADER, BodyTooLarge, error_response
+from specinfer_router.gateway.origins import Origins
 from specinfer_router.keys.control import bearer_token
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -85,14 +86,21 @@ class Authentication:
 
 
 def gateway_middleware(
-    authenticate: Authenticate, open_paths: frozenset[str], cors_origins: Sequence[str]
+    authenticate: Authenticate,
+    open_paths: frozenset[str],
+    cors_origins: Sequence[str],
+    *,
+    only_loopback: bool,
 ) -> list[Middleware]:
     """Everything in the order in which a call passes it.
 
     A browser asks for leave without a key, so CORS stands before authentication. Cookies are never
     asked for: a key travels in a header that the page has to set itself.
     """
-    stack = [Middleware(Bounds)]
+    stack = [
+        Middleware(Bounds),
+        Middleware(Origins, allowed=cors_origins, only_loopback=only_loopback),
+    ]
     if cors_origins:
         stack.append(
             Middleware(

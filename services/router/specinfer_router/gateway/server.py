@@ -28,8 +28,8 @@ from specinfer_router.gateway.middleware import (
     Authenticate,
     gateway_middleware,
 )
+from specinfer_router.gateway.origins import LOOPBACK_NAMES
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 MAX_CONNECTIONS = 2048
 SEND_BUFFER_BYTES = 64 * 1024
@@ -71,7 +71,7 @@ class Gateway:
                 TLS and `insecure_bind` does not allow it; an origin or a TLS file is none.
         """
         host, port = _host_and_port(address)
-        if host not in _LOOPBACK and tls is None and not insecure_bind:
+        if host not in LOOPBACK_NAMES and tls is None and not insecure_bind:
             raise InvalidRequest(
                 f"the gateway at {address} can be reached from other machines without TLS; give "
                 "certificates, bind to 127.0.0.1, or allow it with --insecure-bind",
@@ -81,7 +81,12 @@ class Gateway:
         open_paths = frozenset(route.path for route in open_routes)
         application = Starlette(
             routes=[*open_routes, *routes],
-            middleware=gateway_middleware(authenticate or _anybody, open_paths, cors_origins),
+            middleware=gateway_middleware(
+                authenticate or _anybody,
+                open_paths,
+                cors_origins,
+                only_loopback=host in LOOPBACK_NAMES,
+            ),
             exception_handlers={HTTPException: http_error},
         )
         config = _configuration(application, tls)
