@@ -190,10 +190,10 @@ def _refusal(status: int, message: str) -> Response:
 class OpenPage:
     """A page that is watched: what its console says, and where it calls."""
 
-    def __init__(self, page: Page, model: ScriptedModel) -> None:
-        """Watch from now on."""
+    def __init__(self, page: Page, address: str) -> None:
+        """Watch from now on; the page is at `address`, such as http://127.0.0.1:8000."""
         self.page = page
-        self._model = model
+        self._address = address
         self._faults: list[str] = []
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self._faults.append(str(error)))
@@ -201,7 +201,7 @@ class OpenPage:
 
     async def visit(self) -> None:
         """Open the page and wait until it says that the model is ready."""
-        await self.page.goto(self._model.address)
+        await self.page.goto(self._address)
         await expect(self.page.locator("#model-state")).to_have_text("ready")
 
     def check(self) -> None:
@@ -214,7 +214,7 @@ class OpenPage:
             self._faults.append(message.text)
 
     def _called(self, url: str) -> None:
-        if not url.startswith((self._model.address, "data:", "blob:")):
+        if not url.startswith((self._address, "data:", "blob:")):
             self._faults.append(f"call to {url}")
 
 

@@ -65,7 +65,7 @@ async def context(browser: Browser, model: ScriptedModel) -> AsyncIterator[Brows
 @pytest_asyncio.fixture(loop_scope="session")
 async def page(context: BrowserContext, model: ScriptedModel) -> AsyncIterator[Page]:
     """The page, ready; fails afterwards for errors on its console or calls to other origins."""
-    opened = OpenPage(await context.new_page(), model)
+    opened = OpenPage(await context.new_page(), model.address)
     await opened.visit()
     yield opened.page
     opened.check()

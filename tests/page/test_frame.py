@@ -69,7 +69,7 @@ async def test_history_survives_a_reload_with_its_tint(page: Page, model: Script
 async def test_two_tabs_share_one_history(
     page: Page, context: BrowserContext, model: ScriptedModel
 ) -> None:
-    other = OpenPage(await context.new_page(), model)
+    other = OpenPage(await context.new_page(), model.address)
     await other.visit()
     await send(page, "From one tab")
     await send(other.page, "From the other")
@@ -101,7 +101,7 @@ async def test_the_page_works_where_the_browser_keeps_nothing(
     refuse = 'Object.defineProperty(window, "{}", {{ get() {{ throw new Error("off"); }} }});'
     for name in ("localStorage", "sessionStorage"):
         await context.add_init_script(refuse.format(name))
-    opened = OpenPage(await context.new_page(), model)
+    opened = OpenPage(await context.new_page(), model.address)
     await opened.visit()
     await expect(opened.page.locator("#history-note")).to_be_visible()
     await send(opened.page, "Hi")
@@ -159,7 +159,7 @@ async def test_a_key_is_asked_for_and_kept_with_the_tab_alone(
     context: BrowserContext, model: ScriptedModel
 ) -> None:
     model.key = "right"
-    opened = OpenPage(await context.new_page(), model)
+    opened = OpenPage(await context.new_page(), model.address)
     page = opened.page
     await page.goto(model.address)
     await expect(page.locator("#model-state")).to_have_text("needs an API key")
@@ -258,6 +258,7 @@ async def test_the_finished_answer_is_announced_once(page: Page) -> None:
 async def test_text_stands_out_from_its_ground(page: Page, scheme: str) -> None:
     await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     await send(page, "Hi")
+    await expect(page.locator("#num-tokens")).to_have_text("8")
     ratios = await page.locator(TEXTS).evaluate_all(
         "elements => elements.filter(e => e.checkVisibility())"
         f".map(e => [({CONTRAST.strip()})(e), e.outerHTML])"
@@ -298,7 +299,7 @@ async def test_a_phone_needs_no_sideways_scrolling(
     context = await browser.new_context(
         viewport={"width": width, "height": 740}, has_touch=True, reduced_motion="reduce"
     )
-    opened = OpenPage(await context.new_page(), model)
+    opened = OpenPage(await context.new_page(), model.address)
     page = opened.page
     await opened.visit()
     overflow = "document.documentElement.scrollWidth > innerWidth"
