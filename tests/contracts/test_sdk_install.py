@@ -13,7 +13,7 @@ ALLOWED = {"specinfer", "grpcio", "protobuf", "typing-extensions", "pip", "setup
 HEAVY = ("torch", "transformers", "numpy", "redis", "grpc_health", "rich", "typer")
 USE_THE_SDK = f"""
 import json, sys
-import specinfer
+import specinfer.testing
 client = specinfer.Client("127.0.0.1:1")
 client.close()
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
