@@ -37,7 +37,9 @@ async def http(bench: Bench) -> AsyncIterator[httpx.AsyncClient]:
 async def test_live_and_ready(bench: Bench, http: httpx.AsyncClient) -> None:
     assert (await http.get("/health/live")).json() == {"status": "live"}
     assert (await http.get("/health/ready")).status_code == 200
+    assert (await http.get("/health")).json() == {"status": "ready"}
     await bench.router.drain()
+    assert (await http.get("/health")).status_code == 503
     ready = await http.get("/health/ready")
     assert (ready.status_code, ready.json()["reason"]) == (503, "draining")
     assert (await http.get("/health/live")).status_code == 200

@@ -39,5 +39,7 @@ def operator_routes(
     return [
         Route("/health/live", live),
         Route("/health/ready", ready),
+        # Where load generators look before they begin.
+        Route("/health", ready),
         Route("/metrics", metrics),
     ]
