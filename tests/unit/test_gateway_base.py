@@ -137,7 +137,7 @@ async def test_a_client_that_takes_nothing_is_cut_off() -> None:
 
 async def test_silence_is_filled() -> None:
     source = Source({"a": 1}, endless=True)
-    ears = Ears(leave_after=b": keep-alive\n\n" * 3)
+    ears = Ears(leave_after=b": keep-alive\n" * 3)
     await sent(source, ears, keep_alive_seconds=0.01)
 
 

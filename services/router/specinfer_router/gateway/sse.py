@@ -24,7 +24,8 @@ from specinfer_router.gateway.errors import REQUEST_ID_HEADER, error_body, error
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
+# Without a blank line: after one, the `openai` client takes an earlier event's id for an event.
+KEEP_ALIVE = b": keep-alive\n"
 # One encoder for all events: `json.dumps` with options makes a new one each time.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
