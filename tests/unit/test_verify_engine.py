@@ -307,6 +307,8 @@ def test_opening_again_cancels_the_step_that_waits() -> None:
     closed = engine.step("a", 0, TokenTree.root_only(4))
     engine.close("a")
     with running(engine):
-        for future in (waiting, closed):
-            with pytest.raises(Cancelled):
-                future.result(TIMEOUT)
+        with pytest.raises(Cancelled):
+            waiting.result(TIMEOUT)
+        # Perhaps of another router, which has taken the session over and opens it again now.
+        with pytest.raises(NotFound):
+            closed.result(TIMEOUT)

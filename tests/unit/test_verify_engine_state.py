@@ -6,7 +6,7 @@ import random
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 
-from specinfer.errors import Cancelled, InvalidRequest, InvalidTree, SpecinferError, StaleEpoch
+from specinfer.errors import InvalidRequest, InvalidTree, NotFound, SpecinferError, StaleEpoch
 from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
@@ -91,7 +91,7 @@ class Fuzzer:
                 client.session_id, client.epoch, draft_nothing(client.tokens)
             )
             self.end(client, "cancelled in a step")
-            assert pending.exception(TIMEOUT) is None or isinstance(pending.exception(), Cancelled)
+            assert pending.exception(TIMEOUT) is None or isinstance(pending.exception(), NotFound)
         elif draw < 0.2:
             self.expect(client, client.epoch + 1, client.tokens[-1], StaleEpoch)
         elif draw < 0.3:

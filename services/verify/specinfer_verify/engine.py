@@ -169,7 +169,10 @@ class VerifyEngine:
 
     def close(self, session_id: str) -> Future[None]:
         """Give a session's blocks up; an unknown session is fine."""
-        return self._thread.call(lambda: self._close(session_id, Cancelled("session closed")))
+        # A router that gave the session up may close it under one that has just taken it over: that
+        # one is told what lets it open the session again.
+        reason = NotFound("the session was closed")
+        return self._thread.call(lambda: self._close(session_id, reason))
 
     def close_owned(self, owner: object) -> None:
         """Close the sessions that `owner` was the last one to open; returns at once."""
