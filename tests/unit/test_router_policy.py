@@ -133,3 +133,25 @@ def test_a_clipped_shape_always_fits(
     assert num_nodes(clipped.widths) <= clipped.max_nodes
     assert clipped.widths == shape.widths[: len(clipped.widths)]
     assert (clipped.max_nodes == 0) == (clipped.max_depth == 0)
+
+
+def test_a_first_answer_after_a_prompt_says_nothing_of_a_level() -> None:
+    history = RoundHistory()
+    history.observe(depth=4, num_accepted=4, seconds=None)
+    assert history.draft_seconds == 0.0
+    assert history.acceptance > 0.7
+    history.observe(depth=4, num_accepted=4, seconds=0.004)
+    assert history.draft_seconds == pytest.approx(0.001)
+
+
+def test_a_drafter_that_was_slow_once_is_soon_trusted_again() -> None:
+    history = RoundHistory()
+    history.observe(depth=1, num_accepted=1, seconds=0.5)
+    for _ in range(5):
+        history.observe(depth=0, num_accepted=0, seconds=0.0)
+        history.observe(depth=1, num_accepted=1, seconds=0.001)
+    assert history.draft_seconds < 0.02
+    # While guesses are made in every round one slow answer counts for little.
+    steady = RoundHistory(draft_seconds=0.001)
+    steady.observe(depth=1, num_accepted=1, seconds=0.011)
+    assert steady.draft_seconds == pytest.approx(0.0025)

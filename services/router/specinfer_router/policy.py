@@ -16,6 +16,7 @@ from typing import Protocol
 from specinfer.messages import RoundFacts, ShapeQuery, SpeculationOptions, StepCost
 
 PROBE_ROUNDS = 16
+PROBE_WEIGHT = 0.5
 PLAIN_WEIGHT = 0.05
 
 
@@ -34,18 +35,23 @@ class RoundHistory:
     num_idle_rounds: int = 0
     weight: float = 0.15
 
-    def observe(self, *, depth: int, num_accepted: int, seconds: float) -> None:
-        """Take in a round whose tree was `depth` levels deep and took `seconds` to get."""
+    def observe(self, *, depth: int, num_accepted: int, seconds: float | None) -> None:
+        """Take in a round whose tree was `depth` levels deep and took `seconds` to get.
+
+        None says that the time is no measure of a level: the drafter read a prompt first.
+        """
         if depth == 0:
             self.num_idle_rounds += 1
             return
-        self.num_idle_rounds = 0
+        was_idle, self.num_idle_rounds = self.num_idle_rounds > 0, 0
         for trial in range(min(depth, num_accepted + 1)):
             self.acceptance += self.weight * ((trial < num_accepted) - self.acceptance)
-        level = seconds / depth
-        self.draft_seconds += (self.weight if self.draft_seconds else 1.0) * (
-            level - self.draft_seconds
-        )
+        if seconds is None:
+            return
+        # What was known before a pause is old: one slow answer must not silence a drafter for long.
+        weight = PROBE_WEIGHT if was_idle else self.weight
+        weight = weight if self.draft_seconds else 1.0
+        self.draft_seconds += weight * (seconds / depth - self.draft_seconds)
 
 
 class TreeShapePolicy(Protocol):

@@ -49,6 +49,7 @@ class Guess:
         num_draft_nodes: nodes of the tree that the drafter brought, the root included; they come
             first.
         draft_depth: depth of the drafter's part of the tree.
+        after_prefill: whether the drafter read the whole session first, which takes its time.
     """
 
     tree: TokenTree
@@ -58,6 +59,7 @@ class Guess:
     compute_seconds: float = 0.0
     num_draft_nodes: int = 1
     draft_depth: int = 0
+    after_prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class DraftSeat:
         try:
             if not self._sit():
                 return Guess(root, "no_drafter")
+            after_prefill = self._known_len == 0
             answer = self._ask(token_ids, epoch, shape)
             await asyncio.wait((answer,), timeout=self._deadline_seconds)
             if not answer.done():
@@ -136,6 +139,7 @@ class DraftSeat:
             result.compute_seconds,
             num_draft_nodes=len(tree),
             draft_depth=tree.max_depth,
+            after_prefill=after_prefill,
         )
 
     def leave(self, epoch: int) -> None:

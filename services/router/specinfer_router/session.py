@@ -162,7 +162,7 @@ class Session:
         self._history.observe(
             depth=guess.draft_depth,
             num_accepted=sum(node < guess.num_draft_nodes for node in result.accepted),
-            seconds=guess.seconds,
+            seconds=None if guess.after_prefill else guess.seconds,
         )
         seconds = time.perf_counter() - start
         facts = self._facts(guess, checked, num_accepted, seconds, commit_seconds)
