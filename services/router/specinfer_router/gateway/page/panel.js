@@ -8,6 +8,7 @@ import { drawTree } from "./tree.js";
 const STRIP_ROUNDS = 160;
 const REDRAW_MS = 60;
 const CALM_REDRAW_MS = 500;
+const MIN_COLUMNS = 8;
 const MAX_BARS = 12;
 const PARTS = [
   ["draft_seconds", "drafting"],
@@ -191,8 +192,9 @@ function drawStrip(rounds, selected) {
   const end = Math.min(kept.length, Math.max(STRIP_ROUNDS, selected - kept[0].number + 1));
   const shown = kept.slice(Math.max(0, end - STRIP_ROUNDS), end);
   const most = Math.max(4, ...shown.map((round) => round.tokens.length));
+  const columns = Math.max(shown.length, MIN_COLUMNS);
   const elements = shown.map((round, index) => column(round, index, most, round.number === selected));
-  const view = { viewBox: `0 0 ${shown.length * 6} 40`, preserveAspectRatio: "none", "aria-hidden": "true" };
+  const view = { viewBox: `0 0 ${columns * 6} 40`, preserveAspectRatio: "none", "aria-hidden": "true" };
   fill(byId("round-strip"), s("svg", view, ...elements));
 }
 
