@@ -21,6 +21,8 @@ from specinfer.errors import (
     Unauthenticated,
     Unavailable,
 )
+from specinfer_router.admission import AdmissionLimits
+from specinfer_router.router import RouterLimits
 from tests.kit.gateway import GatewayBench, chat_body, completion_body, running_gateway
 
 
@@ -79,6 +81,23 @@ async def test_what_a_retry_cannot_help_is_not_retried(gateway: GatewayBench) ->
         with pytest.raises(openai.InternalServerError):
             await client.chat.completions.create(**chat_body())
     assert len(gateway.failures) == 1
+
+
+async def test_a_full_router_says_when_to_come_back() -> None:
+    admission = AdmissionLimits(max_streams=1, max_waiting=0)
+    limits = RouterLimits(max_tree_nodes=32, admission=admission)
+    async with running_gateway(limits=limits) as gateway, client_of(gateway) as client:
+        (verifier,) = gateway.bench.verifiers
+        verifier.gate.clear()
+        stream = await client.chat.completions.create(**chat_body(), stream=True)
+        assert await anext(stream)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.chat.completions.create(**chat_body(), stream=True)
+        assert int(caught.value.response.headers["retry-after-ms"]) > 0
+        verifier.gate.set()
+        assert [chunk async for chunk in stream]
+        answer = await client.with_options(max_retries=2).chat.completions.create(**chat_body())
+        assert answer.choices[0].finish_reason == "length"
 
 
 async def test_hints_are_headers(gateway: GatewayBench) -> None:
