@@ -23,7 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from specinfer import AsyncClient, SamplingParams, SpeculationOptions, StopConditions
+from specinfer import (
+    AsyncClient,
+    ChatMessage,
+    SamplingParams,
+    SpeculationOptions,
+    StopConditions,
+)
 from specinfer.messages import GenerateRequest
 from specinfer_bench.machine import machine_facts
 from specinfer_bench.wire import Arrivals, GrpcWire, HttpWire
@@ -31,6 +37,7 @@ from specinfer_bench.wire import Arrivals, GrpcWire, HttpWire
 GOAL_FIRST_MS = 1.0
 GOAL_EVENT_MS = 0.2
 RESAMPLES = 2000
+# Every token of the demo pair's answer has text of its own: both doors have as many events.
 PROMPT = "What does textwrap.dedent do?"
 
 
@@ -88,13 +95,12 @@ async def compare(
     """
     async with AsyncClient(address) as client:
         served = (await client.capabilities()).model
-        prompt = (await client.generate(PROMPT, max_tokens=1, temperature=0.0)).text or PROMPT
     grpc, http = GrpcWire(address), HttpWire(gateway)
-    request = _grpc_request(PROMPT + prompt, tokens, plain=plain)
-    body = _http_body(served, PROMPT + prompt, tokens, plain=plain)
+    request = _grpc_request(tokens, plain=plain)
+    body = _http_body(served, tokens, plain=plain)
     doors = [
         _Door(lambda: grpc.run(request), []),
-        _Door(lambda: http.run("/v1/completions", body), []),
+        _Door(lambda: http.run("/v1/chat/completions", body), []),
     ]
     try:
         for door in doors:
@@ -110,22 +116,21 @@ async def compare(
     return _comparison(*doors, measured_cpu=router_pid is not None)
 
 
-def _grpc_request(prompt: str, tokens: int, *, plain: bool) -> GenerateRequest:
+def _grpc_request(tokens: int, *, plain: bool) -> GenerateRequest:
     return GenerateRequest(
-        prompt=prompt,
+        messages=(ChatMessage("user", PROMPT),),
         sampling=SamplingParams(temperature=0.0),
-        stop=StopConditions(max_tokens=tokens, ignore_eos=True),
+        stop=StopConditions(max_tokens=tokens),
         speculation=SpeculationOptions(enabled=not plain),
     )
 
 
-def _http_body(model: str, prompt: str, tokens: int, *, plain: bool) -> dict[str, Any]:
+def _http_body(model: str, tokens: int, *, plain: bool) -> dict[str, Any]:
     return {
         "model": model,
-        "prompt": prompt,
+        "messages": [{"role": "user", "content": PROMPT}],
         "max_tokens": tokens,
         "temperature": 0,
-        "ignore_eos": True,
         "stream": True,
         "speculation": {"enabled": not plain},
     }
