@@ -312,6 +312,7 @@ async def test_a_phone_needs_no_sideways_scrolling(
     await expect(page.locator("#panel")).to_be_hidden()
     await page.locator("#open-panel").click()
     await expect(page.locator("#tree .node.tail")).to_be_visible()
+    assert await page.evaluate("document.getElementById('chat').inert")
     panel = "document.getElementById('panel')"
     assert await page.evaluate(f"{panel}.scrollWidth <= {panel}.clientWidth")
     await page.keyboard.press("Escape")

@@ -55,7 +55,9 @@ function start() {
 
 function bindDrawers(storage) {
   const cover = () => {
-    byId("scrim").hidden = !Object.values(drawers).some((drawer) => drawer.covers());
+    const covered = Object.values(drawers).some((drawer) => drawer.covers());
+    byId("scrim").hidden = !covered;
+    byId("chat").inert = covered;
   };
   const drawers = {};
   const narrow = "(max-width: 860px)";

@@ -137,8 +137,9 @@ function factItems(facts) {
 }
 
 function keyForm(onKey) {
-  const field = h("input", { type: "password", name: "key", autocomplete: "off", required: true, id: "api-key" });
-  const label = h("label", { for: "api-key", text: "API key, kept until this tab closes" });
+  const name = "API key, kept until this tab closes";
+  const field = h("input", { type: "password", autocomplete: "off", required: true, "aria-label": name });
+  const label = h("span", { "aria-hidden": "true", text: name });
   const send = h("button", { class: "button solid", type: "submit", text: "Use this key" });
   const submit = (event) => {
     event.preventDefault();
