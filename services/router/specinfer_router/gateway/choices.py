@@ -9,6 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
+from operator import itemgetter
 
 from specinfer.errors import InvalidRequest
 from specinfer.messages import GenerateEvent, GenerateRequest, ResumeRequest
@@ -62,7 +63,8 @@ def event_id(session_ids: Sequence[str], offsets: Sequence[int]) -> str:
 async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, GenerateEvent], None]:
     """Every stream's first event in order, then the others as they come, with their choice.
 
-    All streams are closed when this generator is, or when one of them fails.
+    All streams are read from the start: one that waits for a place may wait for another to end.
+    All are closed when this generator is, or when one of them fails.
 
     Raises:
         SpecinferError: the first that a stream raises.
@@ -70,15 +72,23 @@ async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Generat
     async with AsyncExitStack() as stack:
         for stream in streams:
             await stack.enter_async_context(aclosing(stream))
-        for index, stream in enumerate(streams):
-            yield index, await anext(stream)
         if len(streams) == 1:
             async for event in streams[0]:
                 yield 0, event
             return
-        async with aclosing(_interleaved(streams)) as events:
-            async for item in events:
-                yield item
+        items = await stack.enter_async_context(aclosing(_interleaved(streams)))
+        started: dict[int, GenerateEvent] = {}
+        held: list[tuple[int, GenerateEvent]] = []
+        async for index, event in items:
+            if len(started) == len(streams):
+                yield index, event
+            elif index in started:
+                held.append((index, event))
+            else:
+                started[index] = event
+                if len(started) == len(streams):
+                    for item in (*sorted(started.items(), key=itemgetter(0)), *held):
+                        yield item
 
 
 async def _interleaved(
