@@ -14,11 +14,9 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import shlex
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,22 +30,13 @@ from specinfer import (
 )
 from specinfer.messages import GenerateRequest
 from specinfer_bench.machine import machine_facts
+from specinfer_bench.spread import Spread, spread
 from specinfer_bench.wire import Arrivals, GrpcWire, HttpWire
 
 GOAL_FIRST_MS = 1.0
 GOAL_EVENT_MS = 0.2
-RESAMPLES = 2000
 # Every token of the demo pair's answer has text of its own: both doors have as many events.
 PROMPT = "What does textwrap.dedent do?"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A median with the interval in which 95 of 100 resampled medians lie."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -157,25 +146,15 @@ def _comparison(grpc: _Door, http: _Door, *, measured_cpu: bool) -> Comparison:
         pairs=len(pairs),
         events=len(grpc.arrivals[0].seconds),
         events_gateway=len(http.arrivals[0].seconds),
-        first_grpc=spread([g.first_seconds for g, _ in pairs]),
-        first_gateway=spread([h.first_seconds for _, h in pairs]),
-        first_added=spread([h.first_seconds - g.first_seconds for g, h in pairs]),
-        event_grpc=spread([g.event_seconds for g, _ in pairs]),
-        event_gateway=spread([h.event_seconds for _, h in pairs]),
-        event_added=spread([h.event_seconds - g.event_seconds for g, h in pairs]),
+        first_grpc=spread([g.first_seconds for g, _ in pairs], 1e3),
+        first_gateway=spread([h.first_seconds for _, h in pairs], 1e3),
+        first_added=spread([h.first_seconds - g.first_seconds for g, h in pairs], 1e3),
+        event_grpc=spread([g.event_seconds for g, _ in pairs], 1e3),
+        event_gateway=spread([h.event_seconds for _, h in pairs], 1e3),
+        event_added=spread([h.event_seconds - g.event_seconds for g, h in pairs], 1e3),
         cpu_event_grpc=1e3 * grpc.cpu_seconds / num_events if measured_cpu else None,
         cpu_event_gateway=1e3 * http.cpu_seconds / num_events if measured_cpu else None,
     )
-
-
-def spread(seconds: Sequence[float]) -> Spread:
-    """Median in milliseconds, with the bootstrap's 95 % interval; the same for the same input."""
-    chance = random.Random(len(seconds))
-    medians = sorted(
-        statistics.median(chance.choices(seconds, k=len(seconds))) for _ in range(RESAMPLES)
-    )
-    low, high = medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
-    return Spread(*(round(1e3 * value, 4) for value in (statistics.median(seconds), low, high)))
 
 
 def _arguments() -> argparse.Namespace:

@@ -27,6 +27,7 @@ from specinfer import AsyncClient
 from specinfer.errors import SpecinferError
 from specinfer.options import GenerateOptions
 from specinfer_bench.machine import machine_facts
+from specinfer_bench.spread import Spread, spread
 from specinfer_bench.wire import HttpWire
 
 GOAL_LOSS = 0.05
@@ -44,15 +45,15 @@ class Loss:
     Attributes:
         rounds: times that each arm ran.
         tokens_per_second: median over the rounds, of all streams together, without it and with it.
-        ratio: median of the speed with it over the speed without it, round by round.
-        ratio_low, ratio_high: smallest and largest of them.
+        ratio: the speed with it over the speed without it, round by round.
+        ratio_min, ratio_max: smallest and largest of them.
     """
 
     rounds: int
     tokens_per_second: tuple[float, float]
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    ratio: Spread
+    ratio_min: float
+    ratio_max: float
 
 
 class Bench:
@@ -167,9 +168,9 @@ def _loss(alone: list[float], beside: list[float]) -> Loss:
     return Loss(
         rounds=len(ratios),
         tokens_per_second=(statistics.median(alone), statistics.median(beside)),
-        ratio=statistics.median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
+        ratio=spread(ratios),
+        ratio_min=min(ratios),
+        ratio_max=max(ratios),
     )
 
 
@@ -179,8 +180,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cluster", type=Path, required=True, help="what `up --json` printed")
     parser.add_argument("--streams", type=int, default=16, help="streams that are read")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each arm runs")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of each")
+    parser.add_argument("--rounds", type=int, default=40, help="times that each arm runs")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     return parser.parse_args()
 
