@@ -235,7 +235,8 @@ def _alternatives(schema: Schema) -> list[Schema]:
 def _bounds(served: Capabilities) -> dict[str, Schema]:
     longest = {"minimum": 1, "maximum": served.max_model_len - 1}
     return {
-        "model": {"enum": [served.model]},
+        # An empty name is that of the one model.
+        "model": {"enum": [served.model, ""]},
         "max_tokens": longest,
         "max_completion_tokens": longest,
         "max_output_tokens": longest,
@@ -287,14 +288,15 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         for name, schema in properties.items():
             (present,) = _alternatives(schema)
             parameters.append({"name": name, "in": "query", "required": False, "schema": present})
-    if operation.streams:
+    # A response is resumed by reading it, not by asking for it again.
+    if operation.streams and operation.body is not ResponseBody:
         parameters.append(
             {
                 "name": "last-event-id",
                 "in": "header",
                 "required": False,
-                "description": "Id of the last event that was read: the stream goes on after it.",
-                "schema": {"type": "string", "maxLength": 2000},
+                "description": "Id of the last event that was read of a stream.",
+                "schema": {"type": "string"},
             }
         )
     return parameters
