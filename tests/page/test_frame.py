@@ -72,6 +72,7 @@ async def test_two_tabs_share_one_history(
     other = OpenPage(await context.new_page(), model.address)
     await other.visit()
     await send(page, "From one tab")
+    await expect(other.page.locator("#history-list .title")).to_have_count(1)
     await send(other.page, "From the other")
     titles = ["From one tab", "From the other"]
     for tab in (page, other.page):

@@ -9,6 +9,7 @@ const MAX_TITLE = 60;
 export class Conversations {
   constructor(storage) {
     this.storage = storage;
+    this.removed = new Set();
     this.list = sound(storage.read("conversations", []));
     this.current = this.find(storage.read("current", "")) ?? null;
   }
@@ -45,12 +46,14 @@ export class Conversations {
   }
 
   remove(id) {
+    this.removed.add(id);
     this.list = this.list.filter((conversation) => conversation.id !== id);
     if (this.current?.id === id) this.close();
     this.save();
   }
 
   removeAll() {
+    for (const { id } of this.list) this.removed.add(id);
     this.list = [];
     this.close();
     this.save();
@@ -75,8 +78,11 @@ export class Conversations {
     else this.list.unshift(current);
   }
 
-  /** Keep what fits; the oldest conversations go first. */
+  /** Keep what fits; the oldest conversations go first. What another tab has begun stays. */
   save() {
+    const isNew = ({ id }) => !this.removed.has(id) && !this.find(id);
+    this.list.push(...sound(this.storage.read("conversations", [])).filter(isNew));
+    this.list.sort((a, b) => b.at - a.at);
     this.list.splice(MAX_CONVERSATIONS);
     let total = this.list.reduce((sum, conversation) => sum + sizeOf(conversation), 0);
     while (this.list.length > 1 && total > MAX_CHARACTERS) total -= sizeOf(this.list.pop());
