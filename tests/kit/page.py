@@ -92,6 +92,10 @@ class ScriptedModel:
     _cut: asyncio.Event = field(default_factory=asyncio.Event)
     _released: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def reset(self) -> None:
+        """Forget all that a test said, and what was received."""
+        vars(self).update(vars(ScriptedModel(address=self.address)))
+
     def routes(self) -> list[Route]:
         """The routes that the page calls."""
         return [

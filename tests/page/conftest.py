@@ -39,33 +39,56 @@ async def browser() -> AsyncIterator[Browser]:
         await launched.close()
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def model() -> AsyncIterator[ScriptedModel]:
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def served_model() -> AsyncIterator[ScriptedModel]:
     """The scripted model, served beside the page on a free port."""
     scripted = ScriptedModel()
     gateway = Gateway("127.0.0.1:0", scripted.routes(), open_routes=page_routes())
     await gateway.start()
     scripted.address = f"http://127.0.0.1:{gateway.port}"
     yield scripted
-    scripted.release()
     await gateway.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def context(browser: Browser, model: ScriptedModel) -> AsyncIterator[BrowserContext]:
+async def model(served_model: ScriptedModel) -> AsyncIterator[ScriptedModel]:
+    """The scripted model as it is when nobody has told it anything."""
+    served_model.reset()
+    yield served_model
+    served_model.release()
+
+
+async def new_context(browser: Browser) -> BrowserContext:
     """A browser profile of its own, wide, in light colours, without motion."""
-    made = await browser.new_context(
+    context = await browser.new_context(
         viewport={"width": 1440, "height": 900}, color_scheme="light", reduced_motion="reduce"
     )
-    made.set_default_timeout(_PATIENCE_MS)
-    yield made
-    await made.close()
+    context.set_default_timeout(_PATIENCE_MS)
+    return context
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def shared_context(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """The profile of all tests that change nothing about it; its cache saves them time."""
+    context = await new_context(browser)
+    yield context
+    await context.close()
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def page(context: BrowserContext, model: ScriptedModel) -> AsyncIterator[Page]:
+async def context(browser: Browser) -> AsyncIterator[BrowserContext]:
+    """A profile for one test."""
+    context = await new_context(browser)
+    yield context
+    await context.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def page(shared_context: BrowserContext, model: ScriptedModel) -> AsyncIterator[Page]:
     """The page, ready; fails afterwards for errors on its console or calls to other origins."""
-    opened = OpenPage(await context.new_page(), model.address)
+    opened = OpenPage(await shared_context.new_page(), model.address)
     await opened.visit()
     yield opened.page
+    await opened.page.evaluate("localStorage.clear()")
+    await opened.page.close()
     opened.check()

@@ -66,10 +66,8 @@ async def test_history_survives_a_reload_with_its_tint(page: Page, model: Script
     assert [turn["role"] for turn in model.bodies[-1]["messages"]] == ["user", "assistant", "user"]
 
 
-async def test_two_tabs_share_one_history(
-    page: Page, context: BrowserContext, model: ScriptedModel
-) -> None:
-    other = OpenPage(await context.new_page(), model.address)
+async def test_two_tabs_share_one_history(page: Page, model: ScriptedModel) -> None:
+    other = OpenPage(await page.context.new_page(), model.address)
     await other.visit()
     await send(page, "From one tab")
     await expect(other.page.locator("#history-list .title")).to_have_count(1)
@@ -79,6 +77,7 @@ async def test_two_tabs_share_one_history(
         await expect(tab.locator("#history-list .title")).to_have_count(2)
         assert sorted(await tab.locator("#history-list .title").all_inner_texts()) == titles
     other.check()
+    await other.page.close()
 
 
 async def test_conversations_are_renamed_and_deleted(page: Page) -> None:
