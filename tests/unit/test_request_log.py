@@ -62,3 +62,28 @@ def test_times_add_up_and_a_long_request_keeps_its_last_rounds() -> None:
     assert report.rounds[-1].offset == MAX_ROUNDS + 4
     assert report.rounds[-1].seconds == pytest.approx(0.07)
     assert report.rounds[-1].start_seconds == pytest.approx(now - 10.0 - 0.07)
+
+
+def test_all_requests_together_keep_a_bounded_number_of_rounds() -> None:
+    log = RequestLog(max_rounds=25)
+    for name in "abcd":
+        entry = log.begin(name, "")
+        log.keep(entry)
+        for number in range(10):
+            entry.add(TokensEvent(number, "x", (1,), 0, (), RoundFacts(number)))
+    log.keep(log.begin("e", ""))
+    with pytest.raises(NotFound):
+        log.find("b", "")
+    assert [len(log.find(name, "").rounds) for name in "cde"] == [10, 10, 0]
+
+
+def test_ids_of_answers_over_http_and_of_calls_with_several_choices_are_found() -> None:
+    log = RequestLog()
+    for number in range(2):
+        entry = log.begin(f"call-{number}", "")
+        log.keep(entry)
+        entry.add(Started(f"call-{number}", f"session{number}", "m", 0, 3))
+    assert log.find("call", "").request_id == "call-0"
+    assert log.find("chatcmpl-session1", "").request_id == "call-1"
+    with pytest.raises(NotFound, match="chatcmpl-nobody"):
+        log.find("chatcmpl-nobody", "")

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
-from specinfer.errors import InvalidRequest, NotFound, ReaderStalled, StaleEpoch, Unavailable
+from specinfer.errors import (
+    InvalidRequest,
+    NotFound,
+    ReaderStalled,
+    ResourceExhausted,
+    StaleEpoch,
+    Unavailable,
+)
 from specinfer.messages import (
     Finished,
     GenerateEvent,
     GenerateRequest,
+    Grammar,
     ResumeRequest,
     SpeculationOptions,
     Started,
     TokenLogprob,
     TokensEvent,
 )
-from specinfer_router.access import Caller
+from specinfer_router.access import Caller, KeyLimits
 from specinfer_router.admission import AdmissionLimits
+from specinfer_router.replay import PIECE_TOKENS
 from specinfer_router.router import RouterLimits
+from specinfer_router.store import ABANDONED
 from tests.kit.router import PROMPT, Bench, collected, request_of, running_router
 
 
@@ -142,6 +153,103 @@ async def test_only_its_own_key_may_touch_a_session() -> None:
             await bench.router.cancel(session_id, other)
         with pytest.raises(NotFound):
             await bench.router.explain(session_id, other)
+
+
+async def test_a_refused_resume_leaves_the_reader_alone() -> None:
+    async with running_router() as bench:
+        source = bench.router.generate(request_of(max_tokens=60))
+        started = await anext(source)
+        assert isinstance(started, Started)
+        with pytest.raises(InvalidRequest):
+            await anext(bench.router.resume(ResumeRequest(started.session_id, 10**6)))
+        events = [started, *[event async for event in source]]
+        assert len(collected(events).token_ids) == 60
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+async def test_a_reader_that_leaves_at_once_leaves_nothing_running(resumed: bool) -> None:
+    async with running_router() as bench:
+        bench.verifiers[0].gate.clear()
+        async with aclosing(bench.router.generate(request_of(max_tokens=300))) as source:
+            started = await anext(source)
+            assert isinstance(started, Started)
+        if resumed:
+            again = ResumeRequest(started.session_id)
+            async with aclosing(bench.router.resume(again)) as source:
+                await anext(source)
+        async with asyncio.timeout(5):
+            await bench.router.idle()
+        assert (await bench.store.load(started.session_id)).finish_reason == ABANDONED
+
+
+async def test_a_long_replay_comes_in_pieces_and_is_counted() -> None:
+    async with running_router() as bench:
+        request = replace(request_of(max_tokens=PIECE_TOKENS + 40), num_logprobs=1)
+        whole = [event async for event in bench.router.generate(request)]
+        started = whole[0]
+        assert isinstance(started, Started)
+        again = [e async for e in bench.router.resume(ResumeRequest(started.session_id, 10))]
+        pieces = [len(event.token_ids) for event in again if isinstance(event, TokensEvent)]
+        assert pieces == [PIECE_TOKENS, 30]
+        assert logprobs_of(again) == logprobs_of(whole)[10:]
+        caller = Caller("k", KeyLimits(tokens_per_minute=500))
+        events = [event async for event in bench.router.generate(request, caller)]
+        first = events[0]
+        assert isinstance(first, Started)
+        resumes = [
+            [e async for e in bench.router.resume(ResumeRequest(first.session_id), caller)]
+            for _ in range(1)
+        ]
+        assert resumes
+        with pytest.raises(ResourceExhausted, match="tokens_per_minute"):
+            async for _ in bench.router.resume(ResumeRequest(first.session_id), caller):
+                pass
+
+
+async def test_one_key_cannot_read_along_without_end() -> None:
+    async with running_router() as bench:
+        bench.verifiers[0].gate.clear()
+        caller = Caller("k", KeyLimits(max_streams=2))
+        source = bench.router.generate(request_of(), caller)
+        started = await anext(source)
+        assert isinstance(started, Started)
+        along = [bench.router.follow(started.session_id, 0, caller) for _ in range(3)]
+        waiting = []
+        for stream in along[:2]:
+            await anext(stream)
+            waiting.append(asyncio.ensure_future(anext(stream)))
+        await asyncio.sleep(0)
+        with pytest.raises(ResourceExhausted, match="read along"):
+            async for _ in along[2]:
+                pass
+        bench.verifiers[0].gate.set()
+        for first in await asyncio.gather(*waiting):
+            assert isinstance(first, TokensEvent)
+        await asyncio.gather(*(stream.aclose() for stream in along))
+        await source.aclose()
+
+
+async def test_a_limited_key_does_not_use_up_everybodys_grammars() -> None:
+    async with running_router() as bench:
+        caller = Caller("k", KeyLimits(requests_per_minute=1))
+        grammar = replace(request_of(), grammar=Grammar("regex", "a"))
+        assert [event async for event in bench.router.generate(grammar, caller)]
+        # Refused for the key's own limit, before a broken grammar is even looked at.
+        broken_grammar = replace(request_of(), grammar=Grammar("regex", "("))
+        with pytest.raises(ResourceExhausted, match="requests_per_minute"):
+            await anext(bench.router.generate(broken_grammar, caller))
+
+
+@pytest.mark.parametrize(("max_nodes", "max_depth"), [(2, 2), (0, None), (5, 1)])
+async def test_a_prediction_keeps_to_the_callers_bounds(
+    max_nodes: int, max_depth: int | None
+) -> None:
+    async with running_router(drafters=[]) as bench:
+        options = SpeculationOptions(max_nodes=max_nodes, max_depth=max_depth)
+        request = replace(request_of(), prediction="words " * 50, speculation=options)
+        for event in (await bench.generate(request)).rounds:
+            assert event.round.num_draft_tokens <= max_nodes
+            assert event.round.draft_depth <= (max_depth or 99)
 
 
 @pytest.mark.parametrize("offset", [1_000, 2**31])

@@ -310,3 +310,16 @@ def test_documents_in_memory_expire_and_make_room() -> None:
     now = 5.0
     with pytest.raises(NotFound):
         documents.get("c")
+
+
+async def test_the_tail_is_what_is_new(store: SessionStore) -> None:
+    record = record_of()
+    await store.create(record)
+    await store.commit(record.session_id, 0, [11, 12])
+    assert await store.tail(record.session_id, 3) == ((11, 12), 1, "")
+    assert await store.tail(record.session_id, 4) == ((12,), 1, "")
+    assert await store.tail(record.session_id, 5) == ((), 1, "")
+    await store.finish(record.session_id, ABANDONED)
+    assert await store.tail(record.session_id, 9) == ((), 1, ABANDONED)
+    with pytest.raises(NotFound):
+        await store.tail("nobody", 0)

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from specinfer.errors import InternalError, InvalidRequest, Mismatch
+from specinfer.errors import InvalidRequest, Mismatch
 from specinfer.grammar import GrammarChecker
-from specinfer.messages import GenerateRequest, RoundFacts, Started, TokenLogprob, TokensEvent
+from specinfer.messages import GenerateRequest, Started
 from specinfer.metrics import RouterMetrics
-from specinfer.tree import TokenTree
 from specinfer_router.checks import check_request, check_token_ids, completion_room
-from specinfer_router.completion import Completion, Kept
+from specinfer_router.completion import Completion
 from specinfer_router.policy import TreeShapePolicy
 from specinfer_router.pool import Cluster
+from specinfer_router.replay import Replay
 from specinfer_router.seats import DraftSeat, VerifySeat
 from specinfer_router.session import Session, SessionLimits
 from specinfer_router.store import SessionRecord, SessionStore, SessionTerms
 from specinfer_router.tokenizer import ServedTokenizer
-
-RESUMED = "resumed"
 
 
 @dataclass(frozen=True)
@@ -41,21 +38,6 @@ class SeatLimits:
     propose_seconds: float = 0.1
     step_seconds: float = 120.0
     failover_seconds: float = 30.0
-
-
-@dataclass(frozen=True)
-class Reopened:
-    """A session that goes on after an offset.
-
-    Attributes:
-        session: the loop, positioned after all that is committed.
-        missed: committed tokens after the offset as one event, or None.
-        ended: how the completion ended when nothing is left to do; its reason is "" otherwise.
-    """
-
-    session: Session
-    missed: TokensEvent | None
-    ended: Kept
 
 
 class SessionOpener:
@@ -88,23 +70,24 @@ class SessionOpener:
         """Largest tree, root included, that this cluster takes."""
         return min(self._max_tree_nodes, self._cluster.max_tree_nodes)
 
-    async def check(self, request: GenerateRequest) -> None:
-        """Refuse what can be refused before any tokenizing.
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what can be refused without any work.
 
         Raises:
             NotFound, InvalidRequest: see `check_request`.
-            InvalidRequest, ResourceExhausted: a grammar that cannot be used, or not now.
         """
         check_request(request, self._cluster.target, self.max_tree_nodes)
-        if request.grammar is not None:
-            await self._grammars.check(request.grammar)
 
     async def record(self, request: GenerateRequest, key_id: str) -> SessionRecord:
         """A record for a checked request, not kept anywhere yet.
 
         Raises:
-            InvalidRequest: a prompt that is none, or too long with what is asked for.
+            InvalidRequest: a prompt that is none, or too long with what is asked for; a grammar
+                that cannot be used.
+            ResourceExhausted: too many grammars wait to be compiled.
         """
+        if request.grammar is not None:
+            await self._grammars.check(request.grammar)
         target = self._cluster.target
         prompt_ids = await self._prompt_ids(request)
         max_tokens = completion_room(
@@ -140,42 +123,44 @@ class SessionOpener:
     async def open(self, record: SessionRecord) -> Session:
         """A new session that the store knows; no worker does yet."""
         await self._store.create(record)
-        return self._session(record, self._completion(record))
+        return self._session(record, self.completion(record))
 
-    async def reopen(self, record: SessionRecord, offset: int) -> Reopened:
-        """Go on with a claimed session after `offset` tokens of its completion.
-
-        What the completion's text is after any number of tokens does not depend on how rounds cut
-        them, so the text after the offset joins what was shown before.
+    def check_resume(self, record: SessionRecord, offset: int) -> None:
+        """Refuse what cannot be resumed.
 
         Raises:
             Mismatch: this cluster serves another model than the one that began.
             InvalidRequest: `offset` lies beyond what was committed.
         """
-        output_ids = record.output_ids
         if record.terms.model_hash != self._cluster.target.model_hash:
             raise Mismatch("the session was begun by another model than the one that is served")
-        if not 0 <= offset <= len(output_ids):
+        num_tokens = len(record.output_ids)
+        if not 0 <= offset <= num_tokens:
             raise InvalidRequest(
-                f"offset {offset} is not within the {len(output_ids)} tokens of the session",
+                f"offset {offset} is not within the {num_tokens} tokens of the session",
                 field="offset",
             )
-        completion = self._completion(record)
-        kept = completion.take(output_ids[:offset]) if offset else Kept((), "")
-        missed: TokensEvent | None = None
-        if offset < len(output_ids):
-            kept = completion.take(output_ids[offset:])
-            logprobs = await self._logprobs(record, offset)
-            facts = RoundFacts(record.epoch, root_only_reason=RESUMED)
-            missed = TokensEvent(offset, kept.text, kept.token_ids, 0, logprobs, facts)
-        return Reopened(self._session(record, completion), missed, kept)
 
-    def follower(self, record: SessionRecord, offset: int) -> Completion:
-        """The completion of a session after `offset` tokens, for reading along."""
-        completion = self._completion(record)
-        if offset:
-            completion.take(record.output_ids[:offset])
-        return completion
+    def reopen(self, record: SessionRecord, offset: int) -> tuple[Session, Replay]:
+        """A claimed session's loop, to be run once its replay was read to the end."""
+        completion = self.completion(record)
+        seat = None
+        if record.terms.num_logprobs is not None and offset < len(record.output_ids):
+            seat = self._verify_seat(record, f"{_worker_session_id(record)}.again")
+        return self._session(record, completion), Replay(record, completion, offset, seat)
+
+    def completion(self, record: SessionRecord) -> Completion:
+        """Text and end of a session, before its first token."""
+        stop = record.terms.stop
+        eos_token_ids = self._tokenizer.eos_token_ids
+        prompt_ids = record.token_ids[: record.terms.num_prompt_tokens]
+        return Completion(
+            self._tokenizer.vocabulary.detokenizer(prompt_ids),
+            stops=stop.stop,
+            stop_token_ids=frozenset(stop.stop_token_ids),
+            eos_token_ids=frozenset() if stop.ignore_eos else eos_token_ids,
+            max_tokens=stop.max_tokens or self._cluster.max_session_tokens,
+        )
 
     async def _prompt_ids(self, request: GenerateRequest) -> list[int]:
         if request.messages is not None:
@@ -207,22 +192,10 @@ class SessionOpener:
             token_texts=self._tokenizer.vocabulary.token_texts,
         )
 
-    def _completion(self, record: SessionRecord) -> Completion:
-        stop = record.terms.stop
-        eos_token_ids = self._tokenizer.eos_token_ids
-        prompt_ids = record.token_ids[: record.terms.num_prompt_tokens]
-        return Completion(
-            self._tokenizer.vocabulary.detokenizer(prompt_ids),
-            stops=stop.stop,
-            stop_token_ids=frozenset(stop.stop_token_ids),
-            eos_token_ids=frozenset() if stop.ignore_eos else eos_token_ids,
-            max_tokens=stop.max_tokens or self._cluster.max_session_tokens,
-        )
-
     def _draft_seat(self, record: SessionRecord) -> DraftSeat:
         return DraftSeat(
             self._cluster.drafters,
-            record.session_id,
+            _worker_session_id(record),
             record.terms.sampling,
             num_prompt_tokens=record.terms.num_prompt_tokens,
             vocab_size=self._cluster.target.vocab_size,
@@ -230,11 +203,11 @@ class SessionOpener:
             grammar=record.terms.grammar,
         )
 
-    def _verify_seat(self, record: SessionRecord, suffix: str = "") -> VerifySeat:
+    def _verify_seat(self, record: SessionRecord, session_id: str = "") -> VerifySeat:
         terms = record.terms
         return VerifySeat(
             self._cluster.verifiers,
-            record.session_id + suffix,
+            session_id or _worker_session_id(record),
             terms.sampling,
             num_prompt_tokens=terms.num_prompt_tokens,
             num_logprobs=terms.num_logprobs,
@@ -245,34 +218,10 @@ class SessionOpener:
             failover_seconds=self._limits.failover_seconds,
         )
 
-    async def _logprobs(self, record: SessionRecord, offset: int) -> tuple[TokenLogprob, ...]:
-        """Logprobs of the output after `offset`, which the store does not keep.
 
-        The target is asked again: given its own tokens as guesses it confirms each of them.
-        """
-        if record.terms.num_logprobs is None:
-            return ()
-        seat = self._verify_seat(record, f"-again-{offset}")
-        wanted = record.output_ids[offset:]
-        prefix = list(record.token_ids[: record.terms.num_prompt_tokens + offset])
-        found: list[TokenLogprob] = []
-        epoch = 0
-        try:
-            while len(found) < len(wanted):
-                rest = wanted[len(found) :]
-                tree = TokenTree.chain((prefix[-1], *rest[: self.max_tree_nodes - 1]))
-                result = (await seat.step(prefix, epoch, tree)).result
-                _check_same(result.token_ids, rest)
-                found.extend(result.logprobs[: len(rest)])
-                prefix.extend(result.token_ids)
-                epoch += 1
-            return tuple(found)
-        finally:
-            seat.leave(epoch)
+def _worker_session_id(record: SessionRecord) -> str:
+    """What workers call the session: another name for each owner.
 
-
-def _check_same(token_ids: Sequence[int], expected: Sequence[int]) -> None:
-    """Raise InternalError when the target says something else than it did before."""
-    length = min(len(token_ids), len(expected))
-    if tuple(token_ids[:length]) != tuple(expected[:length]):
-        raise InternalError("the target does not repeat its own tokens; its logprobs are not known")
+    Two owners' runs then never meet at a worker; the store alone decides which of them goes on.
+    """
+    return f"{record.session_id}.{record.owner}" if record.owner else record.session_id

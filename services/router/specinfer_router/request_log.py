@@ -1,6 +1,7 @@
 """What the last requests did, round by round, for whoever asks where the time went.
 
-Bounded in requests and in rounds of each. This module knows nothing of how requests are served.
+Bounded in requests, in rounds of each and in rounds of all. This module knows nothing of how
+requests are served.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from specinfer.messages import (
 
 MAX_REQUESTS = 1_000
 MAX_ROUNDS = 1_000
+MAX_ALL_ROUNDS = 50_000
 RUNNING = "running"
 
 
@@ -113,9 +115,11 @@ class RequestLog:
         self,
         *,
         max_requests: int = MAX_REQUESTS,
+        max_rounds: int = MAX_ALL_ROUNDS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._max_requests = max_requests
+        self._max_rounds = max_rounds
         self._clock = clock
         # By key and request id: nobody hides another key's request behind the same id.
         self._entries: OrderedDict[tuple[str, str], RequestLogEntry] = OrderedDict()
@@ -129,19 +133,27 @@ class RequestLog:
         name = (entry.key_id, entry.request_id)
         self._entries[name] = entry
         self._entries.move_to_end(name)
-        while len(self._entries) > self._max_requests:
-            self._entries.popitem(last=False)
+        num_rounds = sum(len(kept.rounds) for kept in self._entries.values())
+        while len(self._entries) > 1 and (
+            len(self._entries) > self._max_requests or num_rounds > self._max_rounds
+        ):
+            _, oldest = self._entries.popitem(last=False)
+            num_rounds -= len(oldest.rounds)
 
     def find(self, identity: str, key_id: str) -> RequestReport:
-        """The report of a request by its own id or that of its session.
+        """The report of a request by its own id, that of its session or of its answer over HTTP.
 
         Raises:
             NotFound: it is unknown, forgotten, or another key's.
         """
-        entry = self._entries.get((key_id, identity))
+        # A call with several choices runs as many requests; the first one stands for it.
+        names = ((key_id, identity), (key_id, f"{identity}-0"))
+        entry = next((self._entries[name] for name in names if name in self._entries), None)
         if entry is None:
+            # The ids of answers over HTTP end with their session's.
+            sessions = (identity, identity.rpartition("-")[2])
             own = (e for e in reversed(self._entries.values()) if e.key_id == key_id)
-            entry = next((e for e in own if e.session_id == identity), None)
+            entry = next((e for e in own if e.session_id in sessions), None)
         if entry is None:
             raise NotFound(
                 f"no request {identity!r} among the last {self._max_requests} of this router",

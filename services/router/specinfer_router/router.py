@@ -5,15 +5,13 @@ What the gRPC servicer and the gateway both call. This module knows nothing of p
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from specinfer.errors import NotFound, ResourceExhausted, SpecinferError, Unavailable
+from specinfer.errors import NotFound, SpecinferError
 from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import (
     Capabilities,
@@ -22,29 +20,24 @@ from specinfer.messages import (
     GenerateRequest,
     RequestReport,
     ResumeRequest,
-    RoundFacts,
-    SpeculationSummary,
-    TokensEvent,
-    Usage,
 )
 from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import Telemetry
 from specinfer_router.access import ANYBODY, Caller
 from specinfer_router.admission import Admission, AdmissionLimits, Ticket
 from specinfer_router.checks import check_request_id
-from specinfer_router.completion import Completion
-from specinfer_router.opening import RESUMED, SeatLimits, SessionOpener
+from specinfer_router.following import Followers, FollowLimits, finished
+from specinfer_router.opening import SeatLimits, SessionOpener
 from specinfer_router.policy import PlainSpeed, TreeShapePolicy
 from specinfer_router.pool import Cluster
 from specinfer_router.request_log import RequestLog, RequestLogEntry
 from specinfer_router.session import Session
-from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
+from specinfer_router.store import ABANDONED, CANCELLED, SessionRecord, SessionStore
 from specinfer_router.stream import buffered
 from specinfer_router.tokenizer import ServedTokenizer
 
 log = logging.getLogger(__name__)
 
-FOLLOW_SECONDS = 0.05
 FEATURES = ("detail", "explain", "grammar", "logprobs", "prediction", "priority", "resume")
 
 
@@ -58,8 +51,7 @@ class RouterLimits:
         max_tree_nodes: largest tree that a request may ask for, root included.
         max_events: how far a session may run ahead of its reader.
         stall_seconds: a reader that takes nothing for so long loses its session.
-        follow_seconds: a session that is read along and does not move for so long is given up.
-        max_followers: most streams that are read along at once.
+        follow: how many read along, and for how long.
     """
 
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
@@ -67,8 +59,7 @@ class RouterLimits:
     max_tree_nodes: int = 64
     max_events: int = 64
     stall_seconds: float = 60.0
-    follow_seconds: float = 150.0
-    max_followers: int = 256
+    follow: FollowLimits = field(default_factory=FollowLimits)
 
 
 class Router:
@@ -102,7 +93,7 @@ class Router:
         self._admission = Admission(self._limits.admission)
         metrics.watch_waiting(lambda: self._admission.num_waiting)
         self._requests = RequestLog()
-        self._num_followers = 0
+        self._followers = Followers(store, self._limits.follow)
         self._plain = PlainSpeed(cluster.target.step_costs)
         vocab_size, ends = cluster.target.vocab_size, sorted(tokenizer.eos_token_ids)
         self._grammars = GrammarChecker(GrammarCompiler(tokenizer.tokenizer_json, vocab_size, ends))
@@ -188,7 +179,8 @@ class Router:
         request_id = request.request_id or record.terms.request_id or uuid.uuid4().hex
         request = replace(request, request_id=request_id)
         entry = self._requests.begin(request_id, caller.key_id)
-        async with aclosing(self._serve(self._resumed(request, caller, entry), entry)) as events:
+        source = self._resumed(record, request, caller, entry)
+        async with aclosing(self._serve(source, entry)) as events:
             async for event in events:
                 yield event
 
@@ -205,35 +197,12 @@ class Router:
             Unavailable: the session broke, or has not moved for a long time; resume it.
         """
         record = await self._find(session_id, caller)
-        if self._num_followers >= self._limits.max_followers:
-            raise ResourceExhausted("too many streams are read along", retry_after=1.0)
-        self._num_followers += 1
-        try:
-            async with aclosing(self._followed(record, offset)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self._num_followers -= 1
-
-    async def _followed(
-        self, record: SessionRecord, offset: int
-    ) -> AsyncGenerator[GenerateEvent, None]:
-        yield self._opener.started(record)
-        completion = self._opener.follower(record, offset)
-        moved = time.monotonic()
-        while True:
-            event, finished = _read_along(record, completion)
-            if event is not None:
-                moved = time.monotonic()
+        self._opener.check_resume(record, offset)
+        along = self._followers.follow(record, self._opener.completion, offset, caller)
+        async with aclosing(along) as events:
+            yield self._opener.started(record)
+            async for event in events:
                 yield event
-            if finished is not None:
-                yield finished
-                return
-            still = time.monotonic() - moved > self._limits.follow_seconds
-            if still or record.finish_reason in (ABANDONED, ERROR):
-                raise Unavailable(f"session {record.session_id} is not running; resume it")
-            await asyncio.sleep(FOLLOW_SECONDS)
-            record = await self.store.load(record.session_id)
 
     async def cancel(self, session_id: str, caller: Caller = ANYBODY) -> None:
         """End a session for good, wherever it runs; its reader sees it end within a round.
@@ -283,39 +252,62 @@ class Router:
         self, request: GenerateRequest, caller: Caller, entry: RequestLogEntry
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Runs behind the buffer: a reader that stalls loses its place along with its session."""
-        await self._opener.check(request)
+        self._opener.check(request)
         async with self._admission.slot(caller, request.priority) as ticket:
             self._admitted(entry, ticket)
             record = await self._opener.record(request, caller.key_id)
             ticket.spend(len(record.token_ids))
             session = await self._opener.open(record)
-            started = self._opener.started(record)
-            entry.add(started)
-            yield started
-            async with aclosing(self._rounds(session, ticket, entry)) as events:
-                async for event in events:
-                    yield event
+            async with self._given_up_unless_run(record, session):
+                started = self._opener.started(record)
+                entry.add(started)
+                yield started
+                async with aclosing(self._rounds(session, ticket, entry)) as events:
+                    async for event in events:
+                        yield event
 
     async def _resumed(
-        self, request: ResumeRequest, caller: Caller, entry: RequestLogEntry
+        self,
+        record: SessionRecord,
+        request: ResumeRequest,
+        caller: Caller,
+        entry: RequestLogEntry,
     ) -> AsyncGenerator[GenerateEvent, None]:
+        # Before the session is taken from whoever reads it now.
+        self._opener.check_resume(record, request.offset)
         async with self._admission.slot(caller) as ticket:
             self._admitted(entry, ticket)
             record = await self.store.claim(request.session_id)
-            reopened = await self._opener.reopen(record, request.offset)
-            started = self._opener.started(record, request.request_id)
-            entry.add(started)
-            yield started
-            if reopened.missed is not None:
-                entry.add(reopened.missed)
-                yield reopened.missed
-            ended = reopened.ended.finish_reason or record.finish_reason
-            if ended:
-                yield _finished(record, ended, reopened.ended.stop_match, entry)
-                return
-            async with aclosing(self._rounds(reopened.session, ticket, entry)) as events:
-                async for event in events:
-                    yield event
+            session, replay = self._opener.reopen(record, request.offset)
+            async with self._given_up_unless_run(record, session):
+                started = self._opener.started(record, request.request_id)
+                entry.add(started)
+                yield started
+                async with aclosing(replay.events(self._opener.max_tree_nodes)) as missed:
+                    async for tokens in missed:
+                        ticket.spend(len(tokens.token_ids))
+                        entry.add(tokens)
+                        yield tokens
+                ended = replay.ended.finish_reason or record.finish_reason
+                if ended:
+                    last = finished(record, ended, replay.ended.stop_match, len(record.output_ids))
+                    yield replace(last, timings=entry.timings)
+                    return
+                async with aclosing(self._rounds(session, ticket, entry)) as events:
+                    async for event in events:
+                        yield event
+
+    @asynccontextmanager
+    async def _given_up_unless_run(
+        self, record: SessionRecord, session: Session
+    ) -> AsyncGenerator[None, None]:
+        """A session whose loop never began is left for others to resume, not as running."""
+        try:
+            yield
+        finally:
+            if not session.begun and not record.finish_reason:
+                with suppress(SpecinferError):
+                    await self.store.finish(record.session_id, ABANDONED, owner=record.owner)
 
     def _admitted(self, entry: RequestLogEntry, ticket: Ticket) -> None:
         entry.admitted(ticket.queue_seconds)
@@ -344,33 +336,3 @@ class Router:
                     yield event
         finally:
             self._metrics.session_ended()
-
-
-def _read_along(
-    record: SessionRecord, completion: Completion
-) -> tuple[TokensEvent | None, Finished | None]:
-    """What is new in a record since `completion` last took from it, and its end."""
-    offset = completion.num_tokens
-    new = record.output_ids[offset:]
-    event, reason, match = None, "", ""
-    if new:
-        kept = completion.take(new)
-        facts = RoundFacts(record.epoch, root_only_reason=RESUMED)
-        event = TokensEvent(offset, kept.text, kept.token_ids, 0, (), facts)
-        reason, match = kept.finish_reason, kept.stop_match
-    if record.finish_reason not in ("", ABANDONED, ERROR):
-        return event, _finished(record, reason or record.finish_reason, match, None)
-    return event, None
-
-
-def _finished(
-    record: SessionRecord, reason: str, stop_match: str, entry: RequestLogEntry | None
-) -> Finished:
-    """The last event of a session that ended before it was read to its end."""
-    finished = Finished(
-        reason=reason,
-        stop_match=stop_match,
-        usage=Usage(record.terms.num_prompt_tokens, len(record.output_ids)),
-        speculation=SpeculationSummary(),
-    )
-    return finished if entry is None else replace(finished, timings=entry.timings)

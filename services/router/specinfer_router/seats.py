@@ -265,7 +265,8 @@ class VerifySeat:
         """
         start = time.perf_counter()
         failed: VerifyLink | None = None
-        for attempt in range(self._max_tries):
+        attempt = 0
+        while True:
             try:
                 opening = await self._sit(token_ids, epoch, failed)
                 result = await self._ask(opening, epoch, tree)
@@ -278,16 +279,17 @@ class VerifySeat:
                 if tree.num_draft_tokens == 0:
                     raise
                 tree = TokenTree.root_only(token_ids[-1])
+                self.leave(epoch)
                 continue
             except (Unavailable, NotFound, StaleEpoch, ResourceExhausted, InternalError) as error:
                 failed, lost = self._link, error
                 log.warning("round %d of %s failed: %s", epoch, self._session_id, error.message)
-                if attempt + 1 == self._max_tries:
+                attempt += 1
+                if attempt == self._max_tries:
                     raise _last_error(lost) from lost
             self.leave(epoch)
-            pause = min(MAX_BACKOFF_SECONDS, 0.02 * 4**attempt)
+            pause = min(MAX_BACKOFF_SECONDS, 0.005 * 4**attempt)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        raise InternalError("the verify tier refused its own root")
 
     def leave(self, epoch: int) -> None:
         """Give the place up and let the worker free the session's KV."""

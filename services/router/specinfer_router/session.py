@@ -64,6 +64,8 @@ class Session:
         self.session_id = record.session_id
         self.epoch = record.epoch
         self.finished: Finished | None = None
+        # Whether `run` was entered, which leaves the session finished or resumable.
+        self.begun = False
         self._owner = record.owner
         self._token_ids = list(record.token_ids)
         self._num_prompt_tokens = record.terms.num_prompt_tokens
@@ -91,7 +93,7 @@ class Session:
             StaleEpoch: somebody else has taken the session over.
             SpecinferError: the verify tier or the store could not go on.
         """
-        end = ABANDONED
+        end, self.begun = ABANDONED, True
         try:
             while self.finished is None:
                 start = time.perf_counter()
@@ -118,11 +120,12 @@ class Session:
         guess = await self._drafter.propose(self._token_ids, self.epoch, self._shape())
         if self._prediction is None:
             return guess
+        asked = self._options
         tree = self._prediction.graft(
             guess.tree,
             self._token_ids[self._num_prompt_tokens :],
-            max_nodes=min(self._limits.max_tree_nodes, 1 + self._room),
-            max_depth=self._completion.num_left - 1,
+            max_nodes=1 + _least(self._limits.max_tree_nodes - 1, self._room, asked.max_nodes),
+            max_depth=_least(self._completion.num_left - 1, asked.max_depth),
         )
         reason = "" if tree.num_draft_tokens else guess.root_only_reason
         return replace(guess, tree=tree, root_only_reason=reason)
@@ -227,6 +230,11 @@ class Session:
             ),
             speculation=self._tally.summary(),
         )
+
+
+def _least(*bounds: int | None) -> int:
+    """The smallest of the bounds that are set."""
+    return min(bound for bound in bounds if bound is not None)
 
 
 class RoundTally:

@@ -14,6 +14,7 @@ from specinfer.messages import ShapeQuery, StepCost
 from specinfer.rpc import TlsSettings
 from specinfer.settings import setting
 from specinfer_router.admission import AdmissionLimits
+from specinfer_router.following import FollowLimits
 from specinfer_router.gateway.server import check_origins
 from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import (
@@ -152,7 +153,7 @@ class RouterSettings:
             ),
             max_tree_nodes=self.max_tree_nodes,
             stall_seconds=self.stall_seconds,
-            follow_seconds=self.step_deadline + self.failover_seconds,
+            follow=FollowLimits(still_seconds=self.step_deadline + self.failover_seconds),
         )
 
     @property

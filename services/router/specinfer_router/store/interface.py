@@ -140,6 +140,13 @@ class SessionStore(Protocol):
         """The record of a session; raises NotFound."""
         ...
 
+    async def tail(self, session_id: str, num_tokens: int) -> tuple[tuple[int, ...], int, str]:
+        """Tokens after the first `num_tokens`, the epoch and the finish reason; raises NotFound.
+
+        It costs what is new, however long the session is.
+        """
+        ...
+
     async def put_document(self, name: str, text: str) -> None:
         """Keep a text under a name, replacing what was there.
 

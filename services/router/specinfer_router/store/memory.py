@@ -124,6 +124,12 @@ class MemoryStore:
         """The record of a session."""
         return self._record(self._get(session_id))
 
+    async def tail(self, session_id: str, num_tokens: int) -> tuple[tuple[int, ...], int, str]:
+        """Tokens after the first `num_tokens`, the epoch and the finish reason."""
+        entry = self._get(session_id)
+        new = tuple(entry.token_ids[num_tokens:])
+        return new, entry.record.epoch, entry.record.finish_reason
+
     async def put_document(self, name: str, text: str) -> None:
         """Keep a text under a name, replacing what was there."""
         self._documents.put(name, text)

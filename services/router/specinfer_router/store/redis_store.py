@@ -142,6 +142,17 @@ class RedisStore:
             raise _not_found(session_id)
         return _record(session_id, facts, epoch, owner, finish_reason, packed)
 
+    async def tail(self, session_id: str, num_tokens: int) -> tuple[tuple[int, ...], int, str]:
+        """Tokens after the first `num_tokens`, the epoch and the finish reason."""
+        session_key, tokens_key = _keys(session_id)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hmget(session_key, ["epoch", "finish"])
+            pipe.getrange(tokens_key, 4 * num_tokens, -1)
+            (epoch, finish_reason), packed = await self._run(pipe.execute())
+        if epoch is None:
+            raise _not_found(session_id)
+        return _unpack(packed), int(epoch), finish_reason.decode()
+
     async def put_document(self, name: str, text: str) -> None:
         """Keep a text under a name, replacing what was there."""
         data = checked_document(name, text)
