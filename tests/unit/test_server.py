@@ -30,6 +30,16 @@ class FailingService(router_pb2_grpc.GenerationServiceServicer):
             raise InvalidRequest(f"no model {request.model}", request_id=request.model)
         raise ResourceExhausted("full", field="prompt", request_id="r1", retry_after=1.5)
 
+    async def Resume(self, request: Any, context: Any) -> AsyncIterator[router_pb2.ResumeResponse]:
+        raise InvalidRequest("no session")
+        yield
+
+    async def Cancel(self, request: Any, context: Any) -> Any:
+        raise InvalidRequest("no session")
+
+    async def Explain(self, request: Any, context: Any) -> Any:
+        raise InvalidRequest("no session")
+
     async def GetCapabilities(self, request: Any, context: Any) -> Any:
         raise ValueError("secret")
 
