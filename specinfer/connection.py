@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -75,7 +77,7 @@ class ConnectionOptions:
 
 
 class EventCall:
-    """One stream of a router's events.
+    """One stream of a router's events; forgetting it gives the call up. Made on the call's loop.
 
     Attributes:
         router: index of the router that was asked.
@@ -85,6 +87,9 @@ class EventCall:
         self.router = router
         self._call = call
         self._silence = silence
+        # gRPC itself keeps a call that nobody reads any more.
+        self._forgotten = weakref.finalize(self, _give_up, asyncio.get_running_loop(), call)
+        self._forgotten.atexit = False
 
     async def read(self) -> GenerateEvent | None:
         """The next event of a kind that we know; None at the end. Raises the router's errors, and
@@ -99,6 +104,7 @@ class EventCall:
             except grpc.aio.AioRpcError as error:
                 raise _error_of(error) from None
             if wire is grpc.aio.EOF:
+                self._forgotten.detach()
                 return None
             event = wire.event if isinstance(wire, router_pb2.ResumeResponse) else wire
             # A newer router may send kinds of events that this version has no use for.
@@ -107,7 +113,14 @@ class EventCall:
 
     def cancel(self) -> None:
         """Give the call up; the router stops generating."""
+        self._forgotten.detach()
         self._call.cancel()
+
+
+def _give_up(loop: asyncio.AbstractEventLoop, call: Any) -> None:
+    """Cancel a call from whatever thread has let go of it last."""
+    with suppress(RuntimeError):  # the loop has ended, and its calls with it
+        loop.call_soon_threadsafe(call.cancel)
 
 
 class Connection:

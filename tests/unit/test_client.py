@@ -138,6 +138,20 @@ async def test_a_stream_gives_rounds_and_then_the_completion(client: AsyncClient
     assert [event async for event in stream] == []
 
 
+async def test_a_stream_left_by_a_break_stops_the_generation(
+    client: AsyncClient, router: FakeRouter
+) -> None:
+    async def endless(request: GenerateRequest, attempt: int) -> AsyncIterator[GenerateEvent]:
+        yield started_event(request)
+        yield tokens_event(request, 0, [1])
+        await asyncio.Event().wait()
+
+    router.script = endless
+    async for _ in client.stream("hello"):
+        break
+    assert await asyncio.to_thread(router.cancelled.wait, 10)
+
+
 async def test_leaving_a_stream_early_cancels_it_on_the_server(
     client: AsyncClient, router: FakeRouter
 ) -> None:

@@ -165,6 +165,24 @@ def test_closing_wakes_those_who_wait(router: FakeRouter) -> None:
     assert router.cancelled.wait(10)
 
 
+def test_a_stream_left_by_a_break_stops_the_generation(client: Client, router: FakeRouter) -> None:
+    router.script = endless
+    for _ in client.stream("hello"):
+        break
+    assert router.cancelled.wait(10)
+
+
+def test_a_stream_may_be_forgotten_after_its_client(router: FakeRouter) -> None:
+    router.script = endless
+    client = Client(router.address)
+    stream = client.stream("hello")
+    next(stream)
+    client.close()
+    # An error in a finalizer is a warning, and those fail here.
+    del stream
+    assert router.cancelled.wait(10)
+
+
 def test_a_forgotten_client_does_not_keep_the_process(router: FakeRouter) -> None:
     code = (
         "from specinfer import Client\n"
