@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
@@ -23,7 +24,7 @@ from specinfer.errors import (
     Unavailable,
 )
 from specinfer.messages import GenerateEvent, Started
-from specinfer_router.gateway.body import Body, parse_body, validate
+from specinfer_router.gateway.body import MAX_DEPTH, Body, parse_body, validate
 from specinfer_router.gateway.calls import api_route, json_answer, while_connected
 from specinfer_router.gateway.choices import event_id, merged, places_of
 from specinfer_router.gateway.errors import BodyTooLarge, UnknownParameter, error_response
@@ -39,6 +40,7 @@ class Ears:
         self._leave_after = leave_after
         self.messages: list[Message] = []
         self.leave = asyncio.Event()
+        self.heard = asyncio.Event()
         self.deaf = False
 
     async def receive(self) -> Message:
@@ -47,6 +49,8 @@ class Ears:
 
     async def send(self, message: Message) -> None:
         self.messages.append(message)
+        if message["type"] == "http.response.body":
+            self.heard.set()
         if self._leave_after in self.body:
             self.leave.set()
         if self.deaf and message["type"] == "http.response.body":
@@ -141,6 +145,40 @@ async def test_silence_is_filled() -> None:
     await sent(source, ears, keep_alive_seconds=0.01)
 
 
+async def test_a_long_silence_before_the_first_event_begins_the_stream() -> None:
+    source = Source(endless=True)
+    ears = Ears(leave_after=b": keep-alive\n" * 3)
+    await sent(source, ears, keep_alive_seconds=0.01)
+    assert ears.messages[0]["status"] == 200
+    assert source.closed.is_set()
+
+
+async def test_an_error_after_a_long_silence_is_an_event() -> None:
+    ears = Ears()
+
+    async def refused() -> AsyncGenerator[ServerEvent, None]:
+        await ears.heard.wait()
+        raise ResourceExhausted("no place")
+        yield ServerEvent(None)
+
+    response = EventStream(refused(), "id", settings=StreamSettings(keep_alive_seconds=0.01))
+    async with asyncio.timeout(10):
+        await response(SCOPE, ears.receive, ears.send)
+    assert ears.messages[0]["status"] == 200
+    assert b'"code":"resource_exhausted"' in ears.body
+    assert ears.body.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+async def test_an_event_that_is_no_json_ends_the_stream_with_an_error(number: int) -> None:
+    source, ears = Source(*[{"a": 1}] * number, {"a": math.inf}), Ears()
+    await sent(source, ears)
+    assert ears.messages[0]["status"] == (200 if number else 500)
+    assert b'"code":"internal"' in ears.body
+    assert ears.body.endswith(b"data: [DONE]\n\n") == bool(number)
+    assert source.closed.is_set()
+
+
 class Example(Body):
     """A body to try things on."""
 
@@ -149,6 +187,7 @@ class Example(Body):
     name: str
     sizes: Annotated[list[int], Field(max_length=3)] | str | None = None
     inner: dict[str, float] | None = None
+    free: Any = None
 
 
 @pytest.mark.parametrize(
@@ -172,8 +211,43 @@ def test_a_wrong_body_names_its_parameter(content: bytes, param: str) -> None:
 
 def test_null_is_as_good_as_nothing() -> None:
     assert validate(b'{"name": "a", "sizes": null, "audio": null}', Example).sizes is None
+    assert validate(b'{"name": "a", "more": null}', Example).name == "a"
     with pytest.raises(UnknownParameter):
-        validate(b'{"name": "a", "more": null}', Example)
+        validate(b'{"name": "a", "more": 0}', Example)
+
+
+def nested(depth: int) -> bytes:
+    """A body with so many levels."""
+    return b'{"name": "a", "free": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+def test_the_depth_of_a_body_is_bounded() -> None:
+    assert validate(nested(MAX_DEPTH), Example).free is not None
+    for depth in (MAX_DEPTH + 1, 500, 900):
+        with pytest.raises(InvalidRequest, match="levels"):
+            validate(nested(depth), Example)
+
+
+@pytest.mark.parametrize("number", [b"1e999", b"-1e400", b"9" * 400 + b".0"])
+def test_numbers_that_no_float_holds_are_refused_wherever_they_stand(number: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="too large"):
+        validate(b'{"name": "a", "free": {"b": [' + number + b"]}}", Example)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"name": "\xed\xa0\x80"}',
+        '{"name": "\ud800"}'.encode("utf-16", "surrogatepass"),
+        '{"name": "a"}'.encode("utf-16"),
+        '{"name": "a"}'.encode("utf-32"),
+        b'{"name": "\xff"}',
+    ],
+)
+def test_only_utf_8_is_read(content: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        validate(content, Example)
+    assert validate(b'\xef\xbb\xbf{"name": "\xc3\xa9"}', Example).name == "\u00e9"
 
 
 async def test_a_large_body_is_refused_before_it_is_read() -> None:

@@ -43,9 +43,15 @@ class UnknownParameter(InvalidRequest):
 
 
 class UnsupportedParameter(InvalidRequest):
-    """A field or a value of OpenAI's that this server does not serve."""
+    """A field of OpenAI's that this server does not serve."""
 
     reason = "UNSUPPORTED_PARAMETER"
+
+
+class UnsupportedValue(InvalidRequest):
+    """A value of OpenAI's, of a field that is served, that this server does not serve."""
+
+    reason = "UNSUPPORTED_VALUE"
 
 
 class BodyTooLarge(InvalidRequest):

@@ -1,7 +1,8 @@
 """Server-sent events: one generator of events becomes one response.
 
-Errors before the first event are ordinary error responses; later ones are an event. The generator
-is closed as soon as the client leaves. This module knows nothing of what the events say.
+Errors before the first event are ordinary error responses; later ones are an event, and so are
+those that come after a silence so long that the stream had to begin without its first event. The
+generator is closed as soon as the client leaves. This module knows nothing of what the events say.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class StreamSettings:
     """How streams are kept and given up.
 
     Attributes:
-        keep_alive_seconds: a comment is sent when nothing else was for so long.
+        keep_alive_seconds: a comment is sent when nothing else was for so long, before the first
+            event as well.
         write_seconds: a client that takes nothing for so long is cut off.
     """
 
@@ -127,28 +129,43 @@ class EventStream(Response):
                 await asyncio.gather(sending, leaving, return_exceptions=True)
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        first = asyncio.create_task(self._first())
         try:
-            first = await anext(self._events)
-        except SpecinferError as error:
-            await error_response(error, self._request_id)(scope, receive, send)
-            return
-        except Exception:  # the last place that can still answer
-            await error_response(self._unforeseen(), self._request_id)(scope, receive, send)
-            return
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
-        keeping_alive = asyncio.create_task(self._keep_alive(send))
-        try:
-            await self._write(send, first.encode())
-            await self._send_rest(send)
+            # Whoever hears nothing for long gives up, a proxy for one: then a comment comes first.
+            await asyncio.wait((first,), timeout=self._settings.keep_alive_seconds)
+            if first.done() and isinstance(error := first.result(), SpecinferError):
+                await error_response(error, self._request_id)(scope, receive, send)
+            else:
+                await self._send_stream(send, first)
         except _ReaderGone:
             log.info("a reader was cut off", extra={"request_id": self._request_id})
-            return
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+    async def _first(self) -> bytes | SpecinferError:
+        """The first event's lines, or why there are none."""
+        try:
+            return (await anext(self._events)).encode()
+        except SpecinferError as error:
+            return error
+        except Exception:  # the last place that can still answer
+            return self._unforeseen()
+
+    async def _send_stream(self, send: Send, first: asyncio.Task[bytes | SpecinferError]) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send(start | {"headers": self.raw_headers})
+        if not first.done():
+            await self._write(send, KEEP_ALIVE)
+        self._last_write = asyncio.get_running_loop().time()
+        keeping_alive = asyncio.create_task(self._keep_alive(send))
+        try:
+            opening = await first
+            if isinstance(opening, SpecinferError):
+                await self._write(send, ServerEvent(error_body(opening)).encode())
+            else:
+                await self._write(send, opening)
+                await self._send_rest(send)
         finally:
             keeping_alive.cancel()
         await send({"type": "http.response.body", "body": DONE if self._done else b""})
