@@ -45,7 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "messages[0].content[0].type",
-        "invalid_request",
+        "unsupported_value",
     ),
     ({"top_logprobs": 3}, "top_logprobs", "invalid_request"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_request"),
@@ -94,9 +94,28 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"audio": {"voice": "x"}}, "audio", "unsupported_parameter"),
     ({"web_search_options": {}}, "web_search_options", "unsupported_parameter"),
     ({"functions": []}, "functions", "unsupported_parameter"),
-    ({"store": True}, "store", "invalid_request"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "invalid_request"),
+    ({"prompt_cache_retention": "24h"}, "prompt_cache_retention", "unsupported_parameter"),
+    ({"prompt_cache_options": {}}, "prompt_cache_options", "unsupported_parameter"),
+    ({"store": True}, "store", "unsupported_value"),
+    ({"store": 1}, "store", "invalid_request"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_value"),
+    ({"reasoning_effort": "hihg"}, "reasoning_effort", "invalid_request"),
     ({"modalities": ["text", "audio"]}, "modalities", "invalid_request"),
+    ({"modalities": ["audio"]}, "modalities[0]", "unsupported_value"),
+    ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", "unsupported_value"),
+    ({"tool_choice": {"type": "custom"}}, "tool_choice", "unsupported_value"),
+    (
+        {"messages": [{"role": "function", "name": "f", "content": ""}]},
+        "messages[0]",
+        "unsupported_value",
+    ),
+    (
+        {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
+        "messages[0].function_call",
+        "unsupported_parameter",
+    ),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "unknown_parameter"),
+    ({"min_tokens": 3}, "min_tokens", "unknown_parameter"),
     ({"priority": 1, "service_tier": "flex"}, "priority", "invalid_request"),
     ({"metadata": {"a" * 65: "b"}}, "metadata", "invalid_request"),
     ({"user": "a" * 513}, "user", "invalid_request"),
@@ -157,8 +176,16 @@ async def test_completions_refuse_by_name_too(
         b'{"\\ud800": 1}',
         b'{"model": "table", "messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"model": "table", "temperature": 1e999, "messages": [{"role":"user","content":"a"}]}',
+        b'{"model": "table", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        '{"model": "table", "messages": [{"role": "user", "content": "a"}]}'.encode("utf-16"),
+        b'{"model": "table", "messages": [{"role": "user", "content": "a"}], "structured_outputs":'
+        b' {"json": {"maximum": 1e999}}}',
+        b'{"model": "table", "messages": [{"role": "assistant", "parsed": '
+        + b"[" * 70
+        + b"]" * 70
+        + b"}]}",
     ],
-    ids=range(11),
+    ids=range(15),
 )
 async def test_bodies_that_are_none_are_refused(gateway: GatewayBench, content: bytes) -> None:
     response = await gateway.http.post("/v1/chat/completions", content=content)

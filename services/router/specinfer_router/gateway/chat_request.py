@@ -13,7 +13,7 @@ from pydantic import Field
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ChatMessage, GenerateRequest, Grammar, ToolCall
 from specinfer.sampling import MAX_LOGPROBS
-from specinfer_router.gateway.body import Body
+from specinfer_router.gateway.body import Body, unserved
 from specinfer_router.gateway.fields import (
     GenerationFields,
     Metadata,
@@ -27,6 +27,7 @@ from specinfer_router.gateway.fields import (
     stop_of,
 )
 from specinfer_router.gateway.tool_fields import (
+    ONLY_FUNCTIONS,
     ToolChoiceFields,
     Tools,
     function_tools,
@@ -41,8 +42,13 @@ MAX_TOOL_CALLS = 128
 class TextPart(Body):
     """Text among other kinds of content, of which none is served."""
 
-    type: Literal["text"]
+    type: Annotated[
+        Literal["text"],
+        unserved("image_url", "input_audio", "file", advice="this model reads text alone"),
+        unserved("refusal", advice="send a refusal as the message's refusal"),
+    ]
     text: str
+    prompt_cache_breakpoint: Annotated[None, unserved(advice="use prompt_cache_key")] = None
 
 
 Content = str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
@@ -53,13 +59,15 @@ class FunctionCall(Body):
 
     name: str
     arguments: str
+    # What the client's helpers made of the arguments; they send it back.
+    parsed_arguments: Any = None
 
 
 class ToolCallFields(Body):
     """A call that the assistant made."""
 
     id: str
-    type: Literal["function"]
+    type: Annotated[Literal["function"], unserved("custom", advice=ONLY_FUNCTIONS)]
     function: FunctionCall
 
 
@@ -88,8 +96,10 @@ class AssistantMessage(Body):
     refusal: str | None = None
     tool_calls: Annotated[list[ToolCallFields], Field(max_length=MAX_TOOL_CALLS)] | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
+    audio: Annotated[None, unserved(advice="this model reads text alone")] = None
+    function_call: Annotated[None, unserved(advice="use tool_calls")] = None
+    # What the client's helpers made of the content; they send it back.
+    parsed: Any = None
 
 
 class ToolMessage(Body):
@@ -102,7 +112,9 @@ class ToolMessage(Body):
 
 
 Message = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    Field(discriminator="role"),
+    unserved("function", advice="use the role tool", key="role"),
 ]
 
 
@@ -141,6 +153,9 @@ class Prediction(Body):
     content: Content
 
 
+Modality = Annotated[Literal["text"], unserved("audio", advice="this model writes text alone")]
+
+
 class ChatBody(GenerationFields):
     """The body of POST /v1/chat/completions."""
 
@@ -151,6 +166,8 @@ class ChatBody(GenerationFields):
         "function_call": "use tool_choice",
         "moderation": "there is no moderation here",
         "best_of": "use n",
+        "prompt_cache_options": "use prompt_cache_key",
+        "prompt_cache_retention": "use prompt_cache_key",
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -168,11 +185,36 @@ class ChatBody(GenerationFields):
     prompt_cache_key: ShortText | None = None
     safety_identifier: ShortText | None = None
     metadata: Metadata | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
-    store: Literal[False] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    reasoning_effort: Literal["none", "medium"] | None = None
-    verbosity: Literal["medium"] | None = None
+    service_tier: (
+        Annotated[
+            Literal["auto", "default", "flex", "priority"],
+            unserved("scale", "fast", advice="the tiers here are default, flex and priority"),
+        ]
+        | None
+    ) = None
+    store: (
+        Annotated[
+            Literal[False],
+            unserved(True, advice="chat completions are not kept; /v1/responses keeps its answers"),
+        ]
+        | None
+    ) = None
+    modalities: Annotated[list[Modality], Field(min_length=1, max_length=1)] | None = None
+    reasoning_effort: (
+        Annotated[
+            Literal["none", "medium"],
+            unserved(
+                "minimal", "low", "high", "xhigh", "max", advice="there is no reasoning to set"
+            ),
+        ]
+        | None
+    ) = None
+    verbosity: (
+        Annotated[
+            Literal["medium"], unserved("low", "high", advice="this model has no verbosity to set")
+        ]
+        | None
+    ) = None
 
 
 def tool_plan_of(body: ChatBody, template: str) -> ToolPlan:

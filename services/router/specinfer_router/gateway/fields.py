@@ -15,7 +15,7 @@ from specinfer.errors import InvalidRequest
 from specinfer.messages import Grammar, SpeculationOptions
 from specinfer.sampling import MAX_SEED, SamplingParams, StopConditions
 from specinfer_router.checks import MAX_REQUEST_ID_LENGTH
-from specinfer_router.gateway.body import Body
+from specinfer_router.gateway.body import Body, unserved
 
 MAX_CHOICES_PER_PROMPT = 8
 MAX_WIDTHS = 64
@@ -30,7 +30,9 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: (
+        Annotated[Literal[False], unserved(True, advice="chunks are not padded here")] | None
+    ) = None
 
 
 class SpeculationFields(Body):

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from specinfer_router.gateway.body import Body
+from specinfer_router.gateway.body import Body, unserved
 from specinfer_router.gateway.tools import MAX_TOOLS, FunctionTool, ToolChoice
+
+ONLY_FUNCTIONS = "functions are the one kind of tool"
 
 
 class FunctionFields(Body):
@@ -26,7 +28,7 @@ class FunctionFields(Body):
 class ToolFields(Body):
     """A tool; functions are the one kind."""
 
-    type: Literal["function"]
+    type: Annotated[Literal["function"], unserved("custom", advice=ONLY_FUNCTIONS)]
     function: FunctionFields
 
 
@@ -60,7 +62,11 @@ class AllowedTools(Body):
 Tools = Annotated[list[ToolFields], Field(max_length=MAX_TOOLS)]
 ToolChoiceFields = (
     Literal["none", "auto", "required"]
-    | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
+    | Annotated[
+        NamedTool | AllowedTools,
+        Field(discriminator="type"),
+        unserved("custom", advice=ONLY_FUNCTIONS, key="type"),
+    ]
 )
 
 
