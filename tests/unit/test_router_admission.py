@@ -32,6 +32,20 @@ async def test_a_place_is_given_back_and_the_wait_is_told() -> None:
         assert (admission.num_running, admission.num_waiting) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [({}, 9), ({"max_streams": 2}, 2), ({"requests_per_minute": 3}, 3), ({"max_streams": 40}, 9)],
+)
+async def test_what_could_ever_be_held_is_known(limits: dict[str, int], most: int) -> None:
+    async with door(max_streams=1, max_waiting=8) as (admission, _):
+        caller = key("a", **limits)
+        assert admission.most_held(caller.limits) == most
+        requests = [await begin(admission, caller) for _ in range(most + 1)]
+        assert [request.state == "refused" for request in requests] == [False] * most + [True]
+        for request in requests[:most]:
+            await request.cancel()
+
+
 async def test_over_the_queue_the_hint_follows_the_drain_rate() -> None:
     async with door(max_streams=1, max_waiting=3) as (admission, clock):
         requests = [await begin(admission) for _ in range(4)]

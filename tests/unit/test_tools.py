@@ -261,6 +261,35 @@ def test_a_call_that_was_cut_off_stays_a_call() -> None:
     assert calls[0][1] == "weather"
 
 
+@pytest.mark.parametrize(("plan_template", "call"), [(TAGGED_TEMPLATE, CALL), ("", BARE_CALL)])
+def test_a_forced_call_that_was_cut_off_is_never_content(plan_template: str, call: str) -> None:
+    plan = plan_tools([WEATHER], REQUIRED, True, plan_template)
+    separator = "\n" if plan_template else "; "
+    text = call + separator + call
+    for length in range(len(text)):
+        parser = plan.parser("x")
+        deltas = [*parser.push(text[:length]), *parser.finish()]
+        assert not any(isinstance(delta, ContentDelta) for delta in deltas), text[:length]
+
+
+def test_calls_are_whole_once_the_arguments_of_each_have_ended() -> None:
+    parser = ToolParser(TAGGED, frozenset({"weather", "clock"}), max_calls=16)
+    whole = []
+    for piece in (
+        "Well, ",
+        CALL[:50],
+        CALL[50:],
+        "\n<tool_call>",
+        CLOCK_CALL[11:-13],
+        "</tool_call>",
+    ):
+        parser.push(piece)
+        whole.append(parser.has_whole_calls)
+    assert whole == [False, False, True, True, True, True]
+    parser.push(CALL[:50])
+    assert (parser.num_calls, parser.has_whole_calls) == (3, False)
+
+
 def test_little_is_held_back() -> None:
     parser = ToolParser(TAGGED, frozenset({"clock"}), max_calls=1)
     text = ("<tool_call>" + " " * 50 + '{"name"' + " " * 60 + ":" + " " * 60 + '"clo') * 50

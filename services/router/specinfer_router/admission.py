@@ -141,6 +141,12 @@ class Admission:
         """Whether nobody is let in any more."""
         return self._closed
 
+    def most_held(self, limits: KeyLimits) -> int:
+        """Requests of one key that could ever run and wait here together."""
+        bounds = (limits.max_streams, limits.requests_per_minute)
+        room = self._limits.max_streams + self._limits.max_waiting
+        return min([room, *(bound for bound in bounds if bound is not None)])
+
     def drain(self) -> None:
         """Let nobody in from now on; those that wait get Unavailable, those inside go on."""
         self._closed = True

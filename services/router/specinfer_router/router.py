@@ -115,6 +115,10 @@ class Router:
             return "draining"
         return "" if self._cluster.verifiers.num_ready else "no verify worker is ready"
 
+    def most_held(self, caller: Caller) -> int:
+        """Requests of a caller that could ever run and wait here together."""
+        return self._admission.most_held(caller.limits)
+
     def capabilities(self) -> Capabilities:
         """What this cluster accepts now."""
         target = self._cluster.target

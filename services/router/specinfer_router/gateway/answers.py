@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from specinfer.errors import Cancelled, InternalError
@@ -176,7 +176,10 @@ class Answer:
             return [ServerEvent(None)]
         chunks = [(index, writer.opening()) for index, writer in enumerate(self._writers)]
         events = [self._choice_event(index, chunk) for index, chunk in chunks if chunk is not None]
-        return events or [ServerEvent(None)]
+        if not events:
+            return [ServerEvent(None)]
+        # A resumed stream has no openings: whoever has not seen them all has to begin again.
+        return [*(replace(event, id="") for event in events[:-1]), events[-1]]
 
     def _chunk(self, index: int, event: GenerateEvent) -> ServerEvent | None:
         writer = self._writers[index]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from specinfer.errors import Unavailable
 from specinfer.messages import (
     Finished,
     GenerateEvent,
@@ -36,9 +35,11 @@ from specinfer_router.gateway.chat_request import ChatBody, chat_requests, tool_
 from specinfer_router.gateway.choices import (
     LAST_EVENT_ID,
     Stream,
+    check_number,
     new_streams,
     places_of,
     resumed_streams,
+    tokens_before,
 )
 from specinfer_router.gateway.errors import renaming
 from specinfer_router.gateway.logprobs import chat_logprobs
@@ -76,6 +77,7 @@ def chat_handler(
         body = await parse_body(request, ChatBody)
         router, caller, request_id = get_router(), caller_of(request), request_id_of(request)
         plan, requests = await _understood(body, router.tokenizer.chat_template, request_id)
+        check_number(len(requests), router, caller, "n")
         writers = [_ChatWriter(body, plan, router.tokenizer.vocabulary) for _ in requests]
         place = request.headers.get(LAST_EVENT_ID, "") if body.stream else ""
         options = _options(body, _parameters(body, plan), resumed=bool(place))
@@ -215,19 +217,9 @@ class _ChatWriter:
                     self._parser.push(before)
 
     async def _text_before(self, router: Router, place: ResumeRequest, caller: Caller) -> str:
-        token_ids: list[int] = []
-        if place.offset:
-            # A session that stands still before the offset is for `resume` to complain about.
-            with suppress(Unavailable):
-                async with aclosing(router.follow(place.session_id, 0, caller)) as events:
-                    async for event in events:
-                        if isinstance(event, TokensEvent):
-                            token_ids += event.token_ids
-                        if len(token_ids) >= place.offset:
-                            break
+        token_ids = await tokens_before(router, place, caller)
         detokenizer, matcher = self._vocabulary.detokenizer(()), StopMatcher(self._stops)
-        text = "".join(detokenizer.push(token_id) for token_id in token_ids[: place.offset])
-        return matcher.push(text)[0]
+        return matcher.push("".join(detokenizer.push(token_id) for token_id in token_ids))[0]
 
     def _chunk(self, delta: dict[str, Any], event: TokensEvent | None = None) -> dict[str, Any]:
         logprobs = None
@@ -237,7 +229,8 @@ class _ChatWriter:
         return {"delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _finish_reason(self, finished: Finished) -> str:
-        called = self._parser.num_calls > 0 and finished.reason == "stop"
+        # A stop string may cut a call off in the middle, which nobody could make then.
+        called = self._parser.has_whole_calls and finished.reason == "stop"
         return "tool_calls" if called else finished.reason
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from operator import itemgetter
 
-from specinfer.errors import InvalidRequest
-from specinfer.messages import GenerateEvent, GenerateRequest, ResumeRequest
+from specinfer.errors import InvalidRequest, Unavailable
+from specinfer.messages import GenerateEvent, GenerateRequest, ResumeRequest, TokensEvent
 from specinfer_router.access import Caller
 from specinfer_router.router import Router
 
@@ -52,6 +52,31 @@ def places_of(last_event_id: str, number: int, request_id: str) -> list[ResumeRe
     return [
         ResumeRequest(place[1], int(place[2]), request_id) for place in places if place is not None
     ]
+
+
+def check_number(number: int, router: Router, caller: Caller, parameter: str) -> None:
+    """Raise InvalidRequest, naming `parameter`, for choices that could never all be let in."""
+    most = router.most_held(caller)
+    if number > most:
+        raise InvalidRequest(
+            f"each choice counts as a request, and of {number} at most {most} are let in here",
+            field=parameter,
+        )
+
+
+async def tokens_before(router: Router, place: ResumeRequest, caller: Caller) -> list[int]:
+    """What was generated before a place; raises SpecinferError as `Router.follow` does."""
+    token_ids: list[int] = []
+    if place.offset:
+        # A session that stands still before the offset is for `resume` to complain about.
+        with suppress(Unavailable):
+            async with aclosing(router.follow(place.session_id, 0, caller)) as events:
+                async for event in events:
+                    if isinstance(event, TokensEvent):
+                        token_ids += event.token_ids
+                    if len(token_ids) >= place.offset:
+                        break
+    return token_ids[: place.offset]
 
 
 def event_id(session_ids: Sequence[str], offsets: Sequence[int]) -> str:

@@ -6,13 +6,15 @@ of conversations, sessions or workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from specinfer.messages import Finished, Started, TokensEvent
+from specinfer.messages import Finished, GenerateEvent, ResumeRequest, Started, TokensEvent
+from specinfer_router.access import Caller
 from specinfer_router.gateway.answers import Answer, AnswerOptions
 from specinfer_router.gateway.body import parse_body
 from specinfer_router.gateway.calls import (
@@ -23,9 +25,10 @@ from specinfer_router.gateway.calls import (
 )
 from specinfer_router.gateway.choices import (
     LAST_EVENT_ID,
+    check_number,
     new_streams,
     places_of,
-    resumed_streams,
+    tokens_before,
 )
 from specinfer_router.gateway.completions_request import CompletionBody, completion_requests
 from specinfer_router.gateway.errors import renaming
@@ -55,6 +58,7 @@ def completions_handler(
         router, caller, request_id = get_router(), caller_of(request), request_id_of(request)
         with renaming(PARAMETERS):
             requests = completion_requests(body, request_id)
+        check_number(len(requests), router, caller, "n" if (body.n or 1) > 1 else "prompt")
         writers = [
             _CompletionWriter(
                 router.tokenizer.vocabulary,
@@ -73,7 +77,10 @@ def completions_handler(
         if place:
             places = places_of(place, len(requests), request_id)
             answer.start_at([each.offset for each in places])
-            streams = resumed_streams(router, places, caller)
+            streams = [
+                writer.caught_up(router, each, caller)
+                for each, writer in zip(places, writers, strict=True)
+            ]
         else:
             streams = new_streams(router, requests, caller)
         return EventStream(answer.stream(streams), request_id, settings=settings)
@@ -131,8 +138,24 @@ class _CompletionWriter:
             return None
         logprobs = [item for event in events for item in event.logprobs]
         found = legacy_logprobs(logprobs, self._vocabulary, self._num_characters)
-        self._num_characters += sum(len(text) for text in found["tokens"])
+        # Tokens that are sent again come without logprobs, and stand in the text all the same.
+        self._pass_over([token_id for event in events for token_id in event.token_ids])
         return found
+
+    def _pass_over(self, token_ids: Sequence[int]) -> None:
+        special_ids = self._vocabulary.special_ids
+        kept = [token_id for token_id in token_ids if token_id not in special_ids]
+        self._num_characters += sum(map(len, self._vocabulary.token_texts(kept)))
+
+    async def caught_up(
+        self, router: Router, place: ResumeRequest, caller: Caller
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """The rest of a stream, after what came before it was counted."""
+        if self._with_logprobs:
+            self._pass_over(await tokens_before(router, place, caller))
+        async with aclosing(router.resume(place, caller)) as events:
+            async for event in events:
+                yield event
 
 
 def _choice(

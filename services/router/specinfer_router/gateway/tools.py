@@ -101,6 +101,7 @@ class ToolPlan:
         call_format: how the model writes calls; None where it makes none.
         names: tools that may be called.
         max_calls: calls beyond so many are dropped from the text.
+        forced: the completion is calls and nothing else.
     """
 
     template_tools: tuple[str, ...] = ()
@@ -109,6 +110,7 @@ class ToolPlan:
     call_format: CallFormat | None = None
     names: frozenset[str] = field(default_factory=frozenset)
     max_calls: int = MAX_CALLS
+    forced: bool = False
 
     def parser(self, call_prefix: str = "") -> ToolParser | TextParser:
         """A reader of one completion's text.
@@ -120,7 +122,11 @@ class ToolPlan:
         if self.call_format is None:
             return TextParser()
         return ToolParser(
-            self.call_format, self.names, max_calls=self.max_calls, call_prefix=call_prefix
+            self.call_format,
+            self.names,
+            max_calls=self.max_calls,
+            call_prefix=call_prefix,
+            forced=self.forced,
         )
 
 
@@ -159,6 +165,7 @@ def plan_tools(
         call_format=call_format,
         names=frozenset(tool.name for tool in callable_tools),
         max_calls=max_calls,
+        forced=choice.mode == "required",
     )
 
 

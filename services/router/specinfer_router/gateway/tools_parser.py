@@ -64,9 +64,11 @@ class TextParser:
 
     Attributes:
         num_calls: always 0.
+        has_whole_calls: always False.
     """
 
     num_calls = 0
+    has_whole_calls = False
 
     def push(self, text: str) -> list[ToolDelta]:
         """The text as content."""
@@ -91,6 +93,7 @@ class ToolParser:
         *,
         max_calls: int,
         call_prefix: str = "",
+        forced: bool = False,
     ) -> None:
         """A reader at the start of a text.
 
@@ -99,8 +102,11 @@ class ToolParser:
             names: what may be called; other names make text.
             max_calls: calls beyond so many are dropped.
             call_prefix: part of the calls' ids; "" makes them random.
+            forced: the text is calls and nothing else, so that what is held back at its end is the
+                beginning of one.
         """
         self.num_calls = 0
+        self._forced = forced
         self._format = call_format
         self._names = names
         self._max_calls = max_calls
@@ -114,6 +120,11 @@ class ToolParser:
         self._blank = True
         self._out: list[ToolDelta] = []
 
+    @property
+    def has_whole_calls(self) -> bool:
+        """Whether there are calls and the arguments of each have ended."""
+        return self.num_calls > 0 and self._state != self._in_arguments
+
     def push(self, text: str) -> list[ToolDelta]:
         """What became certain with a piece of text, in order."""
         self._held += text
@@ -123,6 +134,8 @@ class ToolParser:
     def finish(self) -> list[ToolDelta]:
         """The rest; what was held back for a call that never came is content."""
         held, self._held = self._held, ""
+        if self._forced:
+            return self._taken()
         if self._state == self._before_call:
             held = self._lead + held
         elif self._state in (self._at_brace, self._after_call):
