@@ -11,7 +11,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from specinfer.errors import InvalidRequest, Unavailable
+from specinfer.errors import InvalidRequest, NotFound, Unavailable
 from specinfer.messages import GenerateRequest, ResumeRequest
 from specinfer_router.access import Caller
 from specinfer_router.gateway.body import parse_body
@@ -36,6 +36,7 @@ from specinfer_router.gateway.responses_query import ItemsQuery, RetrieveQuery, 
 from specinfer_router.gateway.responses_request import (
     ResponseBody,
     check_create,
+    check_encodable,
     generate_request,
     new_response,
     response_plan,
@@ -107,7 +108,7 @@ class ResponseRoutes:
             first = await while_connected(request, self._runs.start(events))
             if not body.stream:
                 return json_answer(request, first["response"])
-            response_id = made.stored.response["id"]
+            response_id = first["response"]["id"]
             return self._stream(request, self._followed(response_id, caller, after=-1))
         if body.stream:
             return self._stream(request, events)
@@ -134,7 +135,9 @@ class ResponseRoutes:
         """Forget a response; one that runs ends."""
         router, keep, caller = self._parts(request)
         stored = await keep.get(request.path_params["response_id"], caller)
-        await cancel_run(router, stored, caller, keep)
+        if stored.running:
+            with suppress(NotFound):
+                await router.cancel(stored.session_id, caller)
         response_id = stored.response["id"]
         await keep.delete(response_id)
         return json_answer(request, {"id": response_id, "object": "response", "deleted": True})
@@ -223,16 +226,16 @@ def _made(
     request_id: str,
 ) -> _Made:
     """Runs on a thread: conversations and schemas may be long."""
-    response_id = f"resp_{uuid.uuid4().hex}"
     model = body.model or router.capabilities().model
     stored = StoredResponse(
         key_id=caller.key_id,
         session_id="",
         request=body.model_dump(by_alias=True, exclude_none=True),
         earlier=earlier,
-        input=stored_items(body.input, response_id),
-        response=new_response(body, response_id, int(time.time()), model),
+        input=stored_items(body.input, uuid.uuid4().hex),
+        response=new_response(body, int(time.time()), model),
     )
+    check_encodable(stored.response)
     plan = response_plan(body, router.tokenizer.chat_template)
     items = read_items([*stored.earlier, *stored.input])
     return _Made(generate_request(body, items, plan, request_id), plan, stored)

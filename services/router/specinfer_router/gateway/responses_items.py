@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 from specinfer.messages import ChatMessage, ToolCall
 from specinfer_router.gateway.body import Body
@@ -19,23 +19,46 @@ from specinfer_router.tokenizer import MAX_MESSAGES
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class InputText(Body):
+def _nothing(_: Any) -> None:
+    """In place of what is not kept, however large or deep it is."""
+
+
+# What answers and the client's helpers say beside the conversation; it may be sent back.
+Dropped = Annotated[Any, BeforeValidator(_nothing)]
+
+
+class ItemBody(Body):
+    """A part of an item: clients send back what they received, with null for what it had not."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"type": "null"}})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = cls.model_fields
+        return {key: value for key, value in data.items() if value is not None or key in known}
+
+
+class InputText(ItemBody):
     """Text that goes in."""
 
     type: Literal["input_text"]
     text: str
 
 
-class OutputText(Body):
+class OutputText(ItemBody):
     """Text that came out of an earlier response."""
 
     type: Literal["output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = None
+    logprobs: Dropped = None
+    parsed: Dropped = None
 
 
-class Refusal(Body):
+class Refusal(ItemBody):
     """A refusal that came out of an earlier response."""
 
     type: Literal["refusal"]
@@ -45,7 +68,7 @@ class Refusal(Body):
 Part = Annotated[InputText | OutputText | Refusal, Field(discriminator="type")]
 
 
-class MessageItem(Body):
+class MessageItem(ItemBody):
     """One turn of a conversation."""
 
     type: Literal["message"] = "message"
@@ -56,7 +79,7 @@ class MessageItem(Body):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class FunctionCallItem(Body):
+class FunctionCallItem(ItemBody):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -65,11 +88,10 @@ class FunctionCallItem(Body):
     arguments: str
     id: ShortText | None = None
     status: Status | None = None
-    caller: None = None
-    namespace: None = None
+    parsed_arguments: Dropped = None
 
 
-class FunctionCallOutputItem(Body):
+class FunctionCallOutputItem(ItemBody):
     """What a tool answered."""
 
     type: Literal["function_call_output"]
@@ -77,19 +99,23 @@ class FunctionCallOutputItem(Body):
     output: str | Annotated[list[InputText], Field(max_length=MAX_MESSAGES)]
     id: ShortText | None = None
     status: Status | None = None
-    caller: None = None
+
+
+def _with_type(data: Any) -> Any:
+    """A message needs not say that it is one."""
+    return {"type": "message"} | data if isinstance(data, dict) else data
 
 
 Item = MessageItem | FunctionCallItem | FunctionCallOutputItem
-Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
-_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
+_TypedItem = Annotated[Item, Field(discriminator="type"), BeforeValidator(_with_type)]
+Items = Annotated[list[_TypedItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[_TypedItem])
 
 
-def stored_items(items: str | Sequence[Item], response_id: str) -> list[dict[str, Any]]:
-    """A request's input in its full form, each item with an id."""
+def stored_items(items: str | Sequence[Item], suffix: str) -> list[dict[str, Any]]:
+    """A request's input in its full form, each item with an id that ends with `suffix`_index."""
     if isinstance(items, str):
         items = [MessageItem(role="user", content=items)]
-    suffix = response_id.removeprefix("resp_")
     return [_stored(item, f"in_{suffix}_{index}") for index, item in enumerate(items)]
 
 

@@ -220,14 +220,12 @@ def generate_request(
     )
 
 
-def new_response(
-    body: ResponseBody, response_id: str, created_at: int, model: str
-) -> dict[str, Any]:
-    """The response object before anything was generated."""
+def new_response(body: ResponseBody, created_at: int, model: str) -> dict[str, Any]:
+    """The response object before anything was generated; its id comes with its session."""
     text = body.text.model_dump(by_alias=True, exclude_none=True) if body.text else {}
     choice = body.tool_choice
     return {
-        "id": response_id,
+        "id": "",
         "object": "response",
         "created_at": created_at,
         "completed_at": None,
@@ -257,6 +255,18 @@ def new_response(
         "usage": None,
         "user": body.user,
     }
+
+
+def check_encodable(response: dict[str, Any]) -> None:
+    """Refuse what could not be answered, before anything runs under an id that nobody learns.
+
+    Raises:
+        InvalidRequest: it holds a number that JSON has not, or is too deep.
+    """
+    try:
+        json.dumps(response, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body holds what no answer can repeat: {error}") from error
 
 
 def _told_tool(tool: ResponseTool) -> dict[str, Any]:

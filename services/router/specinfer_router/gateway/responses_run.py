@@ -7,18 +7,21 @@ nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from specinfer.errors import NotFound, ResourceExhausted, SpecinferError
+from specinfer.errors import NotFound, ResourceExhausted, SpecinferError, StaleEpoch
 from specinfer.messages import Finished, GenerateEvent, Started
 from specinfer_router.access import Caller
 from specinfer_router.gateway.responses_request import ResponseBody, response_plan
-from specinfer_router.gateway.responses_store import ResponseStore, StoredResponse
+from specinfer_router.gateway.responses_store import (
+    ResponseStore,
+    StoredResponse,
+    response_id_of,
+)
 from specinfer_router.gateway.responses_writer import ResponseWriter
 from specinfer_router.gateway.tools import ToolPlan
 from specinfer_router.router import Router
@@ -43,26 +46,29 @@ async def written(
     Args:
         router: for its tokenizer and store.
         stream: from the completion's first token on; closed at the end.
-        stored: what is known so far.
+        stored: what is known so far; a new one has no session, and gets its id with it.
         plan: of its tools, where it was made already.
         after: events with this sequence number and lower ones are left out.
-        keep: where to put the response when it begins and ends, or None.
+        keep: where to put the response when it begins, unless it is known there, and when it ends;
+            or None.
         raising: raise every error, rather than end with an event that tells of one that no retry
             mends.
 
     Raises:
+        StaleEpoch: somebody else has taken the response over, and will keep its end.
         SpecinferError: whatever the stream raises; one that no retry mends is kept as a failed
             response.
     """
     async with aclosing(stream) as events:
         started = await anext(events)
         assert isinstance(started, Started)
-        begun = {"model": started.model}
-        stored = replace(stored, session_id=started.session_id, response=stored.response | begun)
+        new = not stored.session_id
+        if new:
+            stored = _begun(stored, started)
         if plan is None:
             plan = await asyncio.to_thread(_plan, stored, router.tokenizer.chat_template)
         writer = await _writer(router, stored, plan, after)
-        if keep is not None and after < 0:
+        if keep is not None and new:
             await keep.put(stored)
         for out in writer.begin():
             yield out
@@ -70,6 +76,8 @@ async def written(
             async for event in events:
                 for out in await _turn(writer, event, stored, keep):
                     yield out
+        except StaleEpoch:
+            raise
         except SpecinferError as error:
             known = stored.response["error"]
             if error.retryable and known is None:
@@ -81,6 +89,12 @@ async def written(
                 raise
             for out in last:
                 yield out
+
+
+def _begun(stored: StoredResponse, started: Started) -> StoredResponse:
+    """A new response, once there is a session."""
+    known = {"id": response_id_of(started.session_id), "model": started.model}
+    return replace(stored, session_id=started.session_id, response=stored.response | known)
 
 
 async def _turn(
@@ -182,11 +196,29 @@ async def _run(events: Events, begun: asyncio.Future[dict[str, Any]]) -> None:
 async def cancel_run(
     router: Router, stored: StoredResponse, caller: Caller, keep: ResponseStore
 ) -> StoredResponse:
-    """End a response wherever it runs; one that has ended stays as it is."""
+    """End a response wherever it runs; one that has ended stays as it is.
+
+    Returns it with its text so far. One that ends by itself meanwhile keeps the end that it made:
+    the session alone knows which of the two came first.
+
+    Raises:
+        ResourceExhausted: too many streams are read along to read this one's text.
+    """
     if not stored.running:
         return stored
-    with contextlib.suppress(NotFound):
+    last: dict[str, Any] = {}
+    try:
         await router.cancel(stored.session_id, caller)
-    cancelled = replace(stored, response=stored.response | {"status": "cancelled"})
-    await keep.put(cancelled)
-    return cancelled
+        now = await keep.get(stored.response["id"], caller)
+        if not now.running:
+            return now
+        # Whoever runs it writes the same text from the same tokens.
+        along = router.follow(stored.session_id, 0, caller)
+        async with aclosing(written(router, along, stored, keep=keep)) as events:
+            async for event in events:
+                last = event.get("response", last)
+    except NotFound:
+        # Either has expired or was deleted, and with it all that could be told.
+        last = stored.response | {"status": "cancelled"}
+        await keep.end(replace(stored, response=last))
+    return replace(stored, response=last)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from specinfer.errors import InvalidRequest, NotFound
@@ -103,8 +103,13 @@ class ResponseStore:
         await self._store.delete_document(_name(response_id))
 
 
+def response_id_of(session_id: str) -> str:
+    """The id of the response that a session generates: who knows one of them knows both."""
+    return f"resp_{session_id}"
+
+
 def _encoded(stored: StoredResponse) -> str:
-    return json.dumps(asdict(stored))
+    return json.dumps(vars(stored), allow_nan=False)
 
 
 def _decoded(text: str) -> StoredResponse:
