@@ -13,15 +13,15 @@ sessions, and it is not for the SDK, which does without llguidance.
 from __future__ import annotations
 
 import asyncio
-import json
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from specinfer.errors import (
     InternalError,
@@ -31,165 +31,18 @@ from specinfer.errors import (
     SpecinferError,
 )
 from specinfer.grammar_bounds import check_grammar, refusal, shorten
+from specinfer.grammar_source import matcher_limits, source_of
+from specinfer.grammar_state import CompiledGrammar, GrammarState, TooMuchWork
 from specinfer.messages import Grammar
 
-# At most one space between the tokens of JSON: a model that likes blanks still comes to an end.
-_WHITESPACE = r"\x20?"
-# What the library calls a place where the text can neither go on nor end.
-_NOTHING_FOLLOWS = "NoExtension"
-# And what it says of a token that the text cannot go on with.
-_NO_MATCH = "satisfy the grammar"
+_MAX_REFUSED = 1024
+_TRIED_DEPTH = 3
+
+__all__ = ["CompiledGrammar", "GrammarChecker", "GrammarCompiler", "GrammarState"]
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
-
-
-class _TooMuchWork(InvalidRequest):
-    """The grammar needs more work or more states than it may have."""
-
-
-class GrammarState:
-    """One session's way through a grammar. It belongs to one thread at a time.
-
-    What it answers depends on the output it is asked about and on nothing that was asked before;
-    it only goes back and forth from where it stands, so nearby questions are cheap.
-    """
-
-    def __init__(self, compiled: CompiledGrammar) -> None:
-        self.compiled = compiled
-        self._restart()
-
-    @property
-    def grammar(self) -> Grammar:
-        """What the output has to match."""
-        return self.compiled.grammar
-
-    def mask_after(self, output_ids: Sequence[int]) -> bytes | None:
-        """The tokens that may follow an output.
-
-        Args:
-            output_ids: all tokens after the prompt.
-
-        Returns:
-            One bit a token, the lowest bit of the first byte for token 0, in ceil(vocab_size / 8)
-            bytes; None after an end token, where nothing is asked for any more. End tokens are
-            allowed exactly where the output matches as it is.
-
-        Raises:
-            InvalidRequest: the output does not match, nothing may follow it, or the grammar needs
-                more work than a token may cost; `field` is "grammar".
-        """
-        if not self.compiled.end_token_ids.isdisjoint(output_ids):
-            return None
-        tokens = list(output_ids)
-        try:
-            return self._mask_after(tokens)
-        except _TooMuchWork:
-            # The lexer's states are those of all sessions of the grammar together, so others may
-            # have used them up: once more, with new ones.
-            self.compiled.renew(self._edition)
-            self._restart()
-            return self._mask_after(tokens)
-
-    def _mask_after(self, output_ids: list[int]) -> bytes:
-        self._move_to(output_ids)
-        mask = bytearray(self._matcher.compute_bitmask()[: (self.compiled.vocab_size + 7) // 8])
-        error = self._matcher.get_error()
-        if error and _NOTHING_FOLLOWS not in error:
-            raise self._too_much_work()
-        accepting = self._matcher.is_accepting()
-        for token_id in self.compiled.end_token_ids:
-            bit = 1 << (token_id & 7)
-            mask[token_id >> 3] = mask[token_id >> 3] & ~bit | (bit if accepting else 0)
-        if error or not any(mask):
-            raise self._failure("the grammar allows no token")
-        return bytes(mask)
-
-    def _move_to(self, output_ids: list[int]) -> None:
-        """Let the matcher stand after these tokens, from the last place that agrees with them."""
-        agreed = _common_length(self._consumed, output_ids)
-        num_back = len(self._consumed) - agreed
-        if num_back and not self._matcher.rollback(num_back):
-            self._restart()
-            agreed = 0
-        del self._consumed[agreed:]
-        new = output_ids[agreed:]
-        if new and not 0 <= min(new) <= max(new) < self.compiled.vocab_size:
-            raise self._failure("the output has a token outside the vocabulary")
-        num_taken = self._matcher.try_consume_tokens(new)
-        self._consumed += new[:num_taken]
-        if num_taken < len(new):
-            # Only now does the matcher say why it took no more.
-            over = _NOTHING_FOLLOWS in self._matcher.stop_reason()
-            self._matcher.consume_token(new[num_taken])
-            if not over and _NO_MATCH not in self._matcher.get_error():
-                raise self._too_much_work()
-            raise self._failure(f"the output does not match the grammar at token {new[num_taken]}")
-        if self._matcher.is_error():
-            raise self._too_much_work()
-
-    def _failure(self, what: str) -> InvalidRequest:
-        num_tokens = len(self._consumed)
-        self._restart()
-        return InvalidRequest(f"{what} after {num_tokens} tokens of output", field="grammar")
-
-    def _too_much_work(self) -> _TooMuchWork:
-        reason, num_tokens = shorten(self._matcher.get_error()), len(self._consumed)
-        self._restart()
-        return _TooMuchWork(
-            f"the grammar is too much work after {num_tokens} tokens of output: {reason}",
-            field="grammar",
-        )
-
-    def _restart(self) -> None:
-        self._edition, self._matcher = self.compiled.new_matcher()
-        self._consumed: list[int] = []
-
-
-class CompiledGrammar:
-    """A grammar over one tokenizer's tokens; what it allows never changes. Threads may share it.
-
-    Attributes:
-        grammar: what it was compiled from.
-        vocab_size: tokens that the model knows.
-        end_token_ids: tokens that end a text.
-    """
-
-    def __init__(
-        self,
-        grammar: Grammar,
-        make_matcher: Callable[[], LLMatcher],
-        vocab_size: int,
-        end_token_ids: frozenset[int],
-    ) -> None:
-        """Compile it; raises as `make_matcher` does."""
-        self.grammar = grammar
-        self.vocab_size = vocab_size
-        self.end_token_ids = end_token_ids
-        self._make_matcher = make_matcher
-        self._lock = threading.Lock()
-        self._matcher = make_matcher()
-        self._edition = 0
-
-    def start(self) -> GrammarState:
-        """A state before the first token of output."""
-        return GrammarState(self)
-
-    def new_matcher(self) -> tuple[int, LLMatcher]:
-        """A matcher before the first token, and its edition.
-
-        What matchers of one edition compute lazily they share, and its bound too.
-        """
-        with self._lock:
-            return self._edition, self._matcher.deep_copy()
-
-    def renew(self, edition: int) -> None:
-        """Let new matchers share nothing with those of an edition; takes a compilation's time."""
-        with self._lock:
-            if edition == self._edition:
-                self._matcher = self._make_matcher()
-                self._edition += 1
 
 
 class GrammarCompiler:
@@ -199,7 +52,8 @@ class GrammarCompiler:
         tokenizer_json: bytes of tokenizer.json; it is read when the first grammar comes.
         vocab_size: tokens that the model knows.
         end_token_ids: tokens that end a text.
-        max_kept: compiled grammars kept, the least recently used one leaves first.
+        max_kept: compiled grammars kept, the least recently used one leaves first; one that has
+            used up its states takes some tens of MB.
         max_states: states of the lexer that the sessions of a grammar compute, at some 1.5 kB each,
             before they begin anew.
     """
@@ -210,7 +64,7 @@ class GrammarCompiler:
         vocab_size: int,
         end_token_ids: Sequence[int],
         *,
-        max_kept: int = 32,
+        max_kept: int = 16,
         max_states: int = 25_000,
     ) -> None:
         self._tokenizer_json = tokenizer_json
@@ -221,7 +75,9 @@ class GrammarCompiler:
         self._tokenizer_lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._limits = LLParserLimits(max_lexer_states=max_states, verbose_errors=False)
+        self._making: dict[Grammar, Future[CompiledGrammar]] = {}
+        self._refused: OrderedDict[bytes, str] = OrderedDict()
+        self._max_states = max_states
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The compiled form of a grammar; takes milliseconds, or some hundred for the first one.
@@ -232,24 +88,56 @@ class GrammarCompiler:
             Mismatch: the tokenizer cannot be used.
         """
         with self._lock:
+            if (reason := self._refused.get(_key(grammar))) is not None:
+                raise refusal(reason)
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)
                 return self._kept[grammar]
+            mine = Future[CompiledGrammar]()
+            making = self._making.setdefault(grammar, mine)
+        if making is not mine:
+            return making.result()
+        try:
+            compiled = self._compile(grammar)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        else:
+            mine.set_result(compiled)
+            return compiled
+        finally:
+            with self._lock:
+                del self._making[grammar]
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
         check_grammar(grammar)
         compiled = CompiledGrammar(
-            grammar, lambda: self._make_matcher(grammar), self._vocab_size, self._end_token_ids
+            grammar,
+            lambda: self._make_matcher(grammar),
+            self._vocab_size,
+            self._end_token_ids,
+            lambda reason: self._refuse(grammar, reason),
         )
-        compiled.start().mask_after(())  # a grammar that nothing can match is refused here
+        _try_masks(compiled.start())
         with self._lock:
             self._kept[grammar] = compiled
             while len(self._kept) > self._max_kept:
                 self._kept.popitem(last=False)
         return compiled
 
+    def _refuse(self, grammar: Grammar, reason: str) -> None:
+        """Compile this grammar no more."""
+        with self._lock:
+            self._kept.pop(grammar, None)
+            self._refused[_key(grammar)] = reason
+            while len(self._refused) > _MAX_REFUSED:
+                self._refused.popitem(last=False)
+
     def _make_matcher(self, grammar: Grammar) -> LLMatcher:
         tokenizer = self._load_tokenizer()
+        limits = matcher_limits(grammar, self._max_states)
         try:
-            matcher = LLMatcher(tokenizer, _source(grammar), log_level=0, limits=self._limits)
+            matcher = LLMatcher(tokenizer, source_of(grammar), log_level=0, limits=limits)
         except ValueError as error:
             raise refusal(str(error)) from error
         if matcher.is_error():
@@ -313,7 +201,9 @@ class GrammarChecker:
         """
 
         def start() -> GrammarState:
-            state = self._compiler.compile(grammar).start()
+            compiled = self._compiler.compile(grammar)
+            compiled.make_spares()
+            state = compiled.start()
             state.mask_after(output_ids)
             return state
 
@@ -354,36 +244,29 @@ class GrammarChecker:
         )
 
 
-def _source(grammar: Grammar) -> str:
-    """The grammar in llguidance's form; raises ValueError for a schema that it does not take."""
-    if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
-    if grammar.kind == "lark":
-        return LLMatcher.grammar_from_lark(grammar.text)
-    if grammar.kind == "choice":
-        choices = (json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.text))
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(choices))
-    return LLMatcher.grammar_from_json_schema(
-        grammar.text or '{"type":"object"}',
-        overrides={
-            "item_separator": ",",
-            "key_separator": ":",
-            "whitespace_pattern": _WHITESPACE,
-            "coerce_one_of": False,
-            "lenient": False,
-        },
-    )
+def _try_masks(state: GrammarState) -> None:
+    """Raise InvalidRequest when nothing can match or the first masks are too much work."""
+    paths: list[tuple[int, ...]] = [()]
+    for depth in range(_TRIED_DEPTH):
+        known: list[tuple[int, ...]] = []
+        for path in paths:
+            try:
+                mask = state.mask_after(path)
+            except TooMuchWork:
+                raise
+            except InvalidRequest:
+                if depth == 0:
+                    raise
+                continue  # a dead end is the concern of the sessions that come to it
+            allowed = [] if mask is None else _tokens_in(mask)
+            known += [(*path, allowed[len(allowed) * n // 3]) for n in range(3) if allowed]
+        paths = list(dict.fromkeys(known))
 
 
-def _common_length(first: list[int], second: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    low, high = 0, min(len(first), len(second))
-    if first[:high] == second[:high]:
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if first[:middle] == second[:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
+def _tokens_in(mask: bytes) -> list[int]:
+    return [number for number in range(8 * len(mask)) if mask[number >> 3] >> (number & 7) & 1]
+
+
+def _key(grammar: Grammar) -> bytes:
+    content = f"{grammar.kind}\n{grammar.text}".encode(errors="surrogatepass")
+    return hashlib.sha256(content).digest()

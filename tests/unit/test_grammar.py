@@ -138,36 +138,6 @@ def test_a_place_where_no_token_may_follow_is_an_error() -> None:
         state.mask_after((2,))
 
 
-def test_sessions_do_not_use_up_each_others_states() -> None:
-    """A session needs some 45 states here, and those of a grammar are counted together."""
-    content = letters_tokenizer(*LETTERS).to_str().encode()
-    compiler = GrammarCompiler(content, len(LETTERS), (0, 4), max_states=60)
-    compiled = compiler.compile(Grammar("regex", "a(a|b){40}|b(a|b){41}"))
-    states = [compiled.start() for _ in range(4)]
-    for length in range(30):
-        for number, state in enumerate(states):
-            path = [1 + number % 2, *([1] * length)]
-            assert token_ids_of(state.mask_after(path)) == [1, 2, 3], path
-    assert compiled.start().mask_after([1] * 41) is not None
-
-
-def test_one_session_that_needs_too_many_states_is_refused_alone() -> None:
-    content = letters_tokenizer(*LETTERS).to_str().encode()
-    compiler = GrammarCompiler(content, len(LETTERS), (0, 4), max_states=60)
-    compiled = compiler.compile(Grammar("regex", "(a|b){200}"))
-    state, other = compiled.start(), compiled.start()
-    assert other.mask_after([1] * 5)
-    for length in range(40):
-        state.mask_after([1] * length)
-    with pytest.raises(InvalidRequest, match="too much work") as caught:
-        state.mask_after([1] * 60)
-    assert caught.value.field == "grammar"
-    for usable in (state, other, compiled.start()):
-        assert token_ids_of(usable.mask_after([1] * 5)) == [1, 2, 3]
-        with pytest.raises(InvalidRequest, match="does not match"):
-            usable.mask_after([1] * 201)
-
-
 TEXTS = [
     ("json_object", "", '{"a": [1,{"b":null}], "é":"x"}', '{"a":1,}'),
     (
