@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import pytest
 
 from specinfer.errors import InvalidRequest, Mismatch
-from specinfer.messages import ChatMessage
+from specinfer.messages import ChatMessage, GenerateRequest, ToolCall
 from specinfer_router import chat_template as module
 from specinfer_router.chat_template import ChatTemplate
+from specinfer_router.checks import check_extras
 from specinfer_router.tokenizer import ServedTokenizer
 from tests.kit.fake_workers import CHAT_TEMPLATE, TOKENIZER_JSON
 from tests.kit.tokenizers import sentencepiece_tokenizer
@@ -132,6 +133,58 @@ def test_time_is_bounded_with_or_without_output(body: str, monkeypatch: pytest.M
     with pytest.raises(InvalidRequest, match="took more"):
         render(source + "{% endfor %}{% endfor %}", most=10**9)
     assert time.perf_counter() - start < 2
+
+
+def called_with(arguments: str) -> tuple[ChatMessage, ...]:
+    return (ChatMessage("assistant", "", tool_calls=(ToolCall("i", "n", arguments),)),)
+
+
+HALF = "\ud800"
+DEEP = "[" * 3000 + "]" * 3000
+BAD_CONVERSATIONS = [
+    (called_with(DEEP), (), "messages"),
+    (called_with("[" * 60_000 + "]" * 60_000), (), "messages"),
+    (called_with('{"a":"\\ud800"}'), (), "messages"),
+    (called_with('{"\\udfff":1}'), (), "messages"),
+    (called_with(HALF), (), "messages"),
+    ((ChatMessage("user", HALF),), (), "messages"),
+    ((ChatMessage(HALF, "hi"),), (), "messages"),
+    (USER, (DEEP,), "tools"),
+    (USER, ('{"a":' * 200 + "1" + "}" * 200,), "tools"),
+    (USER, ('{"a":"\\ud800"}',), "tools"),
+]
+
+
+@pytest.mark.parametrize(("messages", "tools", "field"), BAD_CONVERSATIONS)
+async def test_json_too_deep_and_half_characters_are_the_callers_error(
+    messages: tuple[ChatMessage, ...], tools: tuple[str, ...], field: str
+) -> None:
+    source = "{{ messages | tojson }}{% if tools %}{{ tools | tojson }}{% endif %}"
+    served = ServedTokenizer(TOKENIZER_JSON, chat_template=source)
+    with pytest.raises(InvalidRequest) as caught:
+        await served.encode_chat(messages, tools)
+    assert caught.value.field == field
+
+
+async def test_what_tools_are_called_with_may_be_nested() -> None:
+    served = ServedTokenizer(TOKENIZER_JSON, chat_template="{{ messages | tojson }}")
+    depth = module.MAX_JSON_DEPTH
+    assert await served.encode_chat(called_with("[" * depth + "]" * depth))
+    assert await served.encode_chat(called_with('{"a":"\\ud83d\\ude42"}')), "a pair is a character"
+
+
+async def test_a_prompt_of_half_a_character_is_refused_by_its_field() -> None:
+    served = ServedTokenizer(TOKENIZER_JSON)
+    for field in ("prompt", "prediction"):
+        with pytest.raises(InvalidRequest, match="Unicode") as caught:
+            await served.encode("x" + HALF, field=field)
+        assert caught.value.field == field
+
+
+def test_an_affinity_key_of_half_a_character_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_extras(GenerateRequest(prompt="x", affinity_key=HALF))
+    assert caught.value.field == "affinity_key"
 
 
 async def test_content_is_data_and_never_a_template() -> None:

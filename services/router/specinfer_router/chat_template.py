@@ -19,8 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from specinfer.errors import InvalidRequest, Mismatch
 from specinfer.messages import ChatMessage, ToolCall
+from specinfer_router.text import check_unicode
 
 MAX_TEMPLATE_SECONDS = 1.0
+# Templates write tools and arguments as JSON again, with a call of Python's for every level.
+MAX_JSON_DEPTH = 64
 _TOOLS = re.compile(r"\btools\b")
 # What a template's expressions may raise when a conversation does not suit them.
 _TEMPLATE_FAULTS = (
@@ -68,8 +71,8 @@ class ChatTemplate:
             tools: one JSON object each.
 
         Raises:
-            InvalidRequest: the template refuses the conversation or exceeds its bounds, or a tool
-                is no JSON.
+            InvalidRequest: the template refuses the conversation or exceeds its bounds, a tool
+                is no JSON, or one of them has JSON too deep or what is no valid Unicode.
         """
         values: dict[str, Any] = {"messages": [_turn(message) for message in messages]}
         if tools:
@@ -111,7 +114,7 @@ def _turn(message: ChatMessage) -> dict[str, Any]:
 
 def _call(call: ToolCall) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.arguments)
+        arguments = _read_json(call.arguments, "messages")
     except ValueError:
         # What a model once said is shown to it again as it was.
         arguments = call.arguments
@@ -121,9 +124,38 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 def _parsed_tool(tool: str) -> Any:
     try:
-        return json.loads(tool)
+        return _read_json(tool, "tools")
     except ValueError as error:
         raise InvalidRequest("each tool is one JSON object", field="tools") from error
+
+
+def _read_json(text: str, field: str) -> Any:
+    """JSON within bounds; raises ValueError for what is none and InvalidRequest for the rest."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise _too_deep(field) from error
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [child for item in level for child in _children(item, field)]
+        if not level:
+            return value
+    raise _too_deep(field)
+
+
+def _children(value: Any, field: str) -> list[Any]:
+    if isinstance(value, str):
+        # JSON can spell halves of characters, which no tokenizer takes.
+        check_unicode(value, field)
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _too_deep(field: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field} has JSON that is nested more than {MAX_JSON_DEPTH} levels deep", field=field
+    )
 
 
 def _deadline_tracer(deadline: float) -> Any:

@@ -14,6 +14,7 @@ from specinfer.messages import GenerateRequest, SpeculationOptions, WorkerInfo
 from specinfer.sampling import MAX_LOGPROBS
 from specinfer_router.access import MAX_PRIORITY
 from specinfer_router.policy import num_nodes
+from specinfer_router.text import check_unicode
 
 MAX_REQUEST_ID_LENGTH = 128
 MAX_AFFINITY_KEY_LENGTH = 256
@@ -64,6 +65,7 @@ def check_extras(request: GenerateRequest) -> None:
             f"an affinity key has at most {MAX_AFFINITY_KEY_LENGTH} characters",
             field="affinity_key",
         )
+    check_unicode(request.affinity_key, "affinity_key")
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise InvalidRequest(
             f"priority is between {-MAX_PRIORITY} and {MAX_PRIORITY}", field="priority"

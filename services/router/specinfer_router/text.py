@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +16,20 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from specinfer.errors import InvalidRequest
+
 REPLACEMENT = "\ufffd"
 # SentencePiece's sign for a space.
 WORD_START = "\u2581"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_HELD_TOKENS = 32
 CONTEXT_TOKENS = 6
+
+
+def check_unicode(text: str, field: str) -> None:
+    """Raise InvalidRequest for half a character (a lone surrogate), which nothing can encode."""
+    if not text.isascii() and _SURROGATE.search(text):
+        raise InvalidRequest(f"{field} is no valid Unicode", field=field)
 
 
 @dataclass(frozen=True)

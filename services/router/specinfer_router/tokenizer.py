@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from specinfer.errors import InvalidRequest, Mismatch
 from specinfer.messages import ChatMessage
 from specinfer_router.chat_template import ChatTemplate
-from specinfer_router.text import Vocabulary
+from specinfer_router.text import Vocabulary, check_unicode
 
 # Shorter texts are tokenised in less time than a thread takes to start.
 OFF_LOOP_CHARACTERS = 2_000
@@ -88,6 +88,7 @@ class ServedTokenizer:
         if not text:
             raise InvalidRequest(f"{field} is empty", field=field)
         self._check_length(len(text), field)
+        check_unicode(text, field)
         if len(text) <= OFF_LOOP_CHARACTERS:
             return self._encode(text, special)
         return await asyncio.to_thread(self._encode, text, special)
