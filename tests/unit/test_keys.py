@@ -237,6 +237,29 @@ async def test_changes_are_followed_and_trouble_keeps_the_last_keys(
     assert key not in caplog.text
 
 
+async def test_changes_are_followed_after_an_error_of_any_kind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key, record = made()
+    source = Fixed(record)
+    access = AccessControl(source, refresh_seconds=0.001, clock=lambda: NOW)
+    await access.start()
+    source.trouble = RuntimeError("nobody thought of this")
+    for _ in range(3):
+        source.asked.clear()
+        await asyncio.wait_for(source.asked.wait(), 20)
+    assert access.authenticate(key).key_id == record.key_id
+    assert "nobody thought of this" in caplog.text
+    source.trouble = None
+    source.records = {}
+    for _ in range(3):
+        source.asked.clear()
+        await asyncio.wait_for(source.asked.wait(), 20)
+    with pytest.raises(Unauthenticated):
+        access.authenticate(key)
+    await access.close()
+
+
 async def test_keys_that_cannot_be_read_stop_the_start(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     with pytest.raises(InvalidRequest, match="No such file"):
@@ -285,6 +308,21 @@ async def test_keys_in_redis(redis_server: str) -> None:
         access.authenticate(key)
     with pytest.raises(NotFound):
         await keys.remove(record.key_id)
+    await client.delete("specinfer:keys")
+    await client.aclose()
+    await keys.close()
+
+
+async def test_what_is_no_text_in_redis_is_a_typed_error(redis_server: str) -> None:
+    keys = RedisKeys(redis_server)
+    _, record = made("in redis")
+    await keys.add(record)
+    client = Redis.from_url(redis_server)
+    await client.hset("specinfer:keys", "junk", b"\xff")
+    with pytest.raises(InvalidRequest, match="no text"):
+        await keys.load()
+    await client.hdel("specinfer:keys", "junk")
+    assert list(await keys.load()) == [record.key_id], "the connection is still of use"
     await client.delete("specinfer:keys")
     await client.aclose()
     await keys.close()

@@ -126,6 +126,9 @@ class AccessControl:
                 await self.refresh()
             except SpecinferError as error:
                 trouble = error.message
+            except Exception as error:  # to follow no more would keep revoked keys valid for good
+                log.exception("reading the keys failed")
+                trouble = f"{type(error).__name__}: {error}"
             if trouble and trouble != self._trouble:
                 log.error("keys cannot be read; those last read stay", extra={"reason": trouble})
             self._trouble = trouble

@@ -38,7 +38,7 @@ class RedisKeys:
             ) from error
 
     async def version(self) -> str:
-        """What changes when a key does; raises Unavailable."""
+        """What changes when a key does; raises InvalidRequest or Unavailable."""
         return str(await self._run(self._redis.hget(HASH, _VERSION)))
 
     async def load(self) -> dict[str, KeyRecord]:
@@ -72,6 +72,8 @@ class RedisKeys:
         try:
             # The client's methods are typed for its synchronous twin too.
             return await cast(Awaitable[Any], call)
+        except UnicodeDecodeError as error:
+            raise InvalidRequest("the keys in Redis are no text", field="keys") from error
         except (RedisError, OSError) as error:
             raise Unavailable(
                 f"the Redis that keeps the keys did not answer ({type(error).__name__})"
