@@ -22,6 +22,7 @@ from specinfer.errors import (
     Unavailable,
 )
 from specinfer_router.admission import AdmissionLimits
+from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.router import RouterLimits
 from tests.kit.gateway import GatewayBench, chat_body, completion_body, running_gateway
 
@@ -98,6 +99,27 @@ async def test_a_full_router_says_when_to_come_back() -> None:
         assert [chunk async for chunk in stream]
         answer = await client.with_options(max_retries=2).chat.completions.create(**chat_body())
         assert answer.choices[0].finish_reason == "length"
+
+
+async def test_a_stream_that_waits_for_a_place_is_kept_alive_until_it_is_refused() -> None:
+    admission = AdmissionLimits(max_streams=1, max_wait_seconds=0.2)
+    streams = StreamSettings(keep_alive_seconds=0.02)
+    async with (
+        running_gateway(limits=RouterLimits(admission=admission), streams=streams) as gateway,
+        client_of(gateway) as client,
+    ):
+        (verifier,) = gateway.bench.verifiers
+        verifier.gate.clear()
+        async with await client.chat.completions.create(**chat_body(), stream=True):
+            response = await gateway.chat(stream=True)
+            assert response.status_code == 200
+            assert response.content.startswith(b": keep-alive\n: keep-alive\n")
+            assert response.content.endswith(b"data: [DONE]\n\n")
+            with pytest.raises(openai.APIError) as caught:
+                async for _ in await client.chat.completions.create(**chat_body(), stream=True):
+                    pass
+            assert caught.value.code == "resource_exhausted"
+        verifier.gate.set()
 
 
 async def test_hints_are_headers(gateway: GatewayBench) -> None:
