@@ -163,6 +163,22 @@ async def test_completions_refuse_by_name_too(
 
 
 @pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"suffix": "end"}, "unsupported_parameter"),
+        ({"best_of": 3}, "unsupported_value"),
+        ({"echo": True, "logprobs": 1}, "unsupported_value"),
+        ({"echo": True, "prompt": [7]}, "unsupported_value"),
+    ],
+    ids=str,
+)
+async def test_completions_tell_what_is_unsupported(
+    gateway: GatewayBench, changes: dict[str, Any], code: str
+) -> None:
+    assert (await gateway.complete(**changes)).json()["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"",

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from specinfer.errors import InvalidRequest
 from specinfer.messages import GenerateRequest
+from specinfer_router.gateway.errors import UnsupportedValue
 from specinfer_router.gateway.fields import (
     GenerationFields,
     check_stream_options,
@@ -55,9 +56,9 @@ def completion_requests(body: CompletionBody, request_id: str) -> list[GenerateR
     if len(prompts) * per_prompt > MAX_CHOICES:
         raise InvalidRequest(f"prompts times n is at most {MAX_CHOICES}", field="n")
     if body.best_of not in (None, per_prompt):
-        raise InvalidRequest("best_of is not served unless it equals n", field="best_of")
+        raise UnsupportedValue("best_of is not served unless it equals n", field="best_of")
     if body.echo and (body.logprobs is not None or not isinstance(prompts[0], str)):
-        raise InvalidRequest(
+        raise UnsupportedValue(
             "echo is served for prompts of text and without logprobs", field="echo"
         )
     number = len(prompts) * per_prompt
