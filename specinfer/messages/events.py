@@ -44,7 +44,7 @@ class SpeculationSummary:
     root_only_reasons: tuple[tuple[str, int], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundFacts:
     """What one round did and where its time went, in seconds.
 
@@ -109,7 +109,7 @@ class Timings:
     total_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RoundReport:
     """One round of a request, for `explain`.
 

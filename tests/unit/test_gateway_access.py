@@ -84,9 +84,9 @@ async def test_routes_ask_for_a_key_and_are_told_who_calls(http: httpx.AsyncClie
 
 
 async def test_health_and_metrics_are_open_and_all_else_is_not(http: httpx.AsyncClient) -> None:
-    for path in ("/health/live", "/health/ready", "/metrics"):
+    for path in ("/health", "/health/live", "/health/ready", "/metrics"):
         assert (await http.get(path)).status_code == 200
-    for path in ("/", "/health", "/health/live/", "/nothing", "//v1/who", "/v1/../metrics2"):
+    for path in ("/", "/health/live/", "/nothing", "//v1/who", "/v1/../metrics2"):
         assert (await http.get(path)).status_code == 401, path
     missing = await http.get("/nothing", headers=KEY)
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "invalid_request_error")

@@ -85,5 +85,6 @@ def test_ids_of_answers_over_http_and_of_calls_with_several_choices_are_found() 
         entry.add(Started(f"call-{number}", f"session{number}", "m", 0, 3))
     assert log.find("call", "").request_id == "call-0"
     assert log.find("chatcmpl-session1", "").request_id == "call-1"
+    assert log.find("resp_session1", "").request_id == "call-1"
     with pytest.raises(NotFound, match="chatcmpl-nobody"):
         log.find("chatcmpl-nobody", "")

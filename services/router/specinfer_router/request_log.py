@@ -6,6 +6,7 @@ requests are served.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -151,7 +152,7 @@ class RequestLog:
         entry = next((self._entries[name] for name in names if name in self._entries), None)
         if entry is None:
             # The ids of answers over HTTP end with their session's.
-            sessions = (identity, identity.rpartition("-")[2])
+            sessions = (identity, re.split("[-_]", identity)[-1])
             own = (e for e in reversed(self._entries.values()) if e.key_id == key_id)
             entry = next((e for e in own if e.session_id in sessions), None)
         if entry is None:
