@@ -64,7 +64,7 @@ class GrammarCompiler:
         vocab_size: int,
         end_token_ids: Sequence[int],
         *,
-        max_kept: int = 16,
+        max_kept: int = 8,
         max_states: int = 25_000,
     ) -> None:
         self._tokenizer_json = tokenizer_json

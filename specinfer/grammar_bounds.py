@@ -8,6 +8,7 @@ nothing of tokens, and of schemas only the few words whose values cost something
 from __future__ import annotations
 
 import json
+import math
 import re
 from decimal import Decimal
 from functools import cache
@@ -18,7 +19,7 @@ from specinfer.messages import Grammar
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_CHOICES_BYTES = 16 * 1024
-MAX_LARK_BYTES = 8 * 1024
+MAX_LARK_BYTES = 16 * 1024
 # Of a regular expression, of one in a schema, and of a definition in Lark with those it names.
 MAX_PATTERN_BYTES = 2 * 1024
 # The least text that matches a pattern, all its counts written out.
@@ -27,7 +28,8 @@ MAX_FORCED_CHARACTERS = 16 * 1024
 MAX_TEXT_CHARACTERS = 4 * 1024
 MAX_PROPERTIES = 1000
 MAX_PATTERN_PROPERTIES = 64
-# Each has as many states as it is large; this many in all of a schema.
+# Numbers that may be multiples of any of several have as many states as all those have together:
+# the least common multiple of all in a schema.
 MAX_MULTIPLES = 10_000
 MAX_JSON_DEPTH = 64
 MAX_CHOICES = 1024
@@ -72,11 +74,16 @@ def _read_json(text: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise refusal(f"it is not JSON: {error}") from error
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH + 1):
         level = [child for item in level for child in _children(item)]
         if not level:
-            return value
+            return
     raise refusal(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
 
 
@@ -91,25 +98,31 @@ def _check_schema(schema: Any) -> None:
         raise refusal("a JSON schema is a JSON object")
     if "x-guidance" in schema:
         raise refusal("x-guidance is not for requests to set")
-    multiples = 0
+    _check_costs(schema)
+
+
+def _check_costs(schema: Any) -> None:
+    multiple = 1
     waiting: list[tuple[Any, bool]] = [(schema, False)]
     while waiting:
         value, literal = waiting.pop()
         if isinstance(value, str) and len(value) > MAX_TEXT_CHARACTERS:
             raise refusal(f"a text in it has more than {MAX_TEXT_CHARACTERS} characters")
         if isinstance(value, dict):
-            multiples += _check_keywords(value)
+            multiple = math.lcm(multiple, _check_keywords(value))
             for name, child in value.items():
                 if literal or name not in _NOTES or not isinstance(child, str):
                     waiting.append((child, literal or name in ("const", "enum")))
         elif isinstance(value, list):
             waiting += [(child, literal) for child in value]
-    if multiples > MAX_MULTIPLES:
-        raise refusal(f"its values of multipleOf come to more than {MAX_MULTIPLES}")
+        if multiple > MAX_MULTIPLES:
+            raise refusal(
+                f"the least common multiple of its multipleOf is more than {MAX_MULTIPLES}"
+            )
 
 
 def _check_keywords(part: dict[str, Any]) -> int:
-    """Check one object of a schema; returns how many states its multipleOf has."""
+    """Check one object of a schema; returns its multipleOf without a decimal point, or 1."""
     if len(part) > MAX_PROPERTIES:
         raise refusal(f"an object in it has more than {MAX_PROPERTIES} names")
     if any(len(name) > MAX_TEXT_CHARACTERS for name in part):
@@ -123,7 +136,9 @@ def _check_keywords(part: dict[str, Any]) -> int:
     if isinstance(part.get("pattern"), str):
         _check_pattern(part["pattern"])
     multiple = part.get("multipleOf")
-    return _num_states(multiple) if isinstance(multiple, (int, float)) else 0
+    if isinstance(multiple, bool) or not isinstance(multiple, (int, float)):
+        return 1
+    return _num_states(multiple)
 
 
 def _num_states(multiple: float) -> int:
@@ -132,7 +147,7 @@ def _num_states(multiple: float) -> int:
         return MAX_MULTIPLES + 1
     digits, exponent = number.normalize().as_tuple()[1:]
     whole = int("".join(map(str, digits)))
-    return int(whole * 10 ** max(int(exponent), 0))
+    return max(int(whole * 10 ** max(int(exponent), 0)), 1)
 
 
 def _check_pattern(pattern: str) -> None:
@@ -172,9 +187,34 @@ def _shortest(group: list[int]) -> int:
     return group[1] if group[0] < 0 else min(group[0], group[1])
 
 
+def without_schemas(lark: str) -> str:
+    """Lark without the JSON schemas in it, each of them checked; raises InvalidRequest."""
+    pieces = lark.split("%json")
+    for number, piece in enumerate(pieces[1:], start=1):
+        text = piece.lstrip()
+        try:
+            schema, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            raise refusal("what follows %json is no JSON schema") from error
+        _check_depth(schema)
+        _check_costs(schema)
+        pieces[number] = text[end:]
+    return " ".join(pieces)
+
+
+def least_repeats(lark: str) -> int:
+    """At most so many times over does Lark's least match repeat what it is written with."""
+    counts = (int(count[:9]) for count in re.findall(r"[{~]\s*(\d+)", lark))
+    product = 1
+    for count in counts:
+        product = min(product * max(count, 1), 2**30)
+    return product
+
+
 def _check_lark(text: str) -> None:
     if "%llguidance" in text:
         raise refusal("%llguidance is not for requests to set")
+    text = without_schemas(text)
     starts = [*_DEFINITION.finditer(text)]
     ends = [start.start() for start in starts[1:]] + [len(text)]
     bodies: dict[str, str] = {}

@@ -9,6 +9,7 @@ import json
 
 from llguidance import LLMatcher, LLParserLimits
 
+from specinfer.grammar_bounds import MAX_FORCED_CHARACTERS, least_repeats, without_schemas
 from specinfer.messages import Grammar
 
 # At most one space between the tokens of JSON: a model that likes blanks still comes to an end.
@@ -26,7 +27,7 @@ def matcher_limits(grammar: Grammar, max_states: int) -> LLParserLimits:
         step_max_items=8_000,
         # An object has some four for each property that may be left out; only what can be read in
         # many ways has so many in Lark, and a row's work grows faster than its items.
-        max_items_in_row=250 if grammar.kind == "lark" else 2_000,
+        max_items_in_row=600 if grammar.kind == "lark" else 2_000,
         max_grammar_size=100_000,
         max_lexer_states=max_states,
         verbose_errors=False,
@@ -38,7 +39,9 @@ def source_of(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "lark":
-        return LLMatcher.grammar_from_lark(_ANY_SPELLING + grammar.text)
+        own = without_schemas(grammar.text)
+        long = len(own) * least_repeats(own) > MAX_FORCED_CHARACTERS
+        return LLMatcher.grammar_from_lark((_ANY_SPELLING if long else "") + grammar.text)
     if grammar.kind == "choice":
         choices = (json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.text))
         return LLMatcher.grammar_from_lark("start: " + " | ".join(choices))

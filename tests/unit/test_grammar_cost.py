@@ -94,10 +94,12 @@ COSTLY = [
     Grammar("json_schema", json.dumps({"type": "string", "pattern": "a?" * 8000})),
     Grammar("json_schema", json.dumps({"type": "string", "pattern": "a{99999}"})),
     Grammar("json_schema", '{"type":"integer","multipleOf":99999}'),
+    Grammar("lark", 'start: a\na: %json {"type":"integer","multipleOf":99999}\n'),
+    Grammar("lark", "start: a\na: %json " + json.dumps({"const": "x" * 9000})),
     Grammar("json_schema", '{"type":"integer","multipleOf":1e300}'),
     Grammar(
         "json_schema",
-        json.dumps({"items": {"anyOf": [{"multipleOf": 9973 + n} for n in range(20)]}}),
+        json.dumps({"items": {"anyOf": [{"multipleOf": 997 + n} for n in range(4)]}}),
     ),
     Grammar("json_schema", json.dumps({"properties": {f"p{n}": {} for n in range(2000)}})),
     Grammar("json_schema", json.dumps({"patternProperties": {f"^a{n}": {} for n in range(300)}})),
@@ -115,7 +117,12 @@ def test_what_would_cost_an_engine_too_much_is_refused_soon(grammar: Grammar) ->
     assert time.thread_time() - before < 0.5
 
 
+LARGE_TOOL = {
+    "type": "object",
+    "properties": {f"property_{n}": {"type": "string"} for n in range(100)},
+}
 ORDINARY = [
+    Grammar("lark", f"start: a\na: %json {json.dumps(LARGE_TOOL)}\n"),
     Grammar("regex", r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"),
     Grammar("regex", r"(\w{1,20}[ ,.]){1,200}"),
     Grammar("regex", "|".join(f"word{n}" for n in range(200))),
@@ -134,6 +141,7 @@ ORDINARY = [
         ),
     ),
     Grammar("json_schema", '{"type":"number","multipleOf":0.01}'),
+    Grammar("json_schema", json.dumps({"items": {"anyOf": [{"multipleOf": n} for n in (5, 60)]}})),
     Grammar("json_schema", '{"properties":{"pattern":{"type":"string"},"const":{"enum":[1]}}}'),
 ]
 
