@@ -216,6 +216,8 @@ def _check_lark(text: str) -> None:
         raise refusal("%llguidance is not for requests to set")
     text = without_schemas(text)
     starts = [*_DEFINITION.finditer(text)]
+    if not starts:
+        raise refusal("it defines nothing; a Lark grammar has at least the rule start")
     ends = [start.start() for start in starts[1:]] + [len(text)]
     bodies: dict[str, str] = {}
     for start, end in zip(starts, ends, strict=True):

@@ -184,6 +184,7 @@ REFUSED = [
     (Grammar("regex", "(abc"), "unclosed"),
     (Grammar("regex", ""), "needs a text"),
     (Grammar("regex", r"[^\s\S]"), "no token"),
+    (Grammar("lark", "\x18Æ"), "defines nothing"),
     (Grammar("lark", "start: foo"), "foo"),
     (Grammar("json_object", "{}"), "no text"),
     (Grammar("json_schema", "{"), "not JSON"),
