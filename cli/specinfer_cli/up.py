@@ -115,6 +115,8 @@ def _announce(cluster: RunningCluster, *, json: bool) -> None:
         return
     workers = f"{len(cluster.verifiers)} verify, {len(cluster.drafters)} draft"
     rows = [
+        f"chat      http://{cluster.gateway}/",
+        f"OpenAI    http://{cluster.gateway}/v1",
         f"gRPC      {cluster.router}",
         f"health    http://{cluster.gateway}/health/ready",
         f"metrics   http://{cluster.gateway}/metrics",
