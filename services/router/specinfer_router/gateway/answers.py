@@ -65,7 +65,6 @@ class AnswerOptions:
         include_usage: send usage and metrics last.
         continuous_usage: send usage with every chunk.
         detail: send each round's facts and the lists over the rounds.
-        resumed: the beginning was sent before.
         service_tier: as it was asked for, or None.
         parameters: the caller's names of fields that the router calls otherwise.
     """
@@ -77,7 +76,6 @@ class AnswerOptions:
     include_usage: bool = False
     continuous_usage: bool = False
     detail: bool = False
-    resumed: bool = False
     service_tier: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
 
@@ -103,6 +101,7 @@ class Answer:
             self._head["service_tier"] = "default" if tier == "auto" else tier
         self._started: list[Started] = []
         self._counts = [RoundCounts() for _ in writers]
+        self._resumed = False
         self._offsets = [0 for _ in writers]
         self._finished: list[Finished | None] = [None for _ in writers]
 
@@ -167,12 +166,13 @@ class Answer:
         self._writers[len(self._started)].begin(started)
         self._started.append(started)
 
-    def start_at(self, offsets: Sequence[int]) -> None:
-        """Say what a resumed stream has sent before."""
+    def resume_at(self, offsets: Sequence[int]) -> None:
+        """Say what a resumed stream has sent before: its beginning, and so many tokens."""
+        self._resumed = True
         self._offsets = list(offsets)
 
     def _openings(self) -> list[ServerEvent]:
-        if self._options.resumed:
+        if self._resumed:
             return [ServerEvent(None)]
         chunks = [(index, writer.opening()) for index, writer in enumerate(self._writers)]
         events = [self._choice_event(index, chunk) for index, chunk in chunks if chunk is not None]

@@ -25,25 +25,19 @@ from specinfer.messages import (
 from specinfer_router.access import Caller
 from specinfer_router.gateway.answers import Answer, AnswerOptions
 from specinfer_router.gateway.body import parse_body
-from specinfer_router.gateway.calls import (
-    caller_of,
-    encoded_answer,
-    request_id_of,
-    while_connected,
-)
+from specinfer_router.gateway.calls import caller_of, request_id_of
 from specinfer_router.gateway.chat_request import ChatBody, chat_requests, tool_plan_of
 from specinfer_router.gateway.choices import (
     LAST_EVENT_ID,
     Stream,
     check_number,
-    new_streams,
-    places_of,
     resumed_streams,
     tokens_before,
 )
 from specinfer_router.gateway.errors import renaming
 from specinfer_router.gateway.logprobs import chat_logprobs
-from specinfer_router.gateway.sse import EventStream, StreamSettings
+from specinfer_router.gateway.replies import reply
+from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.gateway.tools import ToolPlan
 from specinfer_router.gateway.tools_parser import (
     ArgumentsDelta,
@@ -79,20 +73,16 @@ def chat_handler(
         plan, requests = await _understood(body, router.tokenizer.chat_template, request_id)
         check_number(len(requests), router, caller, "n")
         writers = [_ChatWriter(body, plan, router.tokenizer.vocabulary) for _ in requests]
-        place = request.headers.get(LAST_EVENT_ID, "") if body.stream else ""
-        options = _options(body, _parameters(body, plan), resumed=bool(place))
-        answer = Answer(writers, options, router.capabilities())
-        if not body.stream:
-            streams = new_streams(router, requests, caller)
-            content = await while_connected(request, answer.body(streams))
-            return encoded_answer(request, content)
-        if place:
-            places = places_of(place, len(requests), request_id)
-            answer.start_at([each.offset for each in places])
-            streams = _resumed(router, places, caller, writers)
-        else:
-            streams = new_streams(router, requests, caller)
-        return EventStream(answer.stream(streams), request_id, settings=settings)
+        options = _options(body, _parameters(body, plan))
+        return await reply(
+            request,
+            router,
+            requests,
+            Answer(writers, options, router.capabilities()),
+            lambda places: _resumed(router, places, caller, writers),
+            streamed=bool(body.stream),
+            settings=settings,
+        )
 
     return chat
 
@@ -117,7 +107,7 @@ def _parameters(body: ChatBody, plan: ToolPlan) -> dict[str, str]:
     return PARAMETERS | {"grammar": "structured_outputs" if body.structured_outputs else source}
 
 
-def _options(body: ChatBody, parameters: dict[str, str], *, resumed: bool) -> AnswerOptions:
+def _options(body: ChatBody, parameters: dict[str, str]) -> AnswerOptions:
     asked = body.stream_options
     return AnswerOptions(
         id_prefix="chatcmpl-",
@@ -127,7 +117,6 @@ def _options(body: ChatBody, parameters: dict[str, str], *, resumed: bool) -> An
         include_usage=bool(asked and asked.include_usage),
         continuous_usage=bool(asked and asked.continuous_usage_stats),
         detail=bool(body.speculation and body.speculation.detail),
-        resumed=resumed,
         parameters=parameters,
         service_tier=body.service_tier,
     )

@@ -17,23 +17,13 @@ from specinfer.messages import Finished, GenerateEvent, ResumeRequest, Started, 
 from specinfer_router.access import Caller
 from specinfer_router.gateway.answers import Answer, AnswerOptions
 from specinfer_router.gateway.body import parse_body
-from specinfer_router.gateway.calls import (
-    caller_of,
-    encoded_answer,
-    request_id_of,
-    while_connected,
-)
-from specinfer_router.gateway.choices import (
-    LAST_EVENT_ID,
-    check_number,
-    new_streams,
-    places_of,
-    tokens_before,
-)
+from specinfer_router.gateway.calls import caller_of, request_id_of
+from specinfer_router.gateway.choices import LAST_EVENT_ID, check_number, tokens_before
 from specinfer_router.gateway.completions_request import CompletionBody, completion_requests
 from specinfer_router.gateway.errors import renaming
 from specinfer_router.gateway.logprobs import legacy_logprobs
-from specinfer_router.gateway.sse import EventStream, StreamSettings
+from specinfer_router.gateway.replies import reply
+from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.router import Router
 from specinfer_router.text import Vocabulary
 
@@ -68,27 +58,23 @@ def completions_handler(
             )
             for each in requests
         ]
-        place = request.headers.get(LAST_EVENT_ID, "") if body.stream else ""
-        answer = Answer(writers, _options(body, resumed=bool(place)), router.capabilities())
-        if not body.stream:
-            streams = new_streams(router, requests, caller)
-            content = await while_connected(request, answer.body(streams))
-            return encoded_answer(request, content)
-        if place:
-            places = places_of(place, len(requests), request_id)
-            answer.start_at([each.offset for each in places])
-            streams = [
-                writer.caught_up(router, each, caller)
-                for each, writer in zip(places, writers, strict=True)
-            ]
-        else:
-            streams = new_streams(router, requests, caller)
-        return EventStream(answer.stream(streams), request_id, settings=settings)
+        return await reply(
+            request,
+            router,
+            requests,
+            Answer(writers, _options(body), router.capabilities()),
+            lambda places: [
+                writer.caught_up(router, place, caller)
+                for place, writer in zip(places, writers, strict=True)
+            ],
+            streamed=bool(body.stream),
+            settings=settings,
+        )
 
     return completions
 
 
-def _options(body: CompletionBody, *, resumed: bool) -> AnswerOptions:
+def _options(body: CompletionBody) -> AnswerOptions:
     asked = body.stream_options
     return AnswerOptions(
         id_prefix="cmpl-",
@@ -98,7 +84,6 @@ def _options(body: CompletionBody, *, resumed: bool) -> AnswerOptions:
         include_usage=bool(asked and asked.include_usage),
         continuous_usage=bool(asked and asked.continuous_usage_stats),
         detail=bool(body.speculation and body.speculation.detail),
-        resumed=resumed,
         parameters=PARAMETERS,
     )
 
