@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specinfer.errors import DeadlineExceeded, InvalidRequest, SpecinferError
 from specinfer_router.access import Caller
+from specinfer_router.checks import MAX_REQUEST_ID_LENGTH
 from specinfer_router.gateway.body import MAX_BODY_BYTES
 from specinfer_router.gateway.errors import REQUEST_ID_HEADER, BodyTooLarge, error_response
 from specinfer_router.gateway.origins import Origins
@@ -24,7 +25,6 @@ from specinfer_router.keys.control import bearer_token
 
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
-MAX_REQUEST_ID = 128
 BODY_SECONDS = 60.0
 _EXPOSED = (REQUEST_ID_HEADER, "retry-after", "retry-after-ms", "x-should-retry")
 
@@ -116,7 +116,9 @@ def gateway_middleware(
 
 
 def _request_id(given: str) -> str:
-    if 0 < len(given) <= MAX_REQUEST_ID and all("!" <= character <= "~" for character in given):
+    if 0 < len(given) <= MAX_REQUEST_ID_LENGTH and all(
+        "!" <= character <= "~" for character in given
+    ):
         return given
     return uuid.uuid4().hex
 

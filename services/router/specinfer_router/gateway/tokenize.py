@@ -73,9 +73,7 @@ def detokenize_handler(get_router: Callable[[], Router]) -> Handler:
         served = router.capabilities()
         _check_model(body.model, served.model)
         check_token_ids(body.tokens, served.vocab_size, "tokens")
-        decode = router.tokenizer.vocabulary.tokenizer.decode
-        text = await asyncio.to_thread(decode, body.tokens, skip_special_tokens=False)
-        return json_answer(request, {"prompt": text})
+        return json_answer(request, {"prompt": await router.tokenizer.decode(body.tokens)})
 
     return detokenize
 
