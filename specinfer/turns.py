@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -58,3 +58,20 @@ class Turns(Generic[Item]):
             if more is not None:
                 await more
         del self._waiting[session_id]
+
+
+async def read_frames(
+    frames: AsyncIterator[Any], expect_one: Callable[[], Awaitable[None]], turns: Turns[Any]
+) -> None:
+    """Take every item of every frame, each once there is room for its answer, and see them handled.
+
+    Args:
+        frames: messages with `items`, each of which has a `session_id`.
+        expect_one: waits for that room.
+        turns: handles the items.
+    """
+    async for frame in frames:
+        for item in frame.items:
+            await expect_one()
+            turns.put(item.session_id, item)
+    await turns.finish()

@@ -29,7 +29,7 @@ from specinfer.grammar import GrammarChecker, GrammarState
 from specinfer.messages import DraftResult, WorkerInfo
 from specinfer.outbox import Outbox, split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES
-from specinfer.turns import Turns
+from specinfer.turns import Turns, read_frames
 from specinfer.v1 import draft_pb2, draft_pb2_grpc
 from specinfer_draft.engine import DraftEngine
 
@@ -72,7 +72,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         outbox = Outbox[Answer](max_unanswered=MAX_UNANSWERED, max_batch=MAX_FRAME_RESULTS)
         # The outbox stands for the stream: sessions are its own until another one opens them.
         turns = Turns[draft_pb2.DraftItem](lambda item: self._handle(item, outbox))
-        reader = asyncio.create_task(_read(request_iterator, outbox, turns))
+        reader = asyncio.create_task(read_frames(request_iterator, outbox.expect_one, turns))
         reader.add_done_callback(lambda _: outbox.close())
         try:
             async for answers in outbox.batches():
@@ -152,14 +152,6 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         if action == "close":
             return self._engine.close(item.session_id)
         raise InvalidRequest("an item opens, proposes or closes", field="action")
-
-
-async def _read(frames: Frames, outbox: Outbox[Answer], turns: Turns[draft_pb2.DraftItem]) -> None:
-    async for frame in frames:
-        for item in frame.items:
-            await outbox.expect_one()
-            turns.put(item.session_id, item)
-    await turns.finish()
 
 
 def _outcome(future: Future[Any]) -> DraftResult | SpecinferError | None:

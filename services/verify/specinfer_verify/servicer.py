@@ -29,7 +29,7 @@ from specinfer.grammar import GrammarChecker, GrammarCompiler, GrammarState
 from specinfer.messages import VerifyResult, WorkerInfo
 from specinfer.outbox import Outbox, split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES
-from specinfer.turns import Turns
+from specinfer.turns import Turns, read_frames
 from specinfer.v1 import verify_pb2, verify_pb2_grpc
 from specinfer_engine.model import TokenizerFiles
 from specinfer_verify.engine import VerifyEngine
@@ -85,7 +85,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         outbox = Outbox[Answer](max_unanswered=MAX_UNANSWERED, max_batch=MAX_FRAME_RESULTS)
         # The outbox stands for the stream: sessions are its own until another one opens them.
         turns = Turns[verify_pb2.VerifyItem](lambda item: self._handle(item, outbox))
-        reader = asyncio.create_task(_read(request_iterator, outbox, turns))
+        reader = asyncio.create_task(read_frames(request_iterator, outbox.expect_one, turns))
         reader.add_done_callback(lambda _: outbox.close())
         try:
             async for answers in outbox.batches():
@@ -185,18 +185,6 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             grammar=grammar,
             owner=owner,
         )
-
-
-async def _read(
-    frames: AsyncIterator[verify_pb2.VerifyRequest],
-    outbox: Outbox[Answer],
-    turns: Turns[verify_pb2.VerifyItem],
-) -> None:
-    async for frame in frames:
-        for item in frame.items:
-            await outbox.expect_one()
-            turns.put(item.session_id, item)
-    await turns.finish()
 
 
 def _outcome(future: Future[Any]) -> VerifyResult | SpecinferError | None:
