@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +26,11 @@ from specinfer import (
     StopConditions,
 )
 from specinfer.messages import GenerateRequest
-from specinfer_bench.machine import machine_facts
+from specinfer_bench.cluster_report import cluster_parser, setup_facts, write_report
 from specinfer_bench.spread import Spread, spread
 from specinfer_bench.wire import Arrivals, GrpcWire, HttpWire
 
+MODULE = "specinfer_bench.gateway"
 GOAL_FIRST_MS = 1.0
 GOAL_EVENT_MS = 0.2
 # Every token of the demo pair's answer has text of its own: both doors have as many events.
@@ -158,13 +156,9 @@ def _comparison(grpc: _Door, http: _Door, *, measured_cpu: bool) -> Comparison:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m specinfer_bench.gateway", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--cluster", type=Path, required=True, help="what `up --json` printed")
+    parser = cluster_parser(MODULE, __doc__)
     parser.add_argument("--pairs", type=int, default=100, help="requests through each door")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each")
-    parser.add_argument("--output", type=Path, help="also write the report to this file")
     return parser.parse_args()
 
 
@@ -184,24 +178,14 @@ async def _report(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "goals_ms": {"first_added": GOAL_FIRST_MS, "event_added": GOAL_EVENT_MS},
         **{name: asdict(comparison) for name, comparison in found.items()},
-        "setup": {
-            "command": "python -m specinfer_bench.gateway " + shlex.join(sys.argv[1:]),
-            "model": cluster["model"],
-            "model_hash": cluster["model_hash"],
-            "dtype": cluster["dtype"],
-            "machine": machine_facts(),
-            "load_average": os.getloadavg()[0],
-        },
+        "setup": setup_facts(MODULE, cluster),
     }
 
 
 def main() -> None:
     """Compare and print the report."""
     arguments = _arguments()
-    text = json.dumps(asyncio.run(_report(arguments)), indent=2) + "\n"
-    sys.stdout.write(text)
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
+    write_report(asyncio.run(_report(arguments)), arguments.output)
 
 
 if __name__ == "__main__":

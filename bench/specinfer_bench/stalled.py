@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from specinfer import AsyncClient
 from specinfer.errors import SpecinferError
 from specinfer.options import GenerateOptions
-from specinfer_bench.machine import machine_facts
+from specinfer_bench.cluster_report import cluster_parser, setup_facts, write_report
 from specinfer_bench.spread import Spread, spread
 from specinfer_bench.wire import HttpWire
 
+MODULE = "specinfer_bench.stalled"
 GOAL_LOSS = 0.05
 PROMPT = "What does textwrap.dedent do?"
 LONG_TOKENS = 1500
@@ -175,14 +172,10 @@ def _loss(alone: list[float], beside: list[float]) -> Loss:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m specinfer_bench.stalled", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--cluster", type=Path, required=True, help="what `up --json` printed")
+    parser = cluster_parser(MODULE, __doc__)
     parser.add_argument("--streams", type=int, default=16, help="streams that are read")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each")
     parser.add_argument("--rounds", type=int, default=40, help="times that each arm runs")
-    parser.add_argument("--output", type=Path, help="also write the report to this file")
     return parser.parse_args()
 
 
@@ -200,24 +193,14 @@ async def _report(arguments: argparse.Namespace) -> dict[str, object]:
         "goal_loss": GOAL_LOSS,
         "streams": arguments.streams,
         "stalled_reader": {kind: asdict(loss) for kind, loss in losses.items()},
-        "setup": {
-            "command": "python -m specinfer_bench.stalled " + shlex.join(sys.argv[1:]),
-            "model": cluster["model"],
-            "model_hash": cluster["model_hash"],
-            "dtype": cluster["dtype"],
-            "machine": machine_facts(),
-            "load_average": os.getloadavg()[0],
-        },
+        "setup": setup_facts(MODULE, cluster),
     }
 
 
 def main() -> None:
     """Measure and print the report."""
     arguments = _arguments()
-    text = json.dumps(asyncio.run(_report(arguments)), indent=2) + "\n"
-    sys.stdout.write(text)
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
+    write_report(asyncio.run(_report(arguments)), arguments.output)
 
 
 if __name__ == "__main__":

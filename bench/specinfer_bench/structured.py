@@ -27,6 +27,7 @@ from specinfer import AsyncClient, Completion, SpecinferError
 from specinfer.messages import Grammar, SpeculationOptions
 from specinfer.options import GenerateOptions
 from specinfer_bench.machine import machine_facts
+from specinfer_bench.shapes import SHAPES
 
 MAX_TOKENS = 400
 MAX_REPORTED = 20
@@ -140,11 +141,6 @@ SETTINGS: dict[str, GenerateOptions] = {
     "penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "frequency_penalty": 0.3},
 }
 PLAIN = SpeculationOptions(enabled=False)
-SHAPES: dict[str, SpeculationOptions] = {
-    "the cluster's": SpeculationOptions(),
-    "chain of 6": SpeculationOptions(max_nodes=6, max_depth=6, widths=(1,) * 6),
-    "widths 3,2,2,1": SpeculationOptions(max_nodes=33, max_depth=4, widths=(3, 2, 2, 1)),
-}
 
 
 @dataclass(frozen=True)

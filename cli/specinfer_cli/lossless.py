@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from specinfer import AsyncClient, Capabilities
 from specinfer_bench.prompts import read_prompts
+from specinfer_bench.shapes import SHAPES
 from specinfer_cli import arguments
 from specinfer_cli.cluster import ClusterSettings, running_cluster
 from specinfer_cli.console import friendly, messages, output, print_json
 from specinfer_cli.lossless_cases import (
     GREEDY_SETTINGS,
     SAMPLED_SETTINGS,
-    SHAPES,
     all_cases,
     num_cases,
 )

@@ -1,11 +1,10 @@
-"""Which runs `specinfer lossless` compares: sampling settings, tree shapes, and what a case is."""
+"""Which runs `specinfer lossless` compares: sampling settings, and what a case is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from specinfer.messages import SpeculationOptions
 from specinfer.options import GenerateOptions
 
 # Greedy output does not depend on the seed, so those settings run once a prompt.
@@ -31,11 +30,6 @@ SAMPLED_SETTINGS: dict[str, GenerateOptions] = {
         "presence_penalty": 0.5,
         "frequency_penalty": 0.2,
     },
-}
-SHAPES: dict[str, SpeculationOptions] = {
-    "the cluster's": SpeculationOptions(),
-    "chain of 6": SpeculationOptions(max_nodes=6, max_depth=6, widths=(1,) * 6),
-    "widths 3,2,2,1": SpeculationOptions(max_nodes=33, max_depth=4, widths=(3, 2, 2, 1)),
 }
 
 

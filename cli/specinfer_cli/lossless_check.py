@@ -14,7 +14,8 @@ from specinfer.errors import SpecinferError
 from specinfer.messages import SpeculationOptions
 from specinfer.options import GenerateOptions
 from specinfer.sampling import MAX_LOGPROBS
-from specinfer_cli.lossless_cases import SHAPES, Case
+from specinfer_bench.shapes import SHAPES
+from specinfer_cli.lossless_cases import Case
 
 MAX_REPORTED = 100
 

@@ -14,9 +14,9 @@ from specinfer import AsyncClient, Completion
 from specinfer.errors import InvalidRequest
 from specinfer.messages import Grammar, SpeculationOptions, SpeculationSummary, Usage
 from specinfer.options import GenerateOptions
+from specinfer_bench.shapes import SHAPES
 from specinfer_bench.structured import (
     SCHEMAS,
-    SHAPES,
     all_cases,
     measure,
     run_cases,
