@@ -8,6 +8,7 @@
     ├── Unauthenticated           UNAUTHENTICATED      no key, or one that is not known
     ├── PermissionDenied          PERMISSION_DENIED    a key that may not do this
     ├── StaleEpoch                ABORTED              the session has moved on
+    │   └── LeaseLost             ABORTED              somebody else owns the session now
     ├── Mismatch                  FAILED_PRECONDITION  parts that do not belong together
     ├── ResourceExhausted         RESOURCE_EXHAUSTED   full for now; retry later
     │   └── ReaderStalled         RESOURCE_EXHAUSTED   a stream that was not read; resume it
@@ -104,6 +105,12 @@ class StaleEpoch(SpecinferError):
     reason = "STALE_EPOCH"
 
 
+class LeaseLost(StaleEpoch):
+    """Somebody else has claimed the session; whoever reads this must let go of it."""
+
+    reason = "LEASE_LOST"
+
+
 class Mismatch(SpecinferError):
     """Parts that do not belong together, such as a drafter with another tokenizer."""
 
@@ -166,6 +173,7 @@ _KINDS: tuple[type[SpecinferError], ...] = (
     Unauthenticated,
     PermissionDenied,
     StaleEpoch,
+    LeaseLost,
     Mismatch,
     ResourceExhausted,
     ReaderStalled,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from specinfer.v1 import tree_pb2 as specinfer_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specinfer/v1/draft.proto\x12\x0cspecinfer.v1\x1a\x17specinfer/v1/tree.proto\"6\n\x0c\x44raftRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.specinfer.v1.DraftItem\"\xcb\x01\n\tDraftItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\'\n\x04open\x18\x04 \x01(\x0b\x32\x17.specinfer.v1.OpenDraftH\x00\x12,\n\x07propose\x18\x05 \x01(\x0b\x32\x19.specinfer.v1.ProposeTreeH\x00\x12)\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x18.specinfer.v1.CloseDraftH\x00\x42\x08\n\x06\x61\x63tion\"\x91\x01\n\tOpenDraft\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.specinfer.v1.SamplingParams\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12&\n\x07grammar\x18\x04 \x01(\x0b\x32\x15.specinfer.v1.Grammar\"z\n\x0bProposeTree\x12\x11\n\tknown_len\x18\x01 \x01(\r\x12\x15\n\rnew_token_ids\x18\x02 \x03(\r\x12\'\n\x05shape\x18\x03 \x01(\x0b\x32\x18.specinfer.v1.ShapeQuery\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x04 \x01(\x01\"\x0c\n\nCloseDraft\"R\n\nShapeQuery\x12\x11\n\tmax_nodes\x18\x01 \x01(\r\x12\x11\n\tmax_depth\x18\x02 \x01(\r\x12\x0e\n\x06widths\x18\x03 \x03(\r\x12\x0e\n\x06\x62ranch\x18\x04 \x01(\r\"g\n\rDraftResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.specinfer.v1.DraftItemResult\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.specinfer.v1.WorkerLoad\"\xc6\x01\n\x0f\x44raftItemResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12(\n\x06status\x18\x04 \x01(\x0b\x32\x18.specinfer.v1.ItemStatus\x12%\n\x04tree\x18\x05 \x01(\x0b\x32\x17.specinfer.v1.TokenTree\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\"\x1c\n\x1a\x44raftServiceGetInfoRequest\"E\n\x1b\x44raftServiceGetInfoResponse\x12&\n\x04info\x18\x01 \x01(\x0b\x32\x18.specinfer.v1.WorkerInfo2\xb4\x01\n\x0c\x44raftService\x12\x44\n\x05\x44raft\x12\x1a.specinfer.v1.DraftRequest\x1a\x1b.specinfer.v1.DraftResponse(\x01\x30\x01\x12^\n\x07GetInfo\x12(.specinfer.v1.DraftServiceGetInfoRequest\x1a).specinfer.v1.DraftServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specinfer/v1/draft.proto\x12\x0cspecinfer.v1\x1a\x17specinfer/v1/tree.proto\"6\n\x0c\x44raftRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.specinfer.v1.DraftItem\"\xef\x01\n\tDraftItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\'\n\x04open\x18\x04 \x01(\x0b\x32\x17.specinfer.v1.OpenDraftH\x00\x12,\n\x07propose\x18\x05 \x01(\x0b\x32\x19.specinfer.v1.ProposeTreeH\x00\x12)\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x18.specinfer.v1.CloseDraftH\x00\x12\r\n\x05owner\x18\x07 \x01(\x04\x12\x13\n\x0btraceparent\x18\x08 \x01(\tB\x08\n\x06\x61\x63tion\"\x91\x01\n\tOpenDraft\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12.\n\x08sampling\x18\x02 \x01(\x0b\x32\x1c.specinfer.v1.SamplingParams\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12&\n\x07grammar\x18\x04 \x01(\x0b\x32\x15.specinfer.v1.Grammar\"z\n\x0bProposeTree\x12\x11\n\tknown_len\x18\x01 \x01(\r\x12\x15\n\rnew_token_ids\x18\x02 \x03(\r\x12\'\n\x05shape\x18\x03 \x01(\x0b\x32\x18.specinfer.v1.ShapeQuery\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x04 \x01(\x01\"\x0c\n\nCloseDraft\"R\n\nShapeQuery\x12\x11\n\tmax_nodes\x18\x01 \x01(\r\x12\x11\n\tmax_depth\x18\x02 \x01(\r\x12\x0e\n\x06widths\x18\x03 \x03(\r\x12\x0e\n\x06\x62ranch\x18\x04 \x01(\r\"g\n\rDraftResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.specinfer.v1.DraftItemResult\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.specinfer.v1.WorkerLoad\"\xc6\x01\n\x0f\x44raftItemResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12(\n\x06status\x18\x04 \x01(\x0b\x32\x18.specinfer.v1.ItemStatus\x12%\n\x04tree\x18\x05 \x01(\x0b\x32\x17.specinfer.v1.TokenTree\x12\x15\n\rqueue_seconds\x18\x06 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x07 \x01(\x01\"\x1c\n\x1a\x44raftServiceGetInfoRequest\"E\n\x1b\x44raftServiceGetInfoResponse\x12&\n\x04info\x18\x01 \x01(\x0b\x32\x18.specinfer.v1.WorkerInfo2\xb4\x01\n\x0c\x44raftService\x12\x44\n\x05\x44raft\x12\x1a.specinfer.v1.DraftRequest\x1a\x1b.specinfer.v1.DraftResponse(\x01\x30\x01\x12^\n\x07GetInfo\x12(.specinfer.v1.DraftServiceGetInfoRequest\x1a).specinfer.v1.DraftServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,23 +35,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTREQUEST']._serialized_start=67
   _globals['_DRAFTREQUEST']._serialized_end=121
   _globals['_DRAFTITEM']._serialized_start=124
-  _globals['_DRAFTITEM']._serialized_end=327
-  _globals['_OPENDRAFT']._serialized_start=330
-  _globals['_OPENDRAFT']._serialized_end=475
-  _globals['_PROPOSETREE']._serialized_start=477
-  _globals['_PROPOSETREE']._serialized_end=599
-  _globals['_CLOSEDRAFT']._serialized_start=601
-  _globals['_CLOSEDRAFT']._serialized_end=613
-  _globals['_SHAPEQUERY']._serialized_start=615
-  _globals['_SHAPEQUERY']._serialized_end=697
-  _globals['_DRAFTRESPONSE']._serialized_start=699
-  _globals['_DRAFTRESPONSE']._serialized_end=802
-  _globals['_DRAFTITEMRESULT']._serialized_start=805
-  _globals['_DRAFTITEMRESULT']._serialized_end=1003
-  _globals['_DRAFTSERVICEGETINFOREQUEST']._serialized_start=1005
-  _globals['_DRAFTSERVICEGETINFOREQUEST']._serialized_end=1033
-  _globals['_DRAFTSERVICEGETINFORESPONSE']._serialized_start=1035
-  _globals['_DRAFTSERVICEGETINFORESPONSE']._serialized_end=1104
-  _globals['_DRAFTSERVICE']._serialized_start=1107
-  _globals['_DRAFTSERVICE']._serialized_end=1287
+  _globals['_DRAFTITEM']._serialized_end=363
+  _globals['_OPENDRAFT']._serialized_start=366
+  _globals['_OPENDRAFT']._serialized_end=511
+  _globals['_PROPOSETREE']._serialized_start=513
+  _globals['_PROPOSETREE']._serialized_end=635
+  _globals['_CLOSEDRAFT']._serialized_start=637
+  _globals['_CLOSEDRAFT']._serialized_end=649
+  _globals['_SHAPEQUERY']._serialized_start=651
+  _globals['_SHAPEQUERY']._serialized_end=733
+  _globals['_DRAFTRESPONSE']._serialized_start=735
+  _globals['_DRAFTRESPONSE']._serialized_end=838
+  _globals['_DRAFTITEMRESULT']._serialized_start=841
+  _globals['_DRAFTITEMRESULT']._serialized_end=1039
+  _globals['_DRAFTSERVICEGETINFOREQUEST']._serialized_start=1041
+  _globals['_DRAFTSERVICEGETINFOREQUEST']._serialized_end=1069
+  _globals['_DRAFTSERVICEGETINFORESPONSE']._serialized_start=1071
+  _globals['_DRAFTSERVICEGETINFORESPONSE']._serialized_end=1140
+  _globals['_DRAFTSERVICE']._serialized_start=1143
+  _globals['_DRAFTSERVICE']._serialized_end=1323
 # @@protoc_insertion_point(module_scope)

@@ -55,12 +55,20 @@ class DraftItem(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     PROPOSE_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     item_id: _builtins.int
     """Unique in the stream."""
     session_id: _builtins.str
     """Session that the item belongs to."""
     epoch: _builtins.int
     """Commits that the session has seen."""
+    owner: _builtins.int
+    """How often the session was claimed. Once a worker has seen an owner, what an earlier one sends for
+    the session is refused with LEASE_LOST.
+    """
+    traceparent: _builtins.str
+    """W3C trace context of the round, in the rounds of a request that is traced in detail."""
     @_builtins.property
     def open(self) -> Global___OpenDraft:
         """Start to follow a session."""
@@ -82,10 +90,12 @@ class DraftItem(_message.Message):
         open: Global___OpenDraft | None = ...,
         propose: Global___ProposeTree | None = ...,
         close: Global___CloseDraft | None = ...,
+        owner: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "close", b"close", "open", b"open", "propose", b"propose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "close", b"close", "epoch", b"epoch", "item_id", b"item_id", "open", b"open", "propose", b"propose", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "close", b"close", "epoch", b"epoch", "item_id", b"item_id", "open", b"open", "owner", b"owner", "propose", b"propose", "session_id", b"session_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["open", "propose", "close"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015

@@ -55,6 +55,8 @@ class VerifyItem(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     item_id: _builtins.int
     """Unique in the stream."""
     session_id: _builtins.str
@@ -63,6 +65,12 @@ class VerifyItem(_message.Message):
     """Commits that the session has seen. A step for the epoch before the worker's own is answered
     with the result it had; any other mismatch is refused as stale.
     """
+    owner: _builtins.int
+    """How often the session was claimed. Once a worker has seen an owner, what an earlier one sends for
+    the session is refused with LEASE_LOST.
+    """
+    traceparent: _builtins.str
+    """W3C trace context of the round, in the rounds of a request that is traced in detail."""
     @_builtins.property
     def open(self) -> Global___OpenVerify:
         """Take a session."""
@@ -84,10 +92,12 @@ class VerifyItem(_message.Message):
         open: Global___OpenVerify | None = ...,
         step: Global___VerifyStep | None = ...,
         close: Global___CloseVerify | None = ...,
+        owner: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "close", b"close", "open", b"open", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "close", b"close", "epoch", b"epoch", "item_id", b"item_id", "open", b"open", "session_id", b"session_id", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "close", b"close", "epoch", b"epoch", "item_id", b"item_id", "open", b"open", "owner", b"owner", "session_id", b"session_id", "step", b"step", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["open", "step", "close"]  # noqa: Y015
     _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015

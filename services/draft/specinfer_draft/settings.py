@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
-from specinfer.rpc import TlsSettings
 from specinfer.settings import read_settings, required_setting, setting
+from specinfer.worker_settings import WorkerSettings
 
 PREFIX = "SPECINFER_DRAFT"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(WorkerSettings):
     """What `python -m specinfer_draft --help` lists.
 
     Raises:
@@ -23,66 +23,25 @@ class Settings:
 
     model: Path = required_setting("folder of the drafter's checkpoint (safetensors)")
     address: str = setting("127.0.0.1:50061", "where to listen; port 0 takes a free one")
-    name: str = setting("", "name to report the model under; the folder's name if empty")
-    dtype: str = setting("bfloat16", "float32, bfloat16 or float64")
-    device: str = setting("cpu", "device of the model, such as cpu or cuda:0")
-    kv_blocks: int | None = setting(None, "blocks of the KV pool; overrides --kv-memory")
     kv_memory: int = setting(256, "MiB of the KV pool, taken once at start")
-    block_size: int = setting(16, "tokens in a block")
     max_sessions: int = setting(256, "most sessions followed; the least recently used one goes")
-    max_tree_nodes: int = setting(64, "largest tree grown, root included")
     max_rows: int = setting(512, "most rows of a pass")
+    drain_seconds: float = setting(5.0, "how long trees may go on growing after SIGTERM")
     prefill_rows: int = setting(128, "most rows of prompts in a pass that carries trees")
     score_floor: float = setting(-5.0, "lowest log score of a best-first node")
     least_reach: float = setting(0.15, "least chance of being reached that a level is grown for")
     spread: float = setting(1.0, "how far the target's logits are taken to lie from the drafter's")
-    drain_seconds: float = setting(5.0, "how long trees may go on growing after SIGTERM")
-    threads: int = setting(0, "threads of a pass on a CPU; 0 leaves it to torch")
-    worker_id: str = setting("", "unique name of this worker; made up if empty")
-    insecure_bind: bool = setting(False, "allow a plain-text port on other than loopback")
-    reflection: bool = setting(True, "let gRPC tools list the services")
-    tls_certificate: Path | None = setting(None, "PEM file of the certificate chain")
-    tls_key: Path | None = setting(None, "PEM file of the private key")
-    tls_ca: Path | None = setting(None, "PEM file of those who may sign client certificates")
 
     def __post_init__(self) -> None:
-        for field in ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows"):
-            if getattr(self, field) < 1:
-                raise InvalidRequest(f"{field} is at least 1", field=field)
-        if self.kv_blocks is not None and self.kv_blocks < 1:
-            raise InvalidRequest("kv_blocks is at least 1", field="kv_blocks")
+        super().__post_init__()
+        if self.prefill_rows < 1:
+            raise InvalidRequest("prefill_rows is at least 1", field="prefill_rows")
         if not self.score_floor < 0 or not 0 <= self.least_reach <= 1:
             raise InvalidRequest(
                 "score_floor is negative and least_reach between 0 and 1", field="score_floor"
             )
         if not 0 <= self.spread < float("inf"):
             raise InvalidRequest("spread is 0 or more", field="spread")
-        if self.drain_seconds < 0 or self.threads < 0:
-            raise InvalidRequest("drain_seconds and threads are at least 0", field="drain_seconds")
-
-    @property
-    def tls(self) -> TlsSettings | None:
-        """Files of the TLS port, or None for plain text."""
-        if self.tls_certificate is None:
-            return None
-        return TlsSettings(self.tls_ca, self.tls_certificate, self.tls_key)
-
-    def num_blocks(self, bytes_per_token: int) -> int:
-        """Blocks of the pool, given what one token's keys and values take.
-
-        Raises:
-            InvalidRequest: when the memory allowed does not hold a single block.
-        """
-        if self.kv_blocks is not None:
-            return self.kv_blocks
-        num_blocks = (self.kv_memory << 20) // (bytes_per_token * self.block_size)
-        if num_blocks < 1:
-            raise InvalidRequest(
-                f"{self.kv_memory} MiB hold no block of {self.block_size} tokens of "
-                f"{bytes_per_token} bytes",
-                field="kv_memory",
-            )
-        return num_blocks
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:

@@ -66,12 +66,16 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
         num_prompt_tokens: int,
         *,
         grammar: Grammar | None = None,
+        owner: int = 0,
+        traceparent: str = "",
     ) -> asyncio.Future[None]:
         """Let the worker follow a session whose last token is the root."""
         item = draft_pb2.DraftItem(
             item_id=self._item_id(),
             session_id=session_id,
             epoch=epoch,
+            owner=owner,
+            traceparent=traceparent,
             open=draft_pb2.OpenDraft(
                 token_ids=token_ids,
                 sampling=sampling_to_wire(sampling),
@@ -89,12 +93,17 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
         new_token_ids: Sequence[int],
         shape: ShapeQuery,
         deadline_seconds: float,
+        *,
+        owner: int = 0,
+        traceparent: str = "",
     ) -> asyncio.Future[DraftResult]:
         """Ask for a tree below the last of the new tokens, or of the known ones."""
         item = draft_pb2.DraftItem(
             item_id=self._item_id(),
             session_id=session_id,
             epoch=epoch,
+            owner=owner,
+            traceparent=traceparent,
             propose=draft_pb2.ProposeTree(
                 known_len=known_len,
                 new_token_ids=new_token_ids,
@@ -104,12 +113,13 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
         )
         return self._send(item, item.item_id, session_id, draft_result_from_wire)
 
-    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> asyncio.Future[None]:
         """Let the worker drop a session."""
         item = draft_pb2.DraftItem(
             item_id=self._item_id(),
             session_id=session_id,
             epoch=epoch,
+            owner=owner,
             close=draft_pb2.CloseDraft(),
         )
         return self._send(item, item.item_id, session_id, _nothing)
@@ -141,12 +151,16 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
         num_logprobs: int | None,
         *,
         grammar: Grammar | None = None,
+        owner: int = 0,
+        traceparent: str = "",
     ) -> asyncio.Future[None]:
         """Bring a session to the worker; its last token is the root."""
         item = verify_pb2.VerifyItem(
             item_id=self._item_id(),
             session_id=session_id,
             epoch=epoch,
+            owner=owner,
+            traceparent=traceparent,
             open=verify_pb2.OpenVerify(
                 token_ids=token_ids,
                 num_prompt_tokens=num_prompt_tokens,
@@ -157,22 +171,33 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
         )
         return self._send(item, item.item_id, session_id, _nothing)
 
-    def step(self, session_id: str, epoch: int, tree: TokenTree) -> asyncio.Future[VerifyResult]:
+    def step(
+        self,
+        session_id: str,
+        epoch: int,
+        tree: TokenTree,
+        *,
+        owner: int = 0,
+        traceparent: str = "",
+    ) -> asyncio.Future[VerifyResult]:
         """Have a tree checked and what it confirms committed to the worker's KV."""
         item = verify_pb2.VerifyItem(
             item_id=self._item_id(),
             session_id=session_id,
             epoch=epoch,
+            owner=owner,
+            traceparent=traceparent,
             step=verify_pb2.VerifyStep(tree=tree_to_wire(tree)),
         )
         return self._send(item, item.item_id, session_id, verify_result_from_wire)
 
-    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> asyncio.Future[None]:
         """Let the worker give a session's KV up."""
         item = verify_pb2.VerifyItem(
             item_id=self._item_id(),
             session_id=session_id,
             epoch=epoch,
+            owner=owner,
             close=verify_pb2.CloseVerify(),
         )
         return self._send(item, item.item_id, session_id, _nothing)

@@ -2,66 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import sys
+from collections.abc import Callable
 
-from specinfer.errors import SpecinferError
-from specinfer.server import build_server, serve_until_signal
-from specinfer.v1 import verify_pb2_grpc
+from specinfer.v1 import verify_pb2, verify_pb2_grpc
+from specinfer.worker_process import ServedWorker, run_worker, serve_worker
 from specinfer_verify.settings import Settings, parse_settings
+
+SERVICE_NAME = verify_pb2.DESCRIPTOR.services_by_name["VerifyService"].full_name
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until a signal ends the process; sessions then have `drain_seconds` to finish."""
+    """Serve until a signal ends the process; see `serve_worker`."""
     # Heavy imports wait until the flags are known to be good.
-    from specinfer_verify.servicer import SERVICE_NAME, VerifyServicer
+    from specinfer_verify.servicer import VerifyServicer
     from specinfer_verify.worker import build_worker
 
-    server = build_server(
-        settings.address,
-        [SERVICE_NAME],
-        tls=settings.tls,
-        insecure_bind=settings.insecure_bind,
-    )
-    loop = asyncio.get_running_loop()
+    def build(on_failure: Callable[[], None]) -> ServedWorker:
+        worker = build_worker(settings, on_failure)
+        files = worker.loaded.tokenizer_files
+        servicer = VerifyServicer(worker.engine, worker.info, files, worker.loaded.eos_token_ids)
+        return ServedWorker(
+            worker.engine,
+            worker.info,
+            lambda server: verify_pb2_grpc.add_VerifyServiceServicer_to_server(servicer, server),
+        )
 
-    failed = asyncio.Event()
-
-    def report_failure() -> None:
-        loop.call_soon_threadsafe(failed.set)
-
-    worker = await asyncio.to_thread(build_worker, settings, report_failure)
-    files = worker.loaded.tokenizer_files
-    servicer = VerifyServicer(worker.engine, worker.info, files, worker.loaded.eos_token_ids)
-    verify_pb2_grpc.add_VerifyServiceServicer_to_server(servicer, server.server)
-    worker.engine.start()
-    await server.start()
-
-    async def drain() -> None:
-        await asyncio.to_thread(worker.engine.drain, settings.drain_seconds)
-
-    ending = asyncio.create_task(
-        serve_until_signal(server, grace_seconds=1.0, on_drain=drain, failed=failed)
-    )
-    await asyncio.sleep(0)  # whoever reads the next line may send a signal, so it listens first
-    print(f"verify worker {worker.info.worker_id} ready on port {server.port}", flush=True)
-    try:
-        await ending
-    finally:
-        await asyncio.to_thread(worker.engine.stop)
+    await serve_worker(settings, tier="verify", service_name=SERVICE_NAME, build=build)
 
 
 def main() -> int:
-    """Exit status 0 after a drain, 1 with one line when it cannot start or its engine fails."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    try:
-        asyncio.run(serve(parse_settings(sys.argv[1:], os.environ)))
-    except SpecinferError as error:
-        print(f"specinfer_verify: {error.message}", file=sys.stderr)
-        return 1
-    return 0
+    """Exit status of the process; see `run_worker`."""
+    return run_worker("specinfer_verify", lambda: parse_settings(sys.argv[1:], os.environ), serve)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""How a draft or verify worker's process runs: build, serve, drain, end. Needs the `serve` extra.
+
+This module knows nothing of models, trees or what a tier's service does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import grpc.aio
+
+from specinfer.errors import InternalError, SpecinferError
+from specinfer.messages import WorkerInfo, WorkerLoad
+from specinfer.server import build_server, serve_until_signal
+from specinfer.telemetry import set_up
+from specinfer.worker_settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+_Settings = TypeVar("_Settings", bound=WorkerSettings)
+
+
+class WorkerEngine(Protocol):
+    """What a process needs of its engine; every method may be called from any thread."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread runs."""
+        ...
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        ...
+
+    def load(self) -> WorkerLoad:
+        """How busy the engine is."""
+        ...
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new sessions and wait for the open ones; whether they all ended in time."""
+        ...
+
+    def stop(self) -> None:
+        """End the thread; what is pending fails with Unavailable."""
+        ...
+
+
+@dataclass(frozen=True)
+class ServedWorker:
+    """A worker that is ready to be served.
+
+    Attributes:
+        engine: does the work; not started yet.
+        info: what the worker is.
+        register: adds the tier's servicer to a server.
+    """
+
+    engine: WorkerEngine
+    info: WorkerInfo
+    register: Callable[[grpc.aio.Server], None]
+
+
+Build = Callable[[Callable[[], None]], ServedWorker]
+
+
+async def serve_worker(
+    settings: WorkerSettings, *, tier: str, service_name: str, build: Build
+) -> None:
+    """Serve until a signal ends the process; sessions then have `drain_seconds` to finish.
+
+    Args:
+        settings: of the worker.
+        tier: "draft" or "verify".
+        service_name: full name of its gRPC service.
+        build: makes the worker, in a thread of its own; it is given what to call when the engine
+            fails, from whatever thread.
+
+    Raises:
+        SpecinferError: it cannot start, or its engine failed.
+    """
+    server = build_server(
+        settings.address,
+        [service_name],
+        tls=settings.tls,
+        insecure_bind=settings.insecure_bind,
+        enable_reflection=settings.reflection,
+    )
+    loop = asyncio.get_running_loop()
+    failed = asyncio.Event()
+
+    def report_failure() -> None:
+        loop.call_soon_threadsafe(failed.set)
+
+    worker = await asyncio.to_thread(build, report_failure)
+    worker.register(server.server)
+    worker.engine.start()
+    await server.start()
+
+    async def drain() -> None:
+        await asyncio.to_thread(worker.engine.drain, settings.drain_seconds)
+
+    ending = asyncio.create_task(
+        serve_until_signal(server, grace_seconds=1.0, on_drain=drain, failed=failed)
+    )
+    await asyncio.sleep(0)  # whoever reads the next line may send a signal, so it listens first
+    print(f"{tier} worker {worker.info.worker_id} ready on port {server.port}", flush=True)
+    try:
+        await ending
+        if failed.is_set():
+            raise InternalError("the engine failed while it drained; the log above says why")
+    finally:
+        await asyncio.to_thread(worker.engine.stop)
+
+
+def run_worker(
+    program: str,
+    read: Callable[[], _Settings],
+    serve: Callable[[_Settings], Coroutine[Any, Any, None]],
+) -> int:
+    """Exit status 0 after a drain, 1 with one line when it cannot start or its engine fails.
+
+    Args:
+        program: name of the process, such as "specinfer_verify".
+        read: reads the settings.
+        serve: makes the coroutine that serves under them.
+    """
+    try:
+        settings = read()
+        set_up(program.replace("_", "-"), level=settings.log_level)
+        asyncio.run(serve(settings))
+    except SpecinferError as error:
+        print(f"{program}: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,91 @@
+"""Settings that draft and verify workers share: a model, its memory, and how to be reached.
+
+This module knows nothing of what a tier does with its model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from specinfer.errors import InvalidRequest
+from specinfer.rpc import TlsSettings
+from specinfer.settings import required_setting, setting
+
+_AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What every worker is told at its start; a tier adds its own fields and defaults.
+
+    Raises:
+        InvalidRequest: when values are out of range.
+    """
+
+    model: Path = required_setting("folder of the checkpoint (safetensors)")
+    address: str = setting("127.0.0.1:0", "where to listen; port 0 takes a free one")
+    advertise: str = setting("", "address that routers reach us at; host name and port if empty")
+    name: str = setting("", "name of the model; the folder's name if empty")
+    dtype: str = setting("bfloat16", "float32, bfloat16 or float64")
+    device: str = setting("cpu", "device of the model, such as cpu or cuda:0")
+    kv_blocks: int | None = setting(None, "blocks of the KV pool; overrides --kv-memory")
+    kv_memory: int = setting(1024, "MiB of the KV pool, taken once at start")
+    block_size: int = setting(16, "tokens in a block")
+    max_sessions: int = setting(256, "most sessions open at once")
+    max_tree_nodes: int = setting(64, "largest tree, root included")
+    max_rows: int = setting(256, "most rows of a pass")
+    drain_seconds: float = setting(30.0, "how long work may go on after SIGTERM")
+    threads: int = setting(0, "threads of a pass on a CPU; 0 leaves it to torch")
+    worker_id: str = setting("", "unique name of this worker; made up if empty")
+    redis: str = setting("", "URL of the Redis that routers find us by; empty: they are told")
+    redis_password_file: Path | None = setting(None, "file that holds Redis's password")
+    redis_ca: Path | None = setting(None, "certificates to trust for rediss://, PEM")
+    redis_certificate: Path | None = setting(None, "our certificate for Redis, PEM")
+    redis_key: Path | None = setting(None, "its private key, PEM")
+    redis_cluster: bool = setting(False, "the Redis is a cluster")
+    metrics: str = setting("", "address of the metrics over HTTP; empty: none")
+    insecure_bind: bool = setting(False, "allow a plain-text port on other than loopback")
+    reflection: bool = setting(True, "let gRPC tools list the services")
+    tls_certificate: Path | None = setting(None, "PEM file of the certificate chain")
+    tls_key: Path | None = setting(None, "PEM file of the private key")
+    tls_ca: Path | None = setting(None, "PEM file of those who may sign client certificates")
+    log_level: str = setting("info", "debug, info, warning or error")
+    otlp_endpoint: str = setting("", "OTLP collector for traces, such as http://127.0.0.1:4317")
+
+    def __post_init__(self) -> None:
+        for field in _AT_LEAST_ONE:
+            if getattr(self, field) < 1:
+                raise InvalidRequest(f"{field} is at least 1", field=field)
+        if self.kv_blocks is not None and self.kv_blocks < 1:
+            raise InvalidRequest("kv_blocks is at least 1", field="kv_blocks")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith("_seconds") and not 0 <= value < float("inf"):
+                raise InvalidRequest(f"{item.name} is 0 or more", field=item.name)
+        if self.threads < 0:
+            raise InvalidRequest("threads is at least 0", field="threads")
+
+    @property
+    def tls(self) -> TlsSettings | None:
+        """Files of the TLS port, or None for plain text."""
+        if self.tls_certificate is None:
+            return None
+        return TlsSettings(self.tls_ca, self.tls_certificate, self.tls_key)
+
+    def num_blocks(self, bytes_per_token: int) -> int:
+        """Blocks of the pool, given what one token's keys and values take.
+
+        Raises:
+            InvalidRequest: when the memory allowed does not hold a single block.
+        """
+        if self.kv_blocks is not None:
+            return self.kv_blocks
+        num_blocks = (self.kv_memory << 20) // (bytes_per_token * self.block_size)
+        if num_blocks < 1:
+            raise InvalidRequest(
+                f"{self.kv_memory} MiB hold no block of {self.block_size} tokens of "
+                f"{bytes_per_token} bytes",
+                field="kv_memory",
+            )
+        return num_blocks
