@@ -35,6 +35,7 @@ from specinfer.messages.workers import (
     VerifyResult,
     WorkerInfo,
     WorkerLoad,
+    WorkerStatus,
 )
 
 __all__ = [
@@ -64,4 +65,5 @@ __all__ = [
     "VerifyResult",
     "WorkerInfo",
     "WorkerLoad",
+    "WorkerStatus",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specinfer.errors import InvalidRequest
 from specinfer.tree import TokenTree
@@ -176,3 +176,36 @@ class WorkerLoad:
     num_waiting: int = 0
     num_free_blocks: int = 0
     draining: bool = False
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """What a router knows of one worker and thinks of it.
+
+    Attributes:
+        tier: "draft" or "verify".
+        worker_id: unique name of the process, or "" before it has said so.
+        address: host and port that the router reaches it at.
+        source: "static" for an address that the router was given, "registry" for one it found.
+        connected: whether items can be sent.
+        ready: whether new sessions may be brought there.
+        trusted: whether it did what was asked of it lately.
+        refusal: why it may not serve here, or "".
+        info: what it said it is, or None before the first connection.
+        load: what it said last.
+        num_seats: sessions of this router that use it.
+        breaker: state of its circuit breaker, or "" where there is none.
+    """
+
+    tier: str
+    worker_id: str
+    address: str
+    source: str
+    connected: bool = False
+    ready: bool = False
+    trusted: bool = True
+    refusal: str = ""
+    info: WorkerInfo | None = None
+    load: WorkerLoad = field(default_factory=WorkerLoad)
+    num_seats: int = 0
+    breaker: str = ""
