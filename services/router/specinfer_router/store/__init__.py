@@ -6,6 +6,7 @@ from specinfer_router.store.interface import (
     ERROR,
     SessionRecord,
     SessionStore,
+    SessionSummary,
     SessionTerms,
 )
 from specinfer_router.store.memory import MemoryStore
@@ -19,5 +20,6 @@ __all__ = [
     "RedisStore",
     "SessionRecord",
     "SessionStore",
+    "SessionSummary",
     "SessionTerms",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from specinfer.errors import StaleEpoch
 from specinfer.messages import Grammar, SpeculationOptions
 from specinfer.sampling import SamplingParams, StopConditions
 
@@ -42,6 +43,8 @@ class SessionTerms:
         prediction: tokens that the output is expected to be like.
         affinity_key: sessions with the same one share a verify worker where its load allows.
         detail: whether each round's tree is sent along.
+        unattended: whether it runs on without a reader, so that routers take it over by themselves
+            when the one that ran it has died.
     """
 
     model_hash: str
@@ -56,6 +59,7 @@ class SessionTerms:
     prediction: tuple[int, ...] = ()
     affinity_key: str = ""
     detail: bool = False
+    unattended: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class SessionRecord:
         terms: what it was opened with.
         token_ids: prompt and committed output.
         epoch: commits so far.
-        owner: how often the session was claimed; only the last owner may commit.
+        owner: how often the session was claimed; only the last owner may commit. The fencing token.
         finish_reason: "stop", "length", CANCELLED, ABANDONED or ERROR; "" while the session runs.
     """
 
@@ -82,6 +86,41 @@ class SessionRecord:
     def output_ids(self) -> tuple[int, ...]:
         """The committed output."""
         return self.token_ids[self.terms.num_prompt_tokens :]
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """What an operator sees of a session; no text of it.
+
+    Attributes:
+        session_id: id of the session.
+        key_id: API key that it belongs to, or "".
+        model_hash: checkpoint that runs it.
+        epoch: commits so far.
+        num_tokens: prompt and committed output.
+        num_prompt_tokens: how many of them are the prompt.
+        finish_reason: as in the record; "" while it runs.
+        owner: how often it was claimed.
+        holder: id of the router that holds it or did so last.
+        lease_seconds: how long that router still counts as alive; 0 when its lease has run out.
+        ttl_seconds: how long the session is still kept.
+    """
+
+    session_id: str
+    key_id: str
+    model_hash: str
+    epoch: int
+    num_tokens: int
+    num_prompt_tokens: int
+    finish_reason: str
+    owner: int
+    holder: str
+    lease_seconds: float
+    ttl_seconds: float
+
+
+class Behind(StaleEpoch):
+    """The store holds an older state than its owner saw committed: it has lost data."""
 
 
 class SessionStore(Protocol):
@@ -113,17 +152,43 @@ class SessionStore(Protocol):
 
         Raises:
             Cancelled: the session was ended by its user.
-            StaleEpoch: the session is not at `epoch` and this is no repetition of its last commit,
-                or `owner` is not its last one any more.
+            LeaseLost: `owner` is not its last one any more.
+            Behind: the store has lost commits that it had answered for; `restore` mends it.
+            StaleEpoch: the session is not at `epoch` and this is no repetition of its last commit.
             NotFound: no such session, or it has expired.
         """
         ...
 
-    async def claim(self, session_id: str) -> SessionRecord:
+    async def claim(self, session_id: str, *, orphaned_only: bool = False) -> SessionRecord:
         """Take a session over: its record with a new owner, running again if it was resumable.
 
-        From now on nobody who owned it before can commit. Raises NotFound.
+        From now on nobody who owned it before can commit. A reader that resumes always takes over;
+        a router that looks for sessions of dead ones asks with `orphaned_only`.
+
+        Raises:
+            LeaseLost: with `orphaned_only`, the session's lease still runs, or it has ended.
+            NotFound: no such session, or it has expired.
         """
+        ...
+
+    async def restore(self, record: SessionRecord, *, known_owner: int | None = None) -> None:
+        """Put a session back that the store has lost, or holds an older state of.
+
+        `known_owner` is the owner number that the store itself gave last, where `record.owner` was
+        counted without it. The same or a later state of the same owner stays as it is.
+
+        Raises:
+            LeaseLost: somebody else has claimed the session since.
+            Cancelled: its user has ended it.
+        """
+        ...
+
+    async def orphans(self, limit: int) -> Sequence[str]:
+        """At most `limit` ids of unattended sessions whose router seems dead; `claim` decides."""
+        ...
+
+    async def sessions(self, limit: int) -> Sequence[SessionSummary]:
+        """At most `limit` of the sessions kept, in no order; for operators, not for every round."""
         ...
 
     async def finish(
