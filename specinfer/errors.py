@@ -13,6 +13,7 @@
     ├── ResourceExhausted         RESOURCE_EXHAUSTED   full for now; retry later
     │   └── ReaderStalled         RESOURCE_EXHAUSTED   a stream that was not read; resume it
     ├── Unavailable               UNAVAILABLE          nobody can serve this now; retry
+    │   └── RouterLeaving         UNAVAILABLE          the router shuts down; go on at another one
     ├── DeadlineExceeded          DEADLINE_EXCEEDED    the caller's time ran out
     ├── Cancelled                 CANCELLED            the caller left
     ├── ClientClosed              -                    a closed client was used
@@ -140,6 +141,12 @@ class Unavailable(SpecinferError):
     retryable = True
 
 
+class RouterLeaving(Unavailable):
+    """The router that was asked shuts down: others go on with its streams and take its requests."""
+
+    reason = "ROUTER_LEAVING"
+
+
 class DeadlineExceeded(SpecinferError):
     """The caller's deadline passed before the answer was complete."""
 
@@ -178,6 +185,7 @@ _KINDS: tuple[type[SpecinferError], ...] = (
     ResourceExhausted,
     ReaderStalled,
     Unavailable,
+    RouterLeaving,
     DeadlineExceeded,
     Cancelled,
     ClientClosed,
