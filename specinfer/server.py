@@ -37,6 +37,11 @@ _Response = TypeVar("_Response")
 # Long enough for the answers that a failure gave to what was pending.
 FAILED_GRACE_SECONDS = 1.0
 _LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+# Three questions that whoever runs us asks the health service, and when each is answered SERVING.
+# "" and the names of the services are answered as readiness is.
+STARTUP = "startup"  # everything is loaded; it stays so
+READINESS = "readiness"  # new work is taken: not while draining
+LIVENESS = "liveness"  # the event loop answers and the engine has not failed; draining is life
 
 
 @dataclass
@@ -57,19 +62,26 @@ class RpcServer:
         """Begin to serve and report every service as serving."""
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         await self.server.start()
+        await self._report((STARTUP, LIVENESS), True)
         await self.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:
-        """Report health for the whole server and for each service."""
-        status = health_pb2.HealthCheckResponse
-        value = status.SERVING if serving else status.NOT_SERVING
-        for name in ("", *self.service_names):
-            await self.health.set(name, value)
+        """Report whether new work is taken, by the whole server and by each service."""
+        await self._report(("", READINESS, *self.service_names), serving)
+
+    async def set_failed(self) -> None:
+        """Report that what is served is broken for good."""
+        await self._report((LIVENESS,), False)
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new calls, let running ones finish for `grace_seconds`, then cut them off."""
-        await self.health.enter_graceful_shutdown()
+        await self.set_serving(False)
         await self.server.stop(grace_seconds)
+
+    async def _report(self, names: Sequence[str], serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in names:
+            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
 
 def build_server(
@@ -145,6 +157,7 @@ async def serve_until_signal(
     log.info("draining")
     await server.set_serving(False)
     if failed.is_set():
+        await server.set_failed()
         await server.drain(FAILED_GRACE_SECONDS)
         raise InternalError("the engine has failed; the log above says why")
     await _first_of(_drain(server, grace_seconds, on_drain), stop.wait())

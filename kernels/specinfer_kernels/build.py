@@ -18,7 +18,7 @@ from pathlib import Path
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "c++", "clang++")
 # No -ffast-math and no contraction: the order and the roundings of every sum are the contract.
-_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-w")
+COMMON_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-w")
 _TIMEOUT_SECONDS = 300
 
 
@@ -53,18 +53,22 @@ def build(cache: Path | None = None) -> Path:
     """Path of the library, compiled now unless it is there. Raises BuildError."""
     compiler = find_compiler()
     target = library_path(compiler, cache)
-    if target.exists():
-        return target
+    if not target.exists():
+        compile_library(compiler, _options(), target)
+    return target
+
+
+def compile_library(compiler: str, options: tuple[str, ...], target: Path) -> None:
+    """Compile `csrc/` to `target`, which is there whole or not at all. Raises BuildError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             source = SOURCE_FOLDER / "kernels.cpp"
-            _run([compiler, *_options(), str(source), "-o", str(made)])
+            _run([compiler, *options, str(source), "-o", str(made)])
             os.replace(made, target)
     except OSError as error:
         raise BuildError(f"cannot write the library to {target.parent}: {error}") from error
-    return target
 
 
 def _user_cache() -> Path:
@@ -81,7 +85,7 @@ def _user_cache() -> Path:
 def _options() -> tuple[str, ...]:
     # On arm64 GCC takes the processor's features from -mcpu.
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    return (*_OPTIONS, native)
+    return (*COMMON_OPTIONS, native)
 
 
 def _processor_features() -> str:

@@ -44,12 +44,16 @@ class AttentionArguments(ctypes.Structure):
 
 @cache
 def _load() -> ctypes.CDLL | str:
-    """The library, built first if need be, or why there is none. Decided once a process."""
+    """The library, built first if need be, or why there is none. Decided once a process.
+
+    One that came with the package goes first: in an image every machine has the same.
+    """
     # Here and not above: `python -m specinfer_kernels.build` must find its module unimported.
     from specinfer_kernels.build import BuildError, build
+    from specinfer_kernels.prebuilt import find_prebuilt
 
     try:
-        library = ctypes.CDLL(str(build()))
+        library = ctypes.CDLL(str(find_prebuilt() or build()))
     except (BuildError, OSError) as error:
         return str(error)
     library.specinfer_tree_attention.argtypes = [ctypes.POINTER(AttentionArguments)]

@@ -12,8 +12,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specinfer.errors import InternalError, InvalidRequest, ResourceExhausted
+from specinfer.probe import main
 from specinfer.rpc import error_from_rpc, open_channel
-from specinfer.server import RpcServer, build_server, serve_until_signal
+from specinfer.server import (
+    LIVENESS,
+    READINESS,
+    STARTUP,
+    RpcServer,
+    build_server,
+    serve_until_signal,
+)
 from specinfer.v1 import router_pb2, router_pb2_grpc
 
 SERVICE = "specinfer.v1.GenerationService"
@@ -96,6 +104,47 @@ async def test_health_is_told_for_each_service(server: RpcServer) -> None:
         await server.set_serving(False)
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=SERVICE))
         assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health_of(server: RpcServer) -> dict[str, bool]:
+    """What the health service says of each of the three names that probes ask for."""
+    names = (STARTUP, READINESS, LIVENESS)
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answers = [await stub.Check(health_pb2.HealthCheckRequest(service=name)) for name in names]
+    serving = health_pb2.HealthCheckResponse.SERVING
+    return {name: answer.status == serving for name, answer in zip(names, answers, strict=True)}
+
+
+async def test_the_three_probes_mean_three_things(server: RpcServer) -> None:
+    assert await health_of(server) == {STARTUP: True, READINESS: True, LIVENESS: True}
+    await server.set_serving(False)  # draining
+    assert await health_of(server) == {STARTUP: True, READINESS: False, LIVENESS: True}
+    await server.set_failed()
+    assert await health_of(server) == {STARTUP: True, READINESS: False, LIVENESS: False}
+
+
+async def test_the_container_probe_asks_the_health_service(
+    server: RpcServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = f"127.0.0.1:{server.port}"
+
+    async def probe(*arguments: str) -> int:
+        return await asyncio.to_thread(main, [address, *arguments])
+
+    assert [await probe(), await probe("--service", SERVICE)] == [0, 0]
+    assert await probe("--service", "nobody") == 1
+    await server.set_serving(False)
+    assert await probe() == 1
+    assert "NOT_SERVING" in capfd.readouterr().err
+    assert await probe("--service", LIVENESS) == 0
+
+
+def test_the_container_probe_fails_where_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["127.0.0.1:1", "--timeout", "1"]) == 1
+    assert "127.0.0.1:1: UNAVAILABLE" in capsys.readouterr().err
+    assert main(["127.0.0.1:1", "--tls-ca", "/nowhere/ca.pem"]) == 1
+    assert "/nowhere/ca.pem" in capsys.readouterr().err
 
 
 async def test_a_port_in_use_is_said(server: RpcServer) -> None:
