@@ -9,15 +9,19 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grpc.aio
 
+from specinfer.announcing import Announcer, advertised_address
 from specinfer.errors import InternalError, SpecinferError
 from specinfer.messages import WorkerInfo, WorkerLoad
+from specinfer.prefixes import PrefixChanges, PrefixPublisher
+from specinfer.registry import RegisteredWorker
 from specinfer.server import build_server, serve_until_signal
-from specinfer.telemetry import set_up
+from specinfer.telemetry import Telemetry, set_up
 from specinfer.worker_settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -58,11 +62,13 @@ class ServedWorker:
         engine: does the work; not started yet.
         info: what the worker is.
         register: adds the tier's servicer to a server.
+        prefixes: what comes to its KV pool and leaves it, to be published; None keeps it private.
     """
 
     engine: WorkerEngine
     info: WorkerInfo
     register: Callable[[grpc.aio.Server], None]
+    prefixes: PrefixChanges | None = None
 
 
 Build = Callable[[Callable[[], None]], ServedWorker]
@@ -90,6 +96,8 @@ async def serve_worker(
         insecure_bind=settings.insecure_bind,
         enable_reflection=settings.reflection,
     )
+    # What routers are told is settled before anybody waits for a model to load.
+    address = await _address(settings, server.port)
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()
 
@@ -102,25 +110,61 @@ async def serve_worker(
     await server.start()
 
     async def drain() -> None:
-        await asyncio.to_thread(worker.engine.drain, settings.drain_seconds)
+        waiting = asyncio.to_thread(worker.engine.drain, settings.drain_seconds)
+        # Routers hear of it while the engine refuses new sessions and waits for the open ones.
+        await asyncio.gather(waiting, *(announcer.drain() for announcer in announcers))
 
-    ending = asyncio.create_task(
-        serve_until_signal(server, grace_seconds=1.0, on_drain=drain, failed=failed)
-    )
-    await asyncio.sleep(0)  # whoever reads the next line may send a signal, so it listens first
-    print(f"{tier} worker {worker.info.worker_id} ready on port {server.port}", flush=True)
+    announcers: list[Announcer] = []
     try:
-        await ending
+        async with AsyncExitStack() as stack:
+            if address:
+                announcers.append(await _announced(settings, tier, address, worker, stack))
+            ending = asyncio.create_task(
+                serve_until_signal(server, grace_seconds=1.0, on_drain=drain, failed=failed)
+            )
+            await asyncio.sleep(0)  # whoever reads the next line may send a signal: it listens
+            print(f"{tier} worker {worker.info.worker_id} ready on port {server.port}", flush=True)
+            await ending
         if failed.is_set():
             raise InternalError("the engine failed while it drained; the log above says why")
     finally:
         await asyncio.to_thread(worker.engine.stop)
 
 
+async def _address(settings: WorkerSettings, port: int) -> str:
+    """What routers are told to reach us at, or "" when nobody is told."""
+    if not settings.redis:
+        return ""
+    return await advertised_address(settings.advertise, settings.address, port, settings.redis)
+
+
+async def _announced(
+    settings: WorkerSettings, tier: str, address: str, worker: ServedWorker, stack: AsyncExitStack
+) -> Announcer:
+    """Put the worker on the list, and off it at the end of `stack`."""
+    # Only who is told of a Redis needs its library.
+    from specinfer.redis_registry import RedisPrefixes, RedisRegistry
+
+    connection = settings.redis_settings
+    assert connection is not None
+    info, prefixes = worker.info, None
+    registry = RedisRegistry(connection, settings.group)
+    stack.push_async_callback(registry.close)
+    if worker.prefixes is not None:
+        directory = RedisPrefixes(connection, settings.group)
+        stack.push_async_callback(directory.close)
+        prefixes = PrefixPublisher(directory, info.worker_id, worker.prefixes)
+    listed = RegisteredWorker(tier, info.worker_id, address, info.model_hash, info.version)
+    announcer = Announcer(registry, listed, worker.engine.load, prefixes)
+    stack.push_async_callback(announcer.close)
+    announcer.start()
+    return announcer
+
+
 def run_worker(
     program: str,
     read: Callable[[], _Settings],
-    serve: Callable[[_Settings], Coroutine[Any, Any, None]],
+    serve: Callable[[_Settings, Telemetry], Coroutine[Any, Any, None]],
 ) -> int:
     """Exit status 0 after a drain, 1 with one line when it cannot start or its engine fails.
 
@@ -129,13 +173,21 @@ def run_worker(
         read: reads the settings.
         serve: makes the coroutine that serves under them.
     """
+    telemetry = Telemetry()
     try:
         settings = read()
-        set_up(program.replace("_", "-"), level=settings.log_level)
-        asyncio.run(serve(settings))
+        telemetry = set_up(
+            program.replace("_", "-"),
+            level=settings.log_level,
+            traces=settings.traces,
+            instance=settings.worker_id,
+        )
+        asyncio.run(serve(settings, telemetry))
     except SpecinferError as error:
         print(f"{program}: {error.message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        telemetry.shut_down()
     return 0

@@ -9,8 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
+from specinfer.redis_connection import RedisSettings
+from specinfer.registry import check_group
 from specinfer.rpc import TlsSettings
 from specinfer.settings import required_setting, setting
+from specinfer.telemetry import TraceSettings
 
 _AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
 
@@ -44,6 +47,7 @@ class WorkerSettings:
     redis_certificate: Path | None = setting(None, "our certificate for Redis, PEM")
     redis_key: Path | None = setting(None, "its private key, PEM")
     redis_cluster: bool = setting(False, "the Redis is a cluster")
+    group: str = setting("default", "workers and routers of one group find each other in Redis")
     metrics: str = setting("", "address of the metrics over HTTP; empty: none")
     insecure_bind: bool = setting(False, "allow a plain-text port on other than loopback")
     reflection: bool = setting(True, "let gRPC tools list the services")
@@ -65,6 +69,21 @@ class WorkerSettings:
                 raise InvalidRequest(f"{item.name} is 0 or more", field=item.name)
         if self.threads < 0:
             raise InvalidRequest("threads is at least 0", field="threads")
+        check_group(self.group)
+
+    @property
+    def redis_settings(self) -> RedisSettings | None:
+        """The Redis that we announce ourselves in, or None."""
+        if not self.redis:
+            return None
+        return RedisSettings(
+            self.redis,
+            self.redis_password_file,
+            self.redis_ca,
+            self.redis_certificate,
+            self.redis_key,
+            self.redis_cluster,
+        )
 
     @property
     def tls(self) -> TlsSettings | None:
@@ -72,6 +91,11 @@ class WorkerSettings:
         if self.tls_certificate is None:
             return None
         return TlsSettings(self.tls_ca, self.tls_certificate, self.tls_key)
+
+    @property
+    def traces(self) -> TraceSettings:
+        """Where spans go; raises InvalidRequest."""
+        return TraceSettings(self.otlp_endpoint)
 
     def num_blocks(self, bytes_per_token: int) -> int:
         """Blocks of the pool, given what one token's keys and values take.

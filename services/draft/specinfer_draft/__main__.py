@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from specinfer.telemetry import Telemetry
 from specinfer.v1 import draft_pb2, draft_pb2_grpc
 from specinfer.worker_process import ServedWorker, run_worker, serve_worker
 from specinfer_draft.settings import Settings, parse_settings
@@ -13,7 +14,7 @@ from specinfer_draft.settings import Settings, parse_settings
 SERVICE_NAME = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, telemetry: Telemetry) -> None:
     """Serve until a signal ends the process; see `serve_worker`."""
     # Heavy imports wait until the flags are known to be good.
     from specinfer_draft.servicer import DraftServicer
@@ -21,7 +22,7 @@ async def serve(settings: Settings) -> None:
 
     def build(on_failure: Callable[[], None]) -> ServedWorker:
         worker = build_worker(settings, on_failure)
-        servicer = DraftServicer(worker.engine, worker.info, worker.grammars)
+        servicer = DraftServicer(worker.engine, worker.info, worker.grammars, telemetry)
         return ServedWorker(
             worker.engine,
             worker.info,

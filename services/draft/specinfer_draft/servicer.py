@@ -29,6 +29,8 @@ from specinfer.grammar import GrammarChecker, GrammarState
 from specinfer.messages import DraftResult, WorkerInfo
 from specinfer.outbox import Outbox, split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES
+from specinfer.telemetry import Telemetry
+from specinfer.telemetry.work import trace_work
 from specinfer.turns import Turns, read_frames
 from specinfer.v1 import draft_pb2, draft_pb2_grpc
 from specinfer_draft.engine import DraftEngine
@@ -58,12 +60,20 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         engine: grows the trees.
         info: what this worker is.
         grammars: compiles what outputs have to match.
+        telemetry: where spans go, or None.
     """
 
-    def __init__(self, engine: DraftEngine, info: WorkerInfo, grammars: GrammarChecker) -> None:
+    def __init__(
+        self,
+        engine: DraftEngine,
+        info: WorkerInfo,
+        grammars: GrammarChecker,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._engine = engine
         self._info = info
         self._grammars = grammars
+        self._telemetry = telemetry or Telemetry()
 
     async def Draft(
         self, request_iterator: Frames, context: Context
@@ -122,6 +132,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         except SpecinferError as error:
             outbox.put(Answer(item, error))
             return
+        trace_work(self._telemetry, f"draft {item.WhichOneof('action')}", item, future)
         future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
     def _call(

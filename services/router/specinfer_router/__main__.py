@@ -175,9 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments=sys.argv[1:] if arguments is None else arguments,
             environment=os.environ,
         )
-        telemetry = set_up(
-            "specinfer-router", level=settings.log_level, otlp_endpoint=settings.otlp_endpoint
-        )
+        telemetry = set_up("specinfer-router", level=settings.log_level, traces=settings.traces)
         asyncio.run(serve(settings, telemetry))
     except SpecinferError as error:
         print(f"specinfer-router: {error.message}", file=sys.stderr)

@@ -238,7 +238,7 @@ class Router:
             stall_seconds=self._limits.stall_seconds,
         )
         try:
-            with self._telemetry.span("generate", request_id=entry.request_id):
+            with self._telemetry.span("generate", {"specinfer.request.id": entry.request_id}):
                 async with aclosing(stream) as events:
                     async for event in events:
                         outcome = event.reason if isinstance(event, Finished) else outcome

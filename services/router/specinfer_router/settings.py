@@ -13,6 +13,8 @@ from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
 from specinfer.rpc import TlsSettings
 from specinfer.settings import setting
+from specinfer.step_curve import StepCurve
+from specinfer.telemetry import TraceSettings
 from specinfer_router.admission import AdmissionLimits
 from specinfer_router.following import FollowLimits
 from specinfer_router.gateway.server import check_origins
@@ -20,7 +22,6 @@ from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import (
     AdaptiveShape,
     StaticShape,
-    StepCurve,
     TreeShapePolicy,
     num_nodes,
 )
@@ -79,6 +80,8 @@ class RouterSettings:
     worker_tls_key: Path | None = setting(None, "its private key, PEM")
     log_level: str = setting("info", "debug, info, warning or error")
     otlp_endpoint: str = setting("", "OTLP collector for traces, such as http://127.0.0.1:4317")
+    trace_ratio: float = setting(1.0, "share of requests traced, where callers do not say")
+    trace_rounds: float = setting(0.0, "share of the traces that show every round")
 
     def __post_init__(self) -> None:
         if not self.verify:
@@ -155,6 +158,11 @@ class RouterSettings:
             stall_seconds=self.stall_seconds,
             follow=FollowLimits(still_seconds=self.step_deadline + self.failover_seconds),
         )
+
+    @property
+    def traces(self) -> TraceSettings:
+        """Where spans go; raises InvalidRequest."""
+        return TraceSettings(self.otlp_endpoint, self.trace_ratio, self.trace_rounds)
 
     @property
     def tls(self) -> TlsSettings | None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from specinfer.telemetry import Telemetry
 from specinfer.v1 import verify_pb2, verify_pb2_grpc
 from specinfer.worker_process import ServedWorker, run_worker, serve_worker
 from specinfer_verify.settings import Settings, parse_settings
@@ -13,7 +14,7 @@ from specinfer_verify.settings import Settings, parse_settings
 SERVICE_NAME = verify_pb2.DESCRIPTOR.services_by_name["VerifyService"].full_name
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, telemetry: Telemetry) -> None:
     """Serve until a signal ends the process; see `serve_worker`."""
     # Heavy imports wait until the flags are known to be good.
     from specinfer_verify.servicer import VerifyServicer
@@ -22,11 +23,14 @@ async def serve(settings: Settings) -> None:
     def build(on_failure: Callable[[], None]) -> ServedWorker:
         worker = build_worker(settings, on_failure)
         files = worker.loaded.tokenizer_files
-        servicer = VerifyServicer(worker.engine, worker.info, files, worker.loaded.eos_token_ids)
+        servicer = VerifyServicer(
+            worker.engine, worker.info, files, worker.loaded.eos_token_ids, telemetry
+        )
         return ServedWorker(
             worker.engine,
             worker.info,
             lambda server: verify_pb2_grpc.add_VerifyServiceServicer_to_server(servicer, server),
+            prefixes=worker.prefixes,
         )
 
     await serve_worker(settings, tier="verify", service_name=SERVICE_NAME, build=build)

@@ -29,6 +29,8 @@ from specinfer.grammar import GrammarChecker, GrammarCompiler, GrammarState
 from specinfer.messages import VerifyResult, WorkerInfo
 from specinfer.outbox import Outbox, split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES
+from specinfer.telemetry import Telemetry
+from specinfer.telemetry.work import trace_work
 from specinfer.turns import Turns, read_frames
 from specinfer.v1 import verify_pb2, verify_pb2_grpc
 from specinfer_engine.model import TokenizerFiles
@@ -61,6 +63,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         info: what this worker is.
         tokenizer: what a router needs to turn tokens into text.
         eos_token_ids: tokens that end a text.
+        telemetry: where spans go, or None.
     """
 
     def __init__(
@@ -69,11 +72,13 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         info: WorkerInfo,
         tokenizer: TokenizerFiles,
         eos_token_ids: Sequence[int],
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._engine = engine
         self._info = info
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
+        self._telemetry = telemetry or Telemetry()
         self._grammars = GrammarChecker(
             GrammarCompiler(tokenizer.tokenizer_json, info.vocab_size, self._eos_token_ids)
         )
@@ -151,6 +156,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         except SpecinferError as error:
             outbox.put(Answer(item, error))
             return
+        trace_work(self._telemetry, f"verify {item.WhichOneof('action')}", item, future)
         future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
     def _call(
