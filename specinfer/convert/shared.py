@@ -89,14 +89,23 @@ def grammar_from_wire(wire: tree_pb2.Grammar) -> Grammar:
 
 def status_to_wire(error: SpecinferError) -> tree_pb2.ItemStatus:
     """Status of an item that failed."""
-    return tree_pb2.ItemStatus(code=error.code, reason=error.reason, message=error.message)
+    return tree_pb2.ItemStatus(
+        code=error.code,
+        reason=error.reason,
+        message=error.message,
+        field=error.field,
+        retry_after=error.retry_after,
+    )
 
 
 def status_error(wire: tree_pb2.ItemStatus) -> SpecinferError | None:
     """The error that a status stands for; None for success."""
     if not wire.code:
         return None
-    return error_class(wire.reason, wire.code)(wire.message)
+    retry_after = wire.retry_after if wire.HasField("retry_after") else None
+    return error_class(wire.reason, wire.code)(
+        wire.message, field=wire.field, retry_after=retry_after
+    )
 
 
 def logprob_to_wire(logprob: TokenLogprob) -> tree_pb2.TokenLogprob:

@@ -16,7 +16,8 @@ from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult, ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
-from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
+from specinfer_draft.drafters.limits import DrafterLimits
+from specinfer_draft.drafters.model import ModelDrafter
 from specinfer_draft.drafters.session import ProposeQuery
 from specinfer_draft.grow import NO_THRIFT, Thrift
 from specinfer_engine.acceptance import Walk, match_walk

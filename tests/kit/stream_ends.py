@@ -19,9 +19,9 @@ class StreamEnds:
 
     def __init__(self, engine: DraftEngine | VerifyEngine) -> None:
         self._engine = engine
-        self._close_owned = engine.close_owned
+        self._close_stream = engine.close_stream
         self._ends = asyncio.Semaphore(0)
-        engine.close_owned = self._count  # type: ignore[method-assign]
+        engine.close_stream = self._count  # type: ignore[method-assign]
 
     async def one(self) -> None:
         """Wait until one more stream has ended and the engine's thread has cleaned up after it."""
@@ -30,6 +30,6 @@ class StreamEnds:
             # The engine takes things in turn, so whoever is answered now comes after the cleaning.
             await asyncio.wrap_future(self._engine.close("nobody"))
 
-    def _count(self, owner: object) -> None:
-        self._close_owned(owner)
+    def _count(self, stream: object) -> None:
+        self._close_stream(stream)
         self._ends.release()

@@ -155,4 +155,9 @@ def test_a_status_becomes_its_error_again() -> None:
     error = convert.status_error(convert.status_to_wire(StaleEpoch("moved on")))
     assert isinstance(error, StaleEpoch)
     assert error.message == "moved on"
+    assert (error.field, error.retry_after) == ("", None)
+    told = InvalidRequest("too long", field="token_ids", retry_after=0.5)
+    again = convert.status_error(convert.status_to_wire(told))
+    assert again is not None
+    assert (again.field, again.retry_after) == ("token_ids", 0.5)
     assert convert.status_error(tree_pb2.ItemStatus()) is None

@@ -9,7 +9,7 @@ import torch
 
 from specinfer.errors import InvalidRequest
 from specinfer.sampling import SamplingParams
-from specinfer_draft.drafters.forecast import DrawForecast, rank
+from specinfer_draft.drafters.forecast import DrawForecast, NoiseCache, rank
 from specinfer_engine.acceptance import draw_token
 from specinfer_engine.logits import process_logits
 from specinfer_kernels import gumbel_noise
@@ -78,13 +78,35 @@ def test_siblings_share_their_noise_and_depths_do_not() -> None:
     assert torch.equal(z[:2], gumbel_noise(seeds, positions, VOCAB).float())
 
 
-def test_noise_of_committed_positions_is_dropped() -> None:
-    forecast = forecast_of(SamplingParams(seed=9))
-    for length in range(8, 60, 3):
-        forecast.begin([1] * length)
-        forecast.forecast(torch.zeros(1, VOCAB), [[]], [length])
-        forecast.forecast(torch.zeros(1, VOCAB), [[2]], [length + 1])
-    assert len(forecast._noise) <= 2
+def test_noise_is_bounded_over_all_sessions_and_stays_the_same() -> None:
+    small, large = NoiseCache(VOCAB, max_bytes=4 * VOCAB * 3), NoiseCache(VOCAB)
+    for seed in range(4):
+        sampling = SamplingParams(temperature=0.8, seed=seed)
+        for length in range(8, 30, 3):
+            positions = [length, length + 1, length]
+            bounded = DrawForecast(sampling, VOCAB, 3, noise=small)
+            ample = DrawForecast(sampling, VOCAB, 3, noise=large)
+            rows = torch.zeros(3, VOCAB)
+            assert torch.equal(
+                bounded.forecast(rows, [[], [2], []], positions),
+                ample.forecast(rows, [[], [2], []], positions),
+            )
+            assert len(small) <= 3
+    assert len(large) > 3
+
+
+def test_sessions_that_differ_in_seed_or_temperature_share_no_noise() -> None:
+    cache = NoiseCache(VOCAB)
+    rows = [
+        DrawForecast(sampling, VOCAB, 3, noise=cache).forecast(torch.zeros(1, VOCAB), [[]], [9])
+        for sampling in (
+            SamplingParams(temperature=0.8, seed=1),
+            SamplingParams(temperature=0.8, seed=2),
+            SamplingParams(temperature=0.9, seed=1),
+        )
+    ]
+    assert not torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
 
 
 def test_greedy_scores_are_the_drafters_own_log_probabilities() -> None:

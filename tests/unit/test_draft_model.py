@@ -11,7 +11,7 @@ from specinfer.errors import Cancelled, InvalidRequest, NotFound, ResourceExhaus
 from specinfer.messages import ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
-from specinfer_draft.drafters.model import DrafterLimits
+from specinfer_draft.drafters.limits import DrafterLimits
 from specinfer_draft.grow import Thrift
 from specinfer_kernels import gumbel_noise
 from tests.kit.draft_driver import GREEDY, SHAPE, Bench, Target, table_drafter

@@ -24,6 +24,7 @@ def make_scheduler(
         max_rows=max_rows,
         min_prefill_rows=min_prefill_rows,
         yield_seconds=1.0,
+        starve_seconds=5.0,
     )
 
 

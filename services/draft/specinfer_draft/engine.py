@@ -76,7 +76,8 @@ class DraftEngine:
         num_prompt_tokens: int = 0,
         *,
         grammar: GrammarState | None = None,
-        owner: object | None = None,
+        owner: int = 0,
+        stream: object | None = None,
     ) -> Future[None]:
         """Start to follow a session, or replace what is known of it.
 
@@ -87,9 +88,10 @@ class DraftEngine:
             sampling: how the target draws, seed included.
             num_prompt_tokens: how many of `token_ids` are the prompt; 0 means all.
             grammar: a state of this session alone, for what its output has to match, or None.
-            owner: who has the session from now on, for `close_owned`.
+            owner: how often the session was claimed; what lower owners send is refused from now on.
+            stream: which stream has the session from now on, for `close_stream`.
 
-        The future fails with InvalidRequest, ResourceExhausted or Unavailable.
+        The future fails with InvalidRequest, LeaseLost, ResourceExhausted or Unavailable.
         """
         if self._draining:
             raise Unavailable("this drafter takes no new session")
@@ -103,6 +105,7 @@ class DraftEngine:
                 num_prompt_tokens,
                 grammar=grammar,
                 owner=owner,
+                stream=stream,
             )
         )
 
@@ -114,6 +117,8 @@ class DraftEngine:
         new_token_ids: Sequence[int],
         shape: ShapeQuery,
         deadline_seconds: float = 0.0,
+        *,
+        owner: int = 0,
     ) -> Future[DraftResult]:
         """Take what was committed since and grow a tree below the root.
 
@@ -125,8 +130,10 @@ class DraftEngine:
             shape: which tree to grow.
             deadline_seconds: from now, after which the tree is of no use; what is there by then is
                 the answer, the root alone if need be. 0 sets no deadline.
+            owner: how often the session was claimed.
 
-        The future fails with NotFound, StaleEpoch, InvalidRequest, Cancelled or InternalError.
+        The future fails with NotFound, StaleEpoch, LeaseLost, InvalidRequest, Cancelled or
+        InternalError.
         """
         arrival = self._clock()
         if not math.isfinite(deadline_seconds) or deadline_seconds < 0.0:
@@ -136,15 +143,17 @@ class DraftEngine:
             )
         deadline = arrival + deadline_seconds if deadline_seconds else math.inf
         query = ProposeQuery(epoch, known_len, tuple(new_token_ids), shape, arrival, deadline)
-        return self._thread.submit(lambda future: self._drafter.propose(session_id, query, future))
+        return self._thread.submit(
+            lambda future: self._drafter.propose(session_id, query, future, owner=owner)
+        )
 
-    def close(self, session_id: str) -> Future[None]:
-        """Forget a session; an unknown one is fine."""
-        return self._thread.call(lambda: self._drafter.close(session_id))
+    def close(self, session_id: str, *, owner: int = 0) -> Future[None]:
+        """Forget a session; an unknown one is fine, a lost one fails with LeaseLost."""
+        return self._thread.call(lambda: self._drafter.close(session_id, owner=owner))
 
-    def close_owned(self, owner: object) -> None:
-        """Forget the sessions that `owner` was the last one to open; returns at once."""
-        self._thread.tell(lambda: self._drafter.close_owned(owner))
+    def close_stream(self, stream: object) -> None:
+        """Forget the sessions that `stream` was the last one to open; returns at once."""
+        self._thread.tell(lambda: self._drafter.close_stream(stream))
 
     def drain(self, timeout: float) -> bool:
         """Refuse new sessions and wait for what is pending; whether it all ended in time."""

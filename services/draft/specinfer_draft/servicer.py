@@ -94,7 +94,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         finally:
             reader.cancel()
             turns.cancel()
-            self._engine.close_owned(outbox)
+            self._engine.close_stream(outbox)
 
     async def GetInfo(
         self, request: draft_pb2.DraftServiceGetInfoRequest, context: Context
@@ -136,7 +136,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
     def _call(
-        self, item: draft_pb2.DraftItem, owner: object, grammar: GrammarState | None
+        self, item: draft_pb2.DraftItem, stream: object, grammar: GrammarState | None
     ) -> Future[Any]:
         action = item.WhichOneof("action")
         if action == "propose":
@@ -148,6 +148,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 propose.new_token_ids,
                 shape_from_wire(propose.shape),
                 propose.deadline_seconds,
+                owner=item.owner,
             )
         if action == "open":
             sampling = sampling_from_wire(item.open.sampling)
@@ -158,10 +159,11 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                 sampling,
                 item.open.num_prompt_tokens,
                 grammar=grammar,
-                owner=owner,
+                owner=item.owner,
+                stream=stream,
             )
         if action == "close":
-            return self._engine.close(item.session_id)
+            return self._engine.close(item.session_id, owner=item.owner)
         raise InvalidRequest("an item opens, proposes or closes", field="action")
 
 

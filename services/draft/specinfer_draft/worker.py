@@ -15,7 +15,8 @@ from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import WorkerInfo
-from specinfer_draft.drafters.model import DrafterLimits, ModelDrafter
+from specinfer_draft.drafters.limits import DrafterLimits
+from specinfer_draft.drafters.model import ModelDrafter
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.grow import Thrift
 from specinfer_draft.settings import Settings

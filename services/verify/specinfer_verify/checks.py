@@ -12,8 +12,7 @@ from specinfer.errors import InvalidRequest, InvalidTree, ResourceExhausted, Sta
 from specinfer.sampling import MAX_LOGPROBS, SamplingParams
 from specinfer.tree import MAX_TREE_NODES, TokenTree
 from specinfer_engine.blocks import BlockManager
-
-MAX_SESSION_ID_LENGTH = 256
+from specinfer_engine.fence import MAX_SESSION_ID_LENGTH
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,9 @@ class Limits:
         max_rows: most rows of a pass.
         min_prefill_rows: rows that prefill gets in every pass if it needs them.
         yield_seconds: how long a session without a step keeps its blocks from a younger one.
+        starve_seconds: how long a step waits for blocks before an older session that is stepping
+            has to yield them too.
+        silent_seconds: how long a session without a step keeps its place when all are taken.
         session_idle_seconds: how long a session may be silent before it is closed.
         max_slots: slots of the KV pool; `within_pool` fills it in.
 
@@ -42,6 +44,8 @@ class Limits:
     max_rows: int = 256
     min_prefill_rows: int = 64
     yield_seconds: float = 0.1
+    starve_seconds: float = 2.0
+    silent_seconds: float = 10.0
     session_idle_seconds: float = 600.0
     max_slots: int = 0
 

@@ -15,22 +15,24 @@ from typing import Protocol
 
 from torch import Tensor
 
-from specinfer.errors import Cancelled, NotFound, SpecinferError, StaleEpoch, Unavailable
+from specinfer.errors import (
+    Cancelled,
+    LeaseLost,
+    NotFound,
+    SpecinferError,
+    StaleEpoch,
+    Unavailable,
+)
 from specinfer.grammar import GrammarState
 from specinfer.messages import VerifyResult, WorkerLoad
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
+from specinfer_engine.fence import MAX_SESSION_ID_LENGTH, OwnerFence
 from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
-from specinfer_verify.checks import (
-    MAX_SESSION_ID_LENGTH,
-    Limits,
-    check_epoch,
-    check_open,
-    check_tree,
-)
+from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
 from specinfer_verify.scheduler import ScheduledRows, Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
 from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
@@ -86,7 +88,9 @@ class VerifyEngine:
             max_rows=limits.max_rows,
             min_prefill_rows=limits.min_prefill_rows,
             yield_seconds=limits.yield_seconds,
+            starve_seconds=limits.starve_seconds,
         )
+        self._fence = OwnerFence()
         self._num_opened = 0
         self._draining = False
         self._next_sweep = 0.0
@@ -129,9 +133,10 @@ class VerifyEngine:
         num_logprobs: int | None = None,
         *,
         grammar: GrammarState | None = None,
-        owner: object | None = None,
+        owner: int = 0,
+        stream: object | None = None,
     ) -> Future[None]:
-        """Take a session at an epoch, replacing what an earlier epoch left of it.
+        """Take a session at an epoch, replacing what an earlier epoch or owner left of it.
 
         Args:
             session_id: the router's name for it.
@@ -141,42 +146,56 @@ class VerifyEngine:
             num_prompt_tokens: how many of `token_ids` are the prompt.
             num_logprobs: most probable tokens to report with each token; None reports no logprobs.
             grammar: a state of this session alone, for what its output has to match, or None.
-            owner: who has the session from now on, for `close_owned`.
+            owner: how often the session was claimed; what lower owners send is refused from now on.
+            stream: which stream has the session from now on, for `close_stream`.
 
-        The future fails with InvalidRequest, StaleEpoch, ResourceExhausted or Unavailable.
+        The future fails with InvalidRequest, LeaseLost, StaleEpoch, ResourceExhausted or
+        Unavailable.
         """
         tokens = tuple(token_ids)
 
         def take() -> None:
+            check_open(
+                self.limits, session_id, epoch, tokens, sampling, num_prompt_tokens, num_logprobs
+            )
+            self._admit(session_id, owner)
             self._open(
                 session_id, epoch, tokens, sampling, num_prompt_tokens, num_logprobs, grammar
             )
-            self._scheduler.sessions[session_id].owner = owner
+            session = self._scheduler.sessions[session_id]
+            session.owner, session.stream = owner, stream
 
         return self._thread.call(take)
 
-    def step(self, session_id: str, epoch: int, tree: TokenTree) -> Future[VerifyResult]:
+    def step(
+        self, session_id: str, epoch: int, tree: TokenTree, *, owner: int = 0
+    ) -> Future[VerifyResult]:
         """Check a tree below the session's root and commit what it confirms.
 
         A step for the epoch before the session's is answered with the result that led here, so a
         router may ask again after a broken stream. The future fails with NotFound, StaleEpoch,
-        InvalidTree, InvalidRequest, Cancelled or InternalError.
+        LeaseLost, InvalidTree, InvalidRequest, Cancelled or InternalError.
         """
         arrival = self._clock()
         return self._thread.submit(
-            lambda future: self._take_step(future, session_id, epoch, tree, arrival)
+            lambda future: self._take_step(future, session_id, epoch, tree, arrival, owner)
         )
 
-    def close(self, session_id: str) -> Future[None]:
-        """Give a session's blocks up; an unknown session is fine."""
+    def close(self, session_id: str, *, owner: int = 0) -> Future[None]:
+        """Give a session's blocks up; an unknown one is fine, a lost one fails with LeaseLost."""
         # A router that gave the session up may close it under one that has just taken it over: that
         # one is told what lets it open the session again.
         reason = NotFound("the session was closed")
-        return self._thread.call(lambda: self._close(session_id, reason))
 
-    def close_owned(self, owner: object) -> None:
-        """Close the sessions that `owner` was the last one to open; returns at once."""
-        self._thread.tell(lambda: self._close_owned(owner))
+        def end() -> None:
+            self._admit(session_id, owner)
+            self._close(session_id, reason)
+
+        return self._thread.call(end)
+
+    def close_stream(self, stream: object) -> None:
+        """Close the sessions that `stream` was the last one to open; returns at once."""
+        self._thread.tell(lambda: self._close_stream(stream))
 
     def drain(self, timeout: float) -> bool:
         """Refuse new sessions and wait for the open ones; whether they all ended in time."""
@@ -227,6 +246,7 @@ class VerifyEngine:
                 session.last_result = outcome.result
                 session.last_active = self._clock()
                 session.pending = None
+                session.answered = True
                 for future in step.futures:
                     set_result(future, outcome.result)
 
@@ -240,9 +260,6 @@ class VerifyEngine:
         num_logprobs: int | None,
         grammar: GrammarState | None,
     ) -> None:
-        check_open(
-            self.limits, session_id, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
-        )
         known = self._scheduler.sessions.get(session_id)
         if known is not None and self._is_same(
             known, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs, grammar
@@ -254,7 +271,7 @@ class VerifyEngine:
             raise Unavailable("this worker is draining")
         now = self._clock()
         self._evict_idle(now)
-        self.limits.check_sessions(len(self._scheduler.sessions))
+        self._make_place(now)
         self._num_opened += 1
         state = SequenceState(self._blocks, token_ids)
         self._scheduler.add(
@@ -271,6 +288,33 @@ class VerifyEngine:
             )
         )
         self._empty.clear()
+
+    def _admit(self, session_id: str, owner: int) -> None:
+        """Refuse an item of an owner who lost the session; end what a former owner has here."""
+        known = self._scheduler.sessions.get(session_id)
+        holder = None if known is None else known.owner
+        if self._fence.pass_through(session_id, owner, holder):
+            self._close(session_id, LeaseLost(f"owner {owner} has claimed the session"))
+
+    def _make_place(self, now: float) -> None:
+        """When all places are taken, close the session that has been silent for longest.
+
+        Raises:
+            ResourceExhausted: none has been silent long enough.
+        """
+        sessions = self._scheduler.sessions.values()
+        if len(sessions) >= self.limits.max_sessions:
+            silent = [
+                session
+                for session in sessions
+                if session.pending is None
+                and now - session.last_active >= self.limits.silent_seconds
+            ]
+            if silent:
+                session = min(silent, key=lambda one: one.last_active)
+                log.info("session %s made place for another one", session.session_id)
+                self._close(session.session_id, NotFound("the session was silent for too long"))
+        self.limits.check_sessions(len(sessions))
 
     def _is_same(
         self,
@@ -298,7 +342,9 @@ class VerifyEngine:
         epoch: int,
         tree: TokenTree,
         arrival: float,
+        owner: int,
     ) -> None:
+        self._admit(session_id, owner)
         session = self._scheduler.sessions.get(session_id)
         if session is None:
             raise NotFound(f"no session {session_id[:MAX_SESSION_ID_LENGTH]} here; open it again")
@@ -329,9 +375,9 @@ class VerifyEngine:
         if not self._scheduler.sessions:
             self._empty.set()
 
-    def _close_owned(self, owner: object) -> None:
+    def _close_stream(self, stream: object) -> None:
         for session in list(self._scheduler.sessions.values()):
-            if session.owner is owner:
+            if session.stream is stream:
                 self._close(session.session_id, Cancelled("the session's stream ended"))
 
     def _evict_idle(self, now: float) -> None:

@@ -5,8 +5,10 @@
               so that a stream of trees cannot starve a new session, and never a tree's rows
 
 A chunk that reaches the root takes its tree along into the same pass. When blocks run out, the
-youngest session gives its blocks up and is computed again later; only a younger one ever yields to
-an older one, so the oldest always gets on. This module knows nothing of tensors, models or futures.
+youngest session gives its blocks up and is computed again later, so the oldest always gets on. A
+step that has waited `starve_seconds` for blocks changes places with an older session that was
+answered meanwhile, so that nobody waits for the end of another's text. This module knows nothing
+of tensors, models or futures.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Scheduler:
         max_rows: most rows of a pass, but for `min_prefill_rows`.
         min_prefill_rows: rows that prefill gets in every pass if it needs them.
         yield_seconds: how long a session without a step keeps its blocks from a younger one.
+        starve_seconds: how long a step waits for blocks that older sessions use.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Scheduler:
         max_rows: int,
         min_prefill_rows: int,
         yield_seconds: float,
+        starve_seconds: float,
     ) -> None:
         self.blocks = blocks
         self.sessions: dict[str, Session] = {}
@@ -78,6 +82,7 @@ class Scheduler:
         self._max_rows = max_rows
         self._min_prefill_rows = min_prefill_rows
         self._yield_seconds = yield_seconds
+        self._starve_seconds = starve_seconds
 
     def add(self, session: Session) -> None:
         """Take a session; it joins the next pass."""
@@ -148,12 +153,19 @@ class Scheduler:
                 return False
             plan.pop(victim.session_id, None)
             victim.state.free()
-            victim.prefill_eagerly = False
+            victim.prefill_eagerly = victim.answered = False
+            if victim.age < session.age and victim.pending:
+                # Otherwise it would take everything back before `session` was answered.
+                victim.age, session.age = session.age, victim.age
             self.num_preemptions += 1
         return True
 
     def _victims(self, session: Session, now: float) -> Iterator[Session]:
-        """Who yields to `session`: younger ones, the youngest first, then those long idle."""
+        """Who yields to `session`: younger ones, the youngest first, then those long idle.
+
+        Then, when it has waited too long, the youngest of those that were answered since they hold
+        blocks: each turn does at least one round, so that sessions never merely chase each other.
+        """
         holding = [other for other in self.sessions.values() if other.state.block_table]
         younger = [other for other in holding if other.age > session.age]
         yield from sorted(younger, key=lambda other: -other.age)
@@ -165,6 +177,9 @@ class Scheduler:
             and now - other.last_active >= self._yield_seconds
         ]
         yield from sorted(idle, key=lambda other: other.last_active)
+        if session.pending and now - session.pending.arrival >= self._starve_seconds:
+            stepping = [other for other in holding if other.age < session.age and other.answered]
+            yield from sorted(stepping, key=lambda other: -other.age)
 
 
 def _num_rows(plan: dict[str, ScheduledRows]) -> int:

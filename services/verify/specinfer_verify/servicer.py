@@ -102,7 +102,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         finally:
             reader.cancel()
             turns.cancel()
-            self._engine.close_owned(outbox)
+            self._engine.close_stream(outbox)
 
     async def GetInfo(
         self, request: verify_pb2.VerifyServiceGetInfoRequest, context: Context
@@ -160,20 +160,20 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         future.add_done_callback(lambda done: outbox.put(Answer(item, _outcome(done))))
 
     def _call(
-        self, item: verify_pb2.VerifyItem, owner: object, grammar: GrammarState | None
+        self, item: verify_pb2.VerifyItem, stream: object, grammar: GrammarState | None
     ) -> Future[Any]:
         action = item.WhichOneof("action")
         if action == "step":
             tree = tree_from_wire(item.step.tree)
-            return self._engine.step(item.session_id, item.epoch, tree)
+            return self._engine.step(item.session_id, item.epoch, tree, owner=item.owner)
         if action == "open":
-            return self._open(item, owner, grammar)
+            return self._open(item, stream, grammar)
         if action == "close":
-            return self._engine.close(item.session_id)
+            return self._engine.close(item.session_id, owner=item.owner)
         raise InvalidRequest("an item opens, steps or closes", field="action")
 
     def _open(
-        self, item: verify_pb2.VerifyItem, owner: object, grammar: GrammarState | None
+        self, item: verify_pb2.VerifyItem, stream: object, grammar: GrammarState | None
     ) -> Future[None]:
         rule = item.open.acceptance_rule or ACCEPTANCE_RULES[0]
         if rule not in ACCEPTANCE_RULES:
@@ -189,7 +189,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             item.open.num_prompt_tokens,
             item.open.num_logprobs if item.open.HasField("num_logprobs") else None,
             grammar=grammar,
-            owner=owner,
+            owner=item.owner,
+            stream=stream,
         )
 
 

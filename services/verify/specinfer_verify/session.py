@@ -55,7 +55,9 @@ class Session:
         pending: the step that waits, or None.
         last_result: answer to the last step, for a router that asks again.
         num_cached_tokens: prompt tokens found in the prefix cache; None until the first look.
-        owner: who opened it last, or None.
+        owner: how often the session was claimed when it was opened.
+        stream: the stream that opened it last, or None.
+        answered: whether a step was answered since it holds blocks.
     """
 
     session_id: str
@@ -71,7 +73,9 @@ class Session:
     pending: PendingStep | None = None
     last_result: VerifyResult | None = None
     num_cached_tokens: int | None = None
-    owner: object | None = None
+    owner: int = 0
+    stream: object | None = None
+    answered: bool = False
 
     @property
     def base_len(self) -> int:

@@ -24,6 +24,8 @@ class Settings(WorkerSettings):
     address: str = setting("127.0.0.1:50071", "where to listen; port 0 takes a free one")
     min_prefill_rows: int = setting(64, "rows of every pass that prefill may have")
     yield_seconds: float = setting(0.1, "silence after which blocks go to a waiting session")
+    starve_seconds: float = setting(2.0, "wait after which an older session's blocks are taken")
+    silent_seconds: float = setting(10.0, "silence after which a place goes to a new session")
     session_idle_seconds: float = setting(600.0, "silence after which a session is closed")
 
 

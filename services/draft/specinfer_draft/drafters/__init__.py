@@ -4,7 +4,7 @@
                                                     start to follow a session, or replace it
     propose(session_id, query, future)              take what was committed, then guess
     close(session_id)                               forget the session
-    close_owned(owner)                              forget those that this owner opened last
+    close_stream(stream)                            forget those that this stream opened last
     run_pass() -> bool                              one unit of work; whether there was any
 
 All calls come from one thread, the engine's. The committed tokens of a session move only by

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,53 @@ log = logging.getLogger(__name__)
 
 # top-p looks at this many of the best tokens first and sorts all only where they hold too little.
 _TOP_P_TOKENS = 256
+MAX_NOISE_BYTES = 64 * 1024 * 1024
+
+
+class NoiseCache:
+    """Noise of positions that are likely to be asked for again: a tree's, and the next one's.
+
+    It depends on nothing but seed, temperature and position. All sessions share the room, so that
+    what idle ones leave behind is bounded.
+
+    Args:
+        vocab_size: tokens of the model.
+        device: where the noise is wanted.
+        max_bytes: most memory kept, but for one row.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        max_bytes: int = MAX_NOISE_BYTES,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._max_rows = max(1, max_bytes // (4 * vocab_size))
+        self._rows: OrderedDict[tuple[int, float, int], Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def scaled(self, sampling: SamplingParams, positions: Sequence[int]) -> dict[int, Tensor]:
+        """T * g of each position, float32 [vocab_size]."""
+        seed, temperature = sampling.seed, sampling.temperature
+        wanted = sorted(set(positions))
+        fresh = [position for position in wanted if (seed, temperature, position) not in self._rows]
+        if fresh:
+            seeds = torch.full((len(fresh),), seed, dtype=torch.int64)
+            noise = gumbel_noise(seeds, torch.tensor(fresh, dtype=torch.int64), self._vocab_size)
+            scaled = (noise * temperature).float().to(self._device)
+            for position, row in zip(fresh, scaled, strict=True):
+                # A copy, for a view would keep the whole batch.
+                self._rows[(seed, temperature, position)] = row.clone() if len(fresh) > 1 else row
+        found = {position: self._rows[(seed, temperature, position)] for position in wanted}
+        for position in wanted:
+            self._rows.move_to_end((seed, temperature, position))
+        while len(self._rows) > self._max_rows:
+            self._rows.popitem(last=False)
+        return found
 
 
 class DrawForecast:
@@ -45,6 +93,7 @@ class DrawForecast:
         vocab_size: tokens of the model.
         num_prompt_tokens: presence and frequency penalties count the tokens after these.
         grammar: a state of this session alone, for what its output has to match, or None.
+        noise: keeps noise for all sessions of a drafter; None makes one for this session alone.
 
     Raises:
         InvalidRequest: when a bias names a token outside the vocabulary.
@@ -57,6 +106,7 @@ class DrawForecast:
         num_prompt_tokens: int,
         device: torch.device | str = "cpu",
         grammar: GrammarState | None = None,
+        noise: NoiseCache | None = None,
     ) -> None:
         if any(token_id >= vocab_size for token_id in sampling.logit_bias):
             raise InvalidRequest(
@@ -69,7 +119,7 @@ class DrawForecast:
         self._device = device
         self._grammar = grammar
         self._output: list[int] = []
-        self._noise: dict[int, Tensor] = {}
+        self._noise = NoiseCache(vocab_size, device) if noise is None else noise
         self._seen = torch.empty(0, dtype=torch.bool)  # [vocab_size], prompt and output
         self._counts = torch.empty(0)  # float32 [vocab_size], output
         bias = sampling.logit_bias
@@ -78,8 +128,6 @@ class DrawForecast:
 
     def begin(self, token_ids: Sequence[int]) -> None:
         """Take the committed tokens, root included, that the next rows come after."""
-        for position in [known for known in self._noise if known < len(token_ids)]:
-            del self._noise[position]
         if self._grammar is not None:
             self._output = list(token_ids[self._num_prompt_tokens :])
         if self.sampling.penalised:
@@ -145,15 +193,10 @@ class DrawForecast:
 
     def _scaled_noise(self, positions: Sequence[int]) -> Tensor:
         """T * g of each position, float32 [num_rows, vocab_size]; siblings share a position."""
-        fresh = sorted(set(positions) - self._noise.keys())
-        if fresh:
-            seeds = torch.full((len(fresh),), self.sampling.seed, dtype=torch.int64)
-            noise = gumbel_noise(seeds, torch.tensor(fresh, dtype=torch.int64), self._vocab_size)
-            scaled = (noise * self.sampling.temperature).float().to(self._device)
-            self._noise.update(zip(fresh, scaled.unbind(), strict=True))
-        if len(set(positions)) == 1:
-            return self._noise[positions[0]]
-        return torch.stack([self._noise[position] for position in positions])
+        noise = self._noise.scaled(self.sampling, positions)
+        if len(noise) == 1:
+            return noise[positions[0]]
+        return torch.stack([noise[position] for position in positions])
 
 
 def rank(z: Tensor, branch: int, spread: float) -> list[Candidates]:

@@ -11,27 +11,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specinfer.errors import Cancelled, InvalidRequest, NotFound, ResourceExhausted, StaleEpoch
+from specinfer.errors import (
+    Cancelled,
+    InvalidRequest,
+    LeaseLost,
+    NotFound,
+    ResourceExhausted,
+    SpecinferError,
+    StaleEpoch,
+)
 from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult
 from specinfer.sampling import SamplingParams
-from specinfer.tree import MAX_TREE_NODES
-from specinfer_draft.drafters.forecast import DrawForecast, rank
+from specinfer_draft.drafters.forecast import DrawForecast, NoiseCache, rank
+from specinfer_draft.drafters.limits import DrafterLimits, check_open, check_tokens
 from specinfer_draft.drafters.passes import PassPlanner, Plan, Share
 from specinfer_draft.drafters.session import DraftSession, Growth, ProposeQuery, fit_shape
-from specinfer_draft.grow import NO_THRIFT, Candidates, GrowingTree, Thrift, Wave, check_shape
+from specinfer_draft.grow import Candidates, GrowingTree, Wave, check_shape
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
+from specinfer_engine.fence import OwnerFence
 from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import set_exception, set_result
-
-MAX_SESSION_ID_LENGTH = 256
 
 
 class DraftRunner(Protocol):
@@ -44,49 +50,6 @@ class DraftRunner(Protocol):
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy blocks to blocks; all sources are read first."""
         ...
-
-
-@dataclass(frozen=True)
-class DrafterLimits:
-    """Bounds and habits of a model drafter.
-
-    Attributes:
-        vocab_size: tokens the model knows.
-        max_model_len: longest session in tokens.
-        max_sessions: most sessions open at once; one more closes the least recently used.
-        max_tree_nodes: largest tree grown, root included.
-        max_rows: most rows of a pass.
-        prefill_rows: most rows of prompts in a pass that carries trees too.
-        thrift: when best-first growing is no longer worth its cost.
-        spread: scale of the difference between target's and drafter's logits (see `forecast`).
-
-    Raises:
-        InvalidRequest: when a bound makes no sense.
-    """
-
-    vocab_size: int
-    max_model_len: int
-    max_sessions: int = 256
-    max_tree_nodes: int = 64
-    max_rows: int = 512
-    prefill_rows: int = 128
-    thrift: Thrift = NO_THRIFT
-    spread: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_tree_nodes <= min(self.max_rows, MAX_TREE_NODES):
-            raise InvalidRequest(
-                f"max_tree_nodes is between 1 and max_rows and at most {MAX_TREE_NODES}, got "
-                f"{self.max_tree_nodes}",
-                field="max_tree_nodes",
-            )
-        if self.max_sessions < 1 or not 1 <= self.prefill_rows <= self.max_rows:
-            raise InvalidRequest(
-                "max_sessions is at least 1 and prefill_rows between 1 and max_rows",
-                field="prefill_rows",
-            )
-        if not self.spread > 0.0:
-            raise InvalidRequest(f"spread is positive, got {self.spread}", field="spread")
 
 
 class ModelDrafter:
@@ -117,6 +80,8 @@ class ModelDrafter:
         self._planner = PassPlanner(
             blocks, max_rows=limits.max_rows, prefill_rows=limits.prefill_rows
         )
+        self._fence = OwnerFence()
+        self._noise = NoiseCache(limits.vocab_size, device)
         self._wave_seconds = 0.0
         self._answers: list[tuple[Future[DraftResult], DraftResult]] = []
 
@@ -139,59 +104,59 @@ class ModelDrafter:
         num_prompt_tokens: int = 0,
         *,
         grammar: GrammarState | None = None,
-        owner: object | None = None,
+        owner: int = 0,
+        stream: object | None = None,
     ) -> None:
         """Start to follow a session; what was known under its name is replaced.
 
         The first `num_prompt_tokens` tokens are the prompt and the rest is output; 0 means that all
-        are the prompt. Guesses stay within `grammar`, a state of this session alone. `owner` has
-        the session from now on, for `close_owned`.
+        are the prompt. Guesses stay within `grammar`, a state of this session alone. `owner` is
+        how often the session was claimed; `stream` has it from now on, for `close_stream`.
 
         Raises:
             InvalidRequest: when the tokens or the sampling do not fit the model.
+            LeaseLost: when somebody has claimed the session since.
             StaleEpoch: when the session is known here at a later epoch.
             ResourceExhausted: when every session here has a proposal going.
         """
-        if not 1 <= len(session_id) <= MAX_SESSION_ID_LENGTH:
-            raise InvalidRequest(
-                f"a session id has 1 to {MAX_SESSION_ID_LENGTH} characters", field="session_id"
-            )
-        if not token_ids:
-            raise InvalidRequest("a session needs at least one token", field="token_ids")
-        self._check_tokens(token_ids)
-        if len(token_ids) > self.limits.max_model_len:
-            raise InvalidRequest(
-                f"{len(token_ids)} tokens are more than the drafter's {self.limits.max_model_len}",
-                field="token_ids",
-            )
-        if not 0 <= num_prompt_tokens <= len(token_ids):
-            raise InvalidRequest(
-                f"{num_prompt_tokens} of {len(token_ids)} tokens cannot be the prompt",
-                field="num_prompt_tokens",
-            )
+        check_open(self.limits, session_id, token_ids, num_prompt_tokens)
         vocab_size, num_prompt = self.limits.vocab_size, num_prompt_tokens or len(token_ids)
-        forecast = DrawForecast(sampling, vocab_size, num_prompt, self._device, grammar)
+        forecast = DrawForecast(
+            sampling, vocab_size, num_prompt, self._device, grammar, self._noise
+        )
+        self._admit(session_id, owner)
         known = self._planner.sessions.get(session_id)
         if known is not None and epoch < known.epoch:
             raise StaleEpoch(f"session {session_id[:256]} is at epoch {known.epoch}, not {epoch}")
-        self.close(session_id)
+        self._end(session_id, Cancelled("the session was opened again"))
         self._make_place()
         state = SequenceState(self._blocks, token_ids)
-        self._planner.add(DraftSession(session_id, epoch, state, forecast, owner=owner))
+        self._planner.add(
+            DraftSession(session_id, epoch, state, forecast, owner=owner, stream=stream)
+        )
 
-    def propose(self, session_id: str, query: ProposeQuery, future: Future[DraftResult]) -> None:
+    def propose(
+        self,
+        session_id: str,
+        query: ProposeQuery,
+        future: Future[DraftResult],
+        *,
+        owner: int = 0,
+    ) -> None:
         """Take what was committed and begin to grow a tree below the root.
 
         Raises:
+            LeaseLost: when somebody has claimed the session since.
             NotFound: when the session is not open here; open it again.
             StaleEpoch: when the query is older than the session or speaks of tokens not held.
             InvalidRequest: when the shape or a token is none.
         """
+        self._admit(session_id, owner)
         session = self._planner.sessions.get(session_id)
         if session is None:
             raise NotFound(f"no session {session_id[:256]} here; open it again")
         check_shape(query.shape)
-        self._check_tokens(query.new_token_ids)
+        check_tokens(self.limits, query.new_token_ids)
         num_tokens = query.known_len + len(query.new_token_ids)
         if num_tokens > self.limits.max_model_len:
             # The model has no such position, and a pass that fails ends the engine for everybody.
@@ -201,7 +166,7 @@ class ModelDrafter:
             )
         # Checked before anything changes: an error answers this call alone.
         session.check(query)
-        self._drop_growth(session, "a newer proposal for the session came")
+        self._drop_growth(session, Cancelled("a newer proposal for the session came"))
         session.advance(query)
         shape = fit_shape(
             query.shape,
@@ -217,18 +182,20 @@ class ModelDrafter:
             self._finish(session)
             self._deliver()
 
-    def close(self, session_id: str) -> None:
-        """Forget a session; an unknown one is fine."""
-        session = self._planner.sessions.get(session_id)
-        if session is not None:
-            self._drop_growth(session, "the session was closed")
-            self._planner.remove(session_id)
+    def close(self, session_id: str, *, owner: int = 0) -> None:
+        """Forget a session; an unknown one is fine.
 
-    def close_owned(self, owner: object) -> None:
-        """Forget the sessions that `owner` was the last one to open."""
+        Raises:
+            LeaseLost: when somebody has claimed the session since.
+        """
+        self._admit(session_id, owner)
+        self._end(session_id, Cancelled("the session was closed"))
+
+    def close_stream(self, stream: object) -> None:
+        """Forget the sessions that `stream` was the last one to open."""
         for session in list(self._planner.sessions.values()):
-            if session.owner is owner:
-                self.close(session.session_id)
+            if session.stream is stream:
+                self._end(session.session_id, Cancelled("the session's stream ended"))
 
     @torch.inference_mode()
     def run_pass(self) -> bool:
@@ -337,11 +304,24 @@ class ModelDrafter:
             set_result(future, result)
         self._answers.clear()
 
-    def _drop_growth(self, session: DraftSession, reason: str) -> None:
+    def _admit(self, session_id: str, owner: int) -> None:
+        """Refuse an item of an owner who lost the session; end what a former owner has here."""
+        known = self._planner.sessions.get(session_id)
+        holder = None if known is None else known.owner
+        if self._fence.pass_through(session_id, owner, holder):
+            self._end(session_id, LeaseLost(f"owner {owner} has claimed the session"))
+
+    def _end(self, session_id: str, reason: SpecinferError) -> None:
+        session = self._planner.sessions.get(session_id)
+        if session is not None:
+            self._drop_growth(session, reason)
+            self._planner.remove(session_id)
+
+    def _drop_growth(self, session: DraftSession, reason: SpecinferError) -> None:
         growth = session.growth
         if growth is not None:
             self._planner.stop_growing(session)
-            set_exception(growth.future, Cancelled(reason))
+            set_exception(growth.future, reason)
 
     def _make_place(self) -> None:
         """Close the least recently used session that grows nothing when all places are taken."""
@@ -349,19 +329,11 @@ class ModelDrafter:
             return
         for session in self._planner.sessions.values():
             if session.growth is None:
-                self.close(session.session_id)
+                self._planner.remove(session.session_id)
                 return
         raise ResourceExhausted(
             f"all {self.limits.max_sessions} sessions of this drafter are busy", retry_after=0.1
         )
-
-    def _check_tokens(self, token_ids: Sequence[int]) -> None:
-        for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
-            if not 0 <= token_id < self.limits.vocab_size:
-                raise InvalidRequest(
-                    f"token {token_id} is outside the vocabulary of {self.limits.vocab_size}",
-                    field="token_ids",
-                )
 
 
 def _forecast(session: DraftSession, tree: GrowingTree, wave: Wave, logits: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ class DraftSession:
         forecast: how the target draws.
         growth: the proposal that is being worked on, or None.
         prefill_eagerly: whether the prompt is computed before a query asks for it.
-        owner: who opened it last, or None.
+        owner: how often the session was claimed when it was opened.
+        stream: the stream that opened it last, or None.
     """
 
     session_id: str
@@ -141,7 +142,8 @@ class DraftSession:
     forecast: DrawForecast
     growth: Growth | None = None
     prefill_eagerly: bool = True
-    owner: object | None = None
+    owner: int = 0
+    stream: object | None = None
 
     def check(self, query: ProposeQuery) -> None:
         """Change nothing, and say whether the query can be answered.
