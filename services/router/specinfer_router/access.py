@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 MAX_PRIORITY = 100
+# A user generates; an operator may also look at the cluster and end anybody's session.
+USER, OPERATOR = ROLES = ("user", "operator")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,16 @@ class Caller:
         key_id: public name of the key, "" where no keys are asked for. Sessions belong to it.
         limits: of the key.
         seconds_left: until the caller's deadline when the call came, or None.
+        role: one of ROLES.
+        resumes: whether it goes on with a stream elsewhere when it is told to.
     """
 
     key_id: str = ""
     limits: KeyLimits = field(default_factory=KeyLimits)
     seconds_left: float | None = None
+    role: str = USER
+    resumes: bool = False
 
 
 # Where no keys are asked for nobody stands below anybody.
-ANYBODY = Caller(limits=KeyLimits(max_priority=MAX_PRIORITY))
+ANYBODY = Caller(limits=KeyLimits(max_priority=MAX_PRIORITY), role=OPERATOR)

@@ -21,8 +21,8 @@ from specinfer.errors import (
     InvalidRequest,
     PermissionDenied,
     ResourceExhausted,
+    RouterLeaving,
     SpecinferError,
-    Unavailable,
 )
 from specinfer_router.access import Caller, KeyLimits
 from specinfer_router.rates import DrainRate, MinuteBucket
@@ -148,10 +148,10 @@ class Admission:
         return min([room, *(bound for bound in bounds if bound is not None)])
 
     def drain(self) -> None:
-        """Let nobody in from now on; those that wait get Unavailable, those inside go on."""
+        """Let nobody in from now on; those that wait get RouterLeaving, those inside go on."""
         self._closed = True
         for waiter in list(self._waiters()):
-            self._turn_away(waiter, Unavailable(_DRAINING))
+            self._turn_away(waiter, RouterLeaving(_DRAINING))
 
     async def idle(self) -> None:
         """Return when nobody is inside."""
@@ -168,7 +168,7 @@ class Admission:
                 the key has used up one of its limits; `retry_after` says when to try again.
             DeadlineExceeded: the caller's deadline passed while waiting.
             PermissionDenied: `priority` is higher than the key may ask for.
-            Unavailable: the router is shutting down.
+            RouterLeaving: the router is shutting down.
         """
         arrived = self._clock()
         use = self._check(caller, priority, arrived)
@@ -189,7 +189,7 @@ class Admission:
         """The key's use, with this request charged to it."""
         limits = caller.limits
         if self._closed:
-            raise Unavailable(_DRAINING)
+            raise RouterLeaving(_DRAINING)
         if priority > limits.max_priority:
             raise PermissionDenied(
                 f"priority {priority} is above {limits.max_priority}, the highest allowed here",

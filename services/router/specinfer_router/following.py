@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
-from specinfer.errors import ResourceExhausted, Unavailable
+from specinfer.errors import ResourceExhausted, RouterLeaving, Unavailable
 from specinfer.messages import Finished, RoundFacts, SpeculationSummary, TokensEvent, Usage
 from specinfer_router.access import Caller
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.replay import RESUMED, take
+from specinfer_router.session import LEAVING
 from specinfer_router.store import ABANDONED, ERROR, SessionRecord, SessionStore
 
 POLL_SECONDS = 0.05
@@ -44,6 +45,11 @@ class Followers:
         self._store = store
         self._limits = limits
         self._of_key: Counter[str] = Counter()
+        self._cut = False
+
+    def cut(self) -> None:
+        """End them all, at their next look at the store."""
+        self._cut = True
 
     async def follow(
         self,
@@ -57,6 +63,7 @@ class Followers:
         Raises:
             ResourceExhausted: too many read along already.
             Unavailable: the session broke, or has not moved for a long time; resume it.
+            RouterLeaving: this router shuts down; read on through another one.
         """
         self._check(caller)
         self._of_key[caller.key_id] += 1
@@ -75,6 +82,8 @@ class Followers:
                 if reason not in ("", ABANDONED, ERROR):
                     yield finished(record, kept.finish_reason or reason, kept.stop_match, seen)
                     return
+                if self._cut:
+                    raise RouterLeaving(LEAVING, retry_after=0.0)
                 if reason or time.monotonic() - moved > self._limits.still_seconds:
                     raise Unavailable(f"session {record.session_id} is not running; resume it")
                 await asyncio.sleep(pause)

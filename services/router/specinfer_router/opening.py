@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from specinfer.errors import InvalidRequest, Mismatch
+from specinfer.errors import Mismatch
 from specinfer.grammar import GrammarChecker
 from specinfer.messages import GenerateRequest, Started
 from specinfer.metrics import RouterMetrics
@@ -20,8 +21,9 @@ from specinfer_router.policy import TreeShapePolicy
 from specinfer_router.pool import Cluster
 from specinfer_router.replay import Replay
 from specinfer_router.seats import DraftSeat, VerifySeat
-from specinfer_router.session import Session, SessionLimits
+from specinfer_router.session import Session, SessionLimits, beyond_the_end
 from specinfer_router.store import SessionRecord, SessionStore, SessionTerms
+from specinfer_router.store.interface import RESUMABLE
 from specinfer_router.tokenizer import ServedTokenizer
 
 
@@ -78,7 +80,9 @@ class SessionOpener:
         """
         check_request(request, self._cluster.target, self.max_tree_nodes)
 
-    async def record(self, request: GenerateRequest, key_id: str) -> SessionRecord:
+    async def record(
+        self, request: GenerateRequest, key_id: str, *, unattended: bool = False
+    ) -> SessionRecord:
         """A record for a checked request, not kept anywhere yet.
 
         Raises:
@@ -107,6 +111,7 @@ class SessionOpener:
             prediction=await self._prediction_ids(request.prediction, max_tokens),
             affinity_key=request.affinity_key,
             detail=request.detail,
+            unattended=unattended,
         )
         return SessionRecord(uuid.uuid4().hex, terms, tuple(prompt_ids))
 
@@ -120,34 +125,48 @@ class SessionOpener:
             num_prompt_tokens=record.terms.num_prompt_tokens,
         )
 
-    async def open(self, record: SessionRecord) -> Session:
+    async def open(self, record: SessionRecord, leaving: Callable[[], bool]) -> Session:
         """A new session that the store knows; no worker does yet."""
         await self._store.create(record)
-        return self._session(record, self.completion(record))
+        return self._session(record, self.completion(record), leaving)
 
     def check_resume(self, record: SessionRecord, offset: int) -> None:
         """Refuse what cannot be resumed.
 
+        A store that has lost its last moments may hold fewer tokens than a reader has seen; they
+        are made again.
+
         Raises:
             Mismatch: this cluster serves another model than the one that began.
-            InvalidRequest: `offset` lies beyond what was committed.
+            InvalidRequest: the session can never have `offset` tokens.
         """
         if record.terms.model_hash != self._cluster.target.model_hash:
             raise Mismatch("the session was begun by another model than the one that is served")
-        num_tokens = len(record.output_ids)
-        if not 0 <= offset <= num_tokens:
-            raise InvalidRequest(
-                f"offset {offset} is not within the {num_tokens} tokens of the session",
-                field="offset",
-            )
+        most = num_tokens = len(record.output_ids)
+        if record.finish_reason in RESUMABLE:
+            room = self._cluster.max_session_tokens - record.terms.num_prompt_tokens
+            most = max(num_tokens, min(record.terms.stop.max_tokens or room, room))
+        if not 0 <= offset <= most:
+            raise beyond_the_end(offset, num_tokens)
 
-    def reopen(self, record: SessionRecord, offset: int) -> tuple[Session, Replay]:
-        """A claimed session's loop, to be run once its replay was read to the end."""
+    def reopen(
+        self,
+        record: SessionRecord,
+        offset: int,
+        leaving: Callable[[], bool],
+        *,
+        whole: bool = False,
+    ) -> tuple[Session, Replay]:
+        """A claimed session's loop, to be run once its replay was read to the end.
+
+        Rounds are cut at the offset. With `whole` what comes before it is told as well.
+        """
         completion = self.completion(record)
         seat = None
         if record.terms.num_logprobs is not None and offset < len(record.output_ids):
             seat = self._verify_seat(record, f"{_worker_session_id(record)}.again")
-        return self._session(record, completion), Replay(record, completion, offset, seat)
+        session = self._session(record, completion, leaving, offset, whole=whole)
+        return session, Replay(record, completion, offset, seat, whole=whole)
 
     def completion(self, record: SessionRecord) -> Completion:
         """Text and end of a session, before its first token."""
@@ -178,7 +197,15 @@ class SessionOpener:
         # What lies further on cannot be reached, whatever is inserted before it.
         return tuple(token_ids[: 2 * max_tokens])
 
-    def _session(self, record: SessionRecord, completion: Completion) -> Session:
+    def _session(
+        self,
+        record: SessionRecord,
+        completion: Completion,
+        leaving: Callable[[], bool],
+        offset: int = 0,
+        *,
+        whole: bool = False,
+    ) -> Session:
         max_session_tokens = self._cluster.max_session_tokens
         return Session(
             record,
@@ -190,6 +217,9 @@ class SessionOpener:
             limits=SessionLimits(max_session_tokens, self.max_tree_nodes),
             metrics=self._metrics,
             token_texts=self._tokenizer.vocabulary.token_texts,
+            lost_before=offset,
+            tell_lost=whole,
+            leaving=leaving,
         )
 
     def _draft_seat(self, record: SessionRecord) -> DraftSeat:

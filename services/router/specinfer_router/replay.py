@@ -40,7 +40,13 @@ class Replay:
     """
 
     def __init__(
-        self, record: SessionRecord, completion: Completion, offset: int, seat: VerifySeat | None
+        self,
+        record: SessionRecord,
+        completion: Completion,
+        offset: int,
+        seat: VerifySeat | None,
+        *,
+        whole: bool = False,
     ) -> None:
         """Begin with a completion that has taken nothing.
 
@@ -49,12 +55,14 @@ class Replay:
             completion: it will have taken the whole output in the end.
             offset: tokens of the output that the reader has.
             seat: a place of its own in the verify tier, to compute logprobs again; None for none.
+            whole: tell the tokens before the offset too, without logprobs.
         """
         self.ended = Kept((), "")
         self._record = record
         self._completion = completion
         self._offset = offset
         self._seat = seat
+        self._whole = whole
         self._epoch = 0
 
     async def events(self, max_tree_nodes: int) -> AsyncGenerator[TokensEvent, None]:
@@ -64,8 +72,11 @@ class Replay:
             SpecinferError: logprobs are wanted and the verify tier could not go on.
         """
         output_ids = self._record.output_ids
-        self.ended = await take(self._completion, output_ids[: self._offset])
+        before = output_ids[: self._offset]
+        self.ended = await take(self._completion, before)
         facts = RoundFacts(self._record.epoch, root_only_reason=RESUMED)
+        if self._whole and before:
+            yield TokensEvent(0, self.ended.text, before, 0, (), facts)
         try:
             for start in range(self._offset, len(output_ids), PIECE_TOKENS):
                 piece = output_ids[start : start + PIECE_TOKENS]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from specinfer.errors import NotFound, SpecinferError
+from specinfer.errors import NotFound, RouterLeaving, SpecinferError
 from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import (
     Capabilities,
@@ -31,9 +31,9 @@ from specinfer_router.opening import SeatLimits, SessionOpener
 from specinfer_router.policy import PlainSpeed, TreeShapePolicy
 from specinfer_router.pool import Cluster
 from specinfer_router.request_log import RequestLog, RequestLogEntry
-from specinfer_router.session import Session
+from specinfer_router.session import LEAVING, Session, beyond_the_end
 from specinfer_router.store import ABANDONED, CANCELLED, SessionRecord, SessionStore
-from specinfer_router.stream import buffered
+from specinfer_router.stream import OpenStreams
 from specinfer_router.tokenizer import ServedTokenizer
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,11 @@ class Router:
         self._admission = Admission(self._limits.admission)
         metrics.watch_waiting(lambda: self._admission.num_waiting)
         self._requests = RequestLog()
+        self._streams = OpenStreams(
+            max_events=self._limits.max_events, stall_seconds=self._limits.stall_seconds
+        )
         self._followers = Followers(store, self._limits.follow)
+        self._handing_over = False
         self._plain = PlainSpeed(cluster.target.step_costs)
         vocab_size, ends = cluster.target.vocab_size, sorted(tokenizer.eos_token_ids)
         self._grammars = GrammarChecker(GrammarCompiler(tokenizer.tokenizer_json, vocab_size, ends))
@@ -145,6 +149,19 @@ class Router:
         """Take no new request; those in progress go on."""
         self._admission.drain()
 
+    def hand_over(self) -> None:
+        """End each session that another router goes on with, after its round, with RouterLeaving.
+
+        These are the ones whose readers resume, and those without a reader. Their place is in a
+        store that outlives this router, or they would be lost.
+        """
+        self._handing_over = True
+
+    def cut(self) -> None:
+        """End every stream with RouterLeaving, whatever it waits for; the store keeps them."""
+        self._streams.cut(RouterLeaving(LEAVING, retry_after=0.0))
+        self._followers.cut()
+
     async def idle(self) -> None:
         """Return when no request is in progress."""
         await self._admission.idle()
@@ -154,9 +171,11 @@ class Router:
         self._grammars.close()
 
     async def generate(
-        self, request: GenerateRequest, caller: Caller = ANYBODY
+        self, request: GenerateRequest, caller: Caller = ANYBODY, *, unattended: bool = False
     ) -> AsyncGenerator[GenerateEvent, None]:
         """The events of one request; closing the generator gives the session up.
+
+        With `unattended` other routers go on with it by themselves when this one dies.
 
         Raises:
             SpecinferError: with the request's id; any of the error tree but ClientClosed.
@@ -164,18 +183,31 @@ class Router:
         check_request_id(request.request_id)
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
         entry = self._requests.begin(request.request_id, caller.key_id)
-        async with aclosing(self._serve(self._generated(request, caller, entry), entry)) as events:
+        source = self._generated(request, caller, entry, unattended=unattended)
+        async with aclosing(self._serve(source, entry)) as events:
             async for event in events:
                 yield event
 
     async def resume(
-        self, request: ResumeRequest, caller: Caller = ANYBODY
+        self,
+        request: ResumeRequest,
+        caller: Caller = ANYBODY,
+        *,
+        whole: bool = False,
+        orphaned_only: bool = False,
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Take a session over and go on after `request.offset` tokens; as `generate` otherwise.
 
+        Args:
+            request: which session, and what of it the caller has.
+            caller: whoever takes it over.
+            whole: tell the tokens before the offset as well; no event has tokens of both sides.
+            orphaned_only: leave it to whoever runs it, if anybody does.
+
         Raises:
             NotFound: no such session, it has expired, or it belongs to another key.
-            InvalidRequest: the offset lies beyond what was committed.
+            InvalidRequest: the session can never have so many tokens.
+            LeaseLost: with `orphaned_only`, another router runs it, or it has ended.
             Mismatch: another model is served now.
         """
         check_request_id(request.request_id)
@@ -183,7 +215,7 @@ class Router:
         request_id = request.request_id or record.terms.request_id or uuid.uuid4().hex
         request = replace(request, request_id=request_id)
         entry = self._requests.begin(request_id, caller.key_id)
-        source = self._resumed(record, request, caller, entry)
+        source = self._resumed(record, request, caller, entry, whole, orphaned_only)
         async with aclosing(self._serve(source, entry)) as events:
             async for event in events:
                 yield event
@@ -202,6 +234,8 @@ class Router:
         """
         record = await self._find(session_id, caller)
         self._opener.check_resume(record, offset)
+        if offset > len(record.output_ids):
+            raise beyond_the_end(offset, len(record.output_ids))
         along = self._followers.follow(record, self._opener.completion, offset, caller)
         async with aclosing(along) as events:
             yield self._opener.started(record)
@@ -232,14 +266,9 @@ class Router:
     ) -> AsyncGenerator[GenerateEvent, None]:
         """The events of `source` through a bounded buffer, with one log entry and one outcome."""
         outcome = "cancelled"
-        stream = buffered(
-            source,
-            max_events=self._limits.max_events,
-            stall_seconds=self._limits.stall_seconds,
-        )
         try:
             with self._telemetry.span("generate", {"specinfer.request.id": entry.request_id}):
-                async with aclosing(stream) as events:
+                async with aclosing(self._streams.read(source)) as events:
                     async for event in events:
                         outcome = event.reason if isinstance(event, Finished) else outcome
                         yield event
@@ -252,16 +281,27 @@ class Router:
             entry.ended(outcome)
             self._metrics.observe_request(outcome, entry.seconds)
 
+    def _leaving(self, caller: Caller, *, unattended: bool) -> Callable[[], bool]:
+        """What a session asks between two rounds: whether it is to go on elsewhere."""
+        movable = caller.resumes or unattended
+        return lambda: movable and self._handing_over
+
     async def _generated(
-        self, request: GenerateRequest, caller: Caller, entry: RequestLogEntry
+        self,
+        request: GenerateRequest,
+        caller: Caller,
+        entry: RequestLogEntry,
+        *,
+        unattended: bool,
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Runs behind the buffer: a reader that stalls loses its place along with its session."""
         self._opener.check(request)
         async with self._admission.slot(caller, request.priority) as ticket:
             self._admitted(entry, ticket)
-            record = await self._opener.record(request, caller.key_id)
+            record = await self._opener.record(request, caller.key_id, unattended=unattended)
             ticket.spend(len(record.token_ids))
-            session = await self._opener.open(record)
+            leaving = self._leaving(caller, unattended=unattended)
+            session = await self._opener.open(record, leaving)
             async with self._given_up_unless_run(record, session):
                 started = self._opener.started(record)
                 entry.add(started)
@@ -276,13 +316,17 @@ class Router:
         request: ResumeRequest,
         caller: Caller,
         entry: RequestLogEntry,
+        whole: bool,
+        orphaned_only: bool,
     ) -> AsyncGenerator[GenerateEvent, None]:
         # Before the session is taken from whoever reads it now.
         self._opener.check_resume(record, request.offset)
         async with self._admission.slot(caller) as ticket:
             self._admitted(entry, ticket)
-            record = await self.store.claim(request.session_id)
-            session, replay = self._opener.reopen(record, request.offset)
+            record = await self.store.claim(request.session_id, orphaned_only=orphaned_only)
+            leaving = self._leaving(caller, unattended=record.terms.unattended)
+            offset = request.offset
+            session, replay = self._opener.reopen(record, offset, leaving, whole=whole)
             async with self._given_up_unless_run(record, session):
                 started = self._opener.started(record, request.request_id)
                 entry.add(started)
@@ -294,6 +338,8 @@ class Router:
                         yield tokens
                 ended = replay.ended.finish_reason or record.finish_reason
                 if ended:
+                    if offset > len(record.output_ids):
+                        raise beyond_the_end(offset, len(record.output_ids))
                     last = finished(record, ended, replay.ended.stop_match, len(record.output_ids))
                     yield replace(last, timings=entry.timings)
                     return

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from specinfer.errors import Cancelled, SpecinferError
+from specinfer.errors import Cancelled, InvalidRequest, RouterLeaving, SpecinferError
 from specinfer.messages import (
     Finished,
     RoundDetail,
@@ -29,6 +29,8 @@ from specinfer_router.policy import RoundHistory, TreeShapePolicy, clip
 from specinfer_router.prediction import Prediction
 from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
 from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
+
+LEAVING = "this router is shutting down; another one goes on with the stream"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,19 @@ class Session:
         limits: SessionLimits,
         metrics: RouterMetrics,
         token_texts: Callable[[Sequence[int]], tuple[str, ...]],
+        lost_before: int = 0,
+        tell_lost: bool = False,
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Take over a record that the store keeps already, and its completion so far."""
+        """Take over a record that the store keeps already, and its completion so far.
+
+        Args:
+            lost_before: tokens of the output that the reader has; those that the record has not
+                are made again by rounds of their own.
+            tell_lost: whether those rounds are told as well.
+            leaving: asked between two rounds; true ends the loop there, to go on elsewhere.
+            The others are what the loop is made of.
+        """
         self.session_id = record.session_id
         self.epoch = record.epoch
         self.finished: Finished | None = None
@@ -80,6 +93,9 @@ class Session:
         self._limits = limits
         self._metrics = metrics
         self._token_texts = token_texts
+        self._lost_before = lost_before
+        self._tell_lost = tell_lost
+        self._leaving = leaving
         self._history = RoundHistory()
         self._tally = RoundTally()
         self._prediction: Prediction | None = None
@@ -91,11 +107,15 @@ class Session:
 
         Raises:
             StaleEpoch: somebody else has taken the session over.
+            RouterLeaving: it is to go on elsewhere.
+            InvalidRequest: it ended before the tokens that the reader says to have.
             SpecinferError: the verify tier or the store could not go on.
         """
         end, self.begun = ABANDONED, True
         try:
             while self.finished is None:
+                if self._leaving():
+                    raise RouterLeaving(LEAVING, retry_after=0.0)
                 start = time.perf_counter()
                 guess = await self._guess()
                 checked = await self._verifier.step(self._token_ids, self.epoch, guess.tree)
@@ -103,8 +123,14 @@ class Session:
                 # Committed before anyone sees it: what was shown can always be gone on from.
                 commit_seconds = await self._commit(kept)
                 if self.finished is None:
-                    yield self._advance(guess, checked, kept, start, commit_seconds)
+                    event = self._advance(guess, checked, kept, start, commit_seconds)
+                    if self._num_lost > 0 and kept.finish_reason:
+                        raise beyond_the_end(self._lost_before, self._num_output_tokens)
+                    if event.offset >= self._lost_before or self._tell_lost:
+                        yield event
             yield self.finished
+        except RouterLeaving:
+            raise
         except SpecinferError:
             end = ERROR
             raise
@@ -125,7 +151,7 @@ class Session:
             guess.tree,
             self._token_ids[self._num_prompt_tokens :],
             max_nodes=1 + _least(self._limits.max_tree_nodes - 1, self._room, asked.max_nodes),
-            max_depth=_least(self._completion.num_left - 1, asked.max_depth),
+            max_depth=_least(self._max_depth, asked.max_depth),
         )
         reason = "" if tree.num_draft_tokens else guess.root_only_reason
         return replace(guess, tree=tree, root_only_reason=reason)
@@ -145,12 +171,27 @@ class Session:
     def _room(self) -> int:
         return self._limits.max_session_tokens - len(self._token_ids)
 
+    @property
+    def _num_output_tokens(self) -> int:
+        return len(self._token_ids) - self._num_prompt_tokens
+
+    @property
+    def _num_lost(self) -> int:
+        """Tokens that the reader has and that are still to be made again."""
+        return self._lost_before - self._num_output_tokens
+
+    @property
+    def _max_depth(self) -> int:
+        """Deepest guess of use; no round goes from lost tokens into new ones."""
+        left = self._completion.num_left
+        return (min(left, self._num_lost) if self._num_lost > 0 else left) - 1
+
     def _shape(self) -> ShapeQuery:
         """The policy's wish within the room that is left: guesses past the end are of no use."""
         return clip(
             self._policy.plan(self._options, self._history, self._verifier.num_sharing),
             max_nodes=min(self._limits.max_tree_nodes - 1, self._room),
-            max_depth=self._completion.num_left - 1,
+            max_depth=self._max_depth,
         )
 
     def _advance(
@@ -158,7 +199,7 @@ class Session:
     ) -> TokensEvent:
         """Take a committed round in and say what it did."""
         result = checked.result
-        offset = len(self._token_ids) - self._num_prompt_tokens
+        offset = self._num_output_tokens
         num_accepted = min(len(result.accepted), len(kept.token_ids))
         self._token_ids.extend(kept.token_ids)
         self._num_cached_tokens = self._num_cached_tokens or result.num_cached_tokens
@@ -225,11 +266,18 @@ class Session:
             stop_match=stop_match,
             usage=Usage(
                 self._num_prompt_tokens,
-                len(self._token_ids) - self._num_prompt_tokens,
+                self._num_output_tokens,
                 self._num_cached_tokens,
             ),
             speculation=self._tally.summary(),
         )
+
+
+def beyond_the_end(offset: int, num_tokens: int) -> InvalidRequest:
+    """What is told to a reader who asks for more than a session has or will ever have."""
+    return InvalidRequest(
+        f"offset {offset} is not within the {num_tokens} tokens of the session", field="offset"
+    )
 
 
 def _least(*bounds: int | None) -> int:
