@@ -1,8 +1,18 @@
 """What specinfer counts, for Prometheus. Needs the `serve` extra.
 
-`catalogue` names every metric once. This package knows nothing of how sessions or workers run.
+`catalogue` names every metric once; `router_metrics` and `worker_metrics` count by it; `exposition`
+is what a scrape gets. This package knows nothing of how sessions or workers run.
 """
 
+from specinfer.metrics.exposition import MetricsServer, expose
 from specinfer.metrics.router_metrics import RouterMetrics
+from specinfer.metrics.worker_metrics import DraftMetrics, VerifyMetrics, WorkerMetrics
 
-__all__ = ["RouterMetrics"]
+__all__ = [
+    "DraftMetrics",
+    "MetricsServer",
+    "RouterMetrics",
+    "VerifyMetrics",
+    "WorkerMetrics",
+    "expose",
+]

@@ -8,8 +8,9 @@ import pytest
 
 from specinfer.errors import StaleEpoch
 from specinfer.messages import Finished, ShapeQuery, SpeculationOptions, Started, TokensEvent
+from specinfer.step_curve import StepCurve
 from specinfer_router.opening import SeatLimits
-from specinfer_router.policy import AdaptiveShape, StaticShape, StepCurve
+from specinfer_router.policy import AdaptiveShape, StaticShape
 from specinfer_router.router import RouterLimits
 from tests.kit.fake_drafter import FakeDrafter
 from tests.kit.fake_workers import EOS, FakeVerifier, continuation, info_of

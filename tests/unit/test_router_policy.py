@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
+from specinfer.step_curve import StepCurve
 from specinfer_router.policy import (
     PROBE_ROUNDS,
     AdaptiveShape,
     RoundHistory,
     StaticShape,
-    StepCurve,
     clip,
     num_nodes,
 )

@@ -1,0 +1,205 @@
+"""The catalogue's metrics of one process: what it counts itself, and what is asked at each scrape.
+
+A label takes the values that the catalogue allows and no others, so that nobody can make series at
+will. This module knows nothing of what the numbers mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
+from typing import Any, Generic, TypeVar
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Shown
+from prometheus_client.registry import Collector
+
+from specinfer.metrics.catalogue import CATALOGUE
+from specinfer.metrics.metric import OTHER, Kind, Label, Metric, Source
+
+# Series with known labels begin at 0, so that the first event is a rise; more than so many do not.
+MAX_AT_ZERO = 64
+
+Read = Callable[[], Mapping[tuple[str, ...], float]]
+_Made = TypeVar("_Made", Counter, Gauge, Histogram)
+_MAKERS: dict[Kind, type[Counter] | type[Gauge] | type[Histogram]] = {
+    Kind.COUNTER: Counter,
+    Kind.GAUGE: Gauge,
+    Kind.HISTOGRAM: Histogram,
+}
+
+
+class Bound:
+    """Maps the values of one label to those that it may have."""
+
+    def __init__(self, label: Label) -> None:
+        self._most = label.most
+        self._known = set(label.values)
+
+    def __call__(self, value: str) -> str:
+        """`value`, or "other" when it is not one of the label's or came too late."""
+        if value in self._known:
+            return value
+        if len(self._known) < self._most:
+            self._known.add(value)
+            return value
+        return OTHER
+
+    def forget(self, value: str) -> None:
+        """Make room for another value."""
+        if self._most:
+            self._known.discard(value)
+
+
+class Family(Generic[_Made]):
+    """One metric with its series; `of` gives the series of some label values."""
+
+    def __init__(self, metric: Metric, made: _Made, fixed: tuple[str, ...]) -> None:
+        self._made: _Made = made
+        self._fixed = fixed
+        self._labels = metric.labels
+        self._bounds = tuple(Bound(label) for label in metric.labels)
+        self._series: dict[tuple[str, ...], _Made] = {}
+        known = [label.values for label in metric.labels]
+        sizes = list(product(*known))
+        for values in sizes if len(sizes) <= MAX_AT_ZERO else ():
+            self.of(*values)
+
+    def of(self, *values: str) -> _Made:
+        """The series of these values of the metric's own labels, in the catalogue's order."""
+        found = self._series.get(values)
+        if found is not None:
+            return found
+        bounded = tuple(bound(value) for bound, value in zip(self._bounds, values, strict=True))
+        if bounded not in self._series:
+            self._series[bounded] = self._made.labels(*self._fixed, *bounded)
+        return self._series[bounded]
+
+    def forget(self, label: str, value: str) -> None:
+        """Drop the series of a value that will not come again, and give its place to others."""
+        place = [item.name for item in self._labels].index(label)
+        for values in [values for values in self._series if values[place] == value]:
+            del self._series[values]
+            self._made.remove(*self._fixed, *values)
+        self._bounds[place].forget(value)
+
+
+class Watched(Collector):
+    """Metrics that somebody else keeps: they are read at each scrape."""
+
+    def __init__(self, fixed: Mapping[str, str]) -> None:
+        self._fixed = dict(fixed)
+        self._reads: dict[str, tuple[Metric, Read]] = {}
+
+    def add(self, metric: Metric, read: Read) -> None:
+        """Show `metric` with what `read` says, by the values of its own labels."""
+        self._reads[metric.name] = (metric, read)
+
+    def collect(self) -> Iterator[Shown]:
+        """All of them, as they are now."""
+        for metric, read in self._reads.values():
+            yield self._shown(metric, read())
+
+    def _shown(self, metric: Metric, numbers: Mapping[tuple[str, ...], float]) -> Shown:
+        names = [*self._fixed, *(label.name for label in metric.labels)]
+        kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+        family = kind(metric.family, metric.help, labels=names)
+        bounds = [Bound(label) for label in metric.labels]
+        sums: dict[tuple[str, ...], float] = {}
+        for values, number in numbers.items():
+            bounded = tuple(bound(value) for bound, value in zip(bounds, values, strict=True))
+            sums[bounded] = sums.get(bounded, 0.0) + number
+        for bounded, number in sums.items():
+            family.add_metric([*self._fixed.values(), *bounded], number)
+        return family
+
+
+class Instruments:
+    """Every metric of the catalogue that a process of this kind shows.
+
+    Args:
+        registry: what is exposed; it takes one process.
+        source: which process it is.
+        fixed: labels that all its metrics carry, such as the model's name.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, source: Source, fixed: Mapping[str, str]
+    ) -> None:
+        # Twice the lines, for times that nobody asks for.
+        switch_off: Callable[[], None] = disable_created_metrics
+        switch_off()
+        self._source = source
+        self._fixed = dict(fixed)
+        self._registry = registry
+        self._families: dict[str, Family[Any]] = {}
+        self._made: dict[str, Collector] = {}
+        self._watched = Watched(self._fixed)
+        registry.register(self._watched)
+        ProcessCollector(registry=registry)
+
+    def counter(self, name: str) -> Family[Counter]:
+        """A counter of the catalogue."""
+        return self._family(name, Kind.COUNTER)
+
+    def gauge(self, name: str) -> Family[Gauge]:
+        """A gauge of the catalogue that is moved up and down."""
+        return self._family(name, Kind.GAUGE)
+
+    def histogram(self, name: str) -> Family[Histogram]:
+        """A histogram of the catalogue."""
+        return self._family(name, Kind.HISTOGRAM)
+
+    def watch(self, name: str, read: Read) -> None:
+        """Ask `read` for a gauge or counter at each scrape, by the values of its own labels."""
+        metric = self._metric(name, (Kind.COUNTER, Kind.GAUGE))
+        self._watched.add(metric, read)
+
+    def watch_one(self, name: str, read: Callable[[], float]) -> None:
+        """Ask `read` for a gauge or counter without labels of its own at each scrape."""
+        self.watch(name, lambda: {(): read()})
+
+    def forget(self, label: str, value: str) -> None:
+        """Drop every series of a label's value, such as a worker that left for good."""
+        for name, family in self._families.items():
+            if any(item.name == label for item in _BY_NAME[name].labels):
+                family.forget(label, value)
+
+    def shown(self) -> Iterator[tuple[Metric, Shown]]:
+        """What is shown now, beside its entries in the catalogue."""
+        for name, made in self._made.items():
+            for shown in made.collect():
+                yield _BY_NAME[name], shown
+        by_family = {metric.family: metric for metric in CATALOGUE}
+        for shown in self._watched.collect():
+            yield by_family[shown.name], shown
+
+    def _family(self, name: str, kind: Kind) -> Family[Any]:
+        if name in self._families:
+            return self._families[name]
+        metric = self._metric(name, (kind,))
+        names = [*self._fixed, *(label.name for label in metric.labels)]
+        more: dict[str, Any] = {"buckets": metric.buckets} if kind is Kind.HISTOGRAM else {}
+        made: Any = _MAKERS[kind](
+            metric.family, metric.help, names, registry=self._registry, **more
+        )
+        family: Family[Any] = Family(metric, made, tuple(self._fixed.values()))
+        self._made[name], self._families[name] = made, family
+        return family
+
+    def _metric(self, name: str, kinds: Iterable[Kind]) -> Metric:
+        metric = _BY_NAME[name]
+        if metric.kind not in kinds or self._source not in metric.sources:
+            raise KeyError(f"{name} is no {'/'.join(kinds)} of {self._source} in the catalogue")
+        return metric
+
+
+_BY_NAME = {metric.name: metric for metric in CATALOGUE}
