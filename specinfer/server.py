@@ -84,6 +84,11 @@ class RpcServer:
             await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
 
+def on_loopback(address: str) -> bool:
+    """Whether a server at `address` can be reached from this machine alone."""
+    return address.startswith(_LOOPBACK)
+
+
 def build_server(
     address: str,
     service_names: Sequence[str],
@@ -99,7 +104,7 @@ def build_server(
         InvalidRequest: when the port is in use, the address is none, or a plain-text server would
             be reachable from other machines and `insecure_bind` does not allow it.
     """
-    if tls is None and not insecure_bind and not address.startswith(_LOOPBACK):
+    if tls is None and not insecure_bind and not on_loopback(address):
         raise InvalidRequest(
             f"{address} can be reached from other machines without TLS; "
             "give certificates, bind to 127.0.0.1, or allow it with --insecure-bind",

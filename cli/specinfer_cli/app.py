@@ -9,11 +9,14 @@ import typer
 from specinfer import __version__
 from specinfer_cli.bench import bench
 from specinfer_cli.chat import chat
+from specinfer_cli.doctor import doctor
 from specinfer_cli.explain import explain
 from specinfer_cli.generate import generate
 from specinfer_cli.keys import app as keys
 from specinfer_cli.lossless import lossless
 from specinfer_cli.services import PASS_ON, draft, router, verify
+from specinfer_cli.sessions import app as sessions
+from specinfer_cli.top import top
 from specinfer_cli.up import up
 
 app = typer.Typer(
@@ -44,6 +47,9 @@ def _options(version: _Version = False) -> None:
 
 for _command in (up, generate, chat, explain, lossless, bench):
     app.command()(_command)
-app.add_typer(keys, name="keys")
+for _command in (top, doctor):
+    app.command(rich_help_panel="For operators")(_command)
+app.add_typer(sessions, name="sessions", rich_help_panel="For operators")
+app.add_typer(keys, name="keys", rich_help_panel="For operators")
 for _service in (router, draft, verify):
     app.command(rich_help_panel="Services, for hand use", **PASS_ON)(_service)

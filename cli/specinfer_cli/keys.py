@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
+import click
 import typer
 from rich.table import Table
 
 from specinfer.errors import InvalidRequest
 from specinfer_cli import arguments
 from specinfer_cli.console import friendly, import_extra, messages, output, print_json, write
-from specinfer_router.access import KeyLimits
+from specinfer_router.access import USER, KeyLimits
 from specinfer_router.keys.file import KeyFile
 from specinfer_router.keys.record import KeyRecord, new_key, parse_time
 
@@ -58,6 +59,10 @@ _Expires = Annotated[
     str | None,
     typer.Option("--expires", metavar="TIME", help="Date or time in ISO 8601, UTC by default."),
 ]
+_Role = Annotated[
+    str,
+    typer.Option("--role", help="user: generate; operator: also the routers' admin port."),
+]
 
 
 class _Keys(Protocol):
@@ -65,6 +70,55 @@ class _Keys(Protocol):
     async def add(self, record: KeyRecord) -> None: ...
     async def remove(self, key_id: str) -> None: ...
     async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """What `RedisSettings` is told."""
+
+    url: str = ""
+    password_file: Path | None = None
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    cluster: bool = False
+
+
+def _redis_file(flag: str, help_text: str) -> Any:
+    variable = f"SPECINFER_ROUTER_{flag.upper().replace('-', '_')}"
+    return typer.Option(f"--{flag}", metavar="FILE", envvar=variable, help=help_text)
+
+
+@app.callback()
+def connection(
+    context: typer.Context,
+    redis_password_file: Annotated[
+        Path | None, _redis_file("redis-password-file", "File that holds Redis's password.")
+    ] = None,
+    redis_ca: Annotated[
+        Path | None, _redis_file("redis-ca", "Certificates to trust for rediss://, PEM.")
+    ] = None,
+    redis_certificate: Annotated[
+        Path | None, _redis_file("redis-certificate", "Our certificate for Redis, PEM.")
+    ] = None,
+    redis_key: Annotated[Path | None, _redis_file("redis-key", "Its private key, PEM.")] = None,
+    redis_cluster: Annotated[
+        bool,
+        typer.Option(
+            "--redis-cluster",
+            envvar="SPECINFER_ROUTER_REDIS_CLUSTER",
+            help="The Redis is a cluster.",
+        ),
+    ] = False,
+) -> None:
+    """Make, list and revoke API keys."""
+    context.obj = _Connection(
+        password_file=redis_password_file,
+        ca=redis_ca,
+        certificate=redis_certificate,
+        key=redis_key,
+        cluster=redis_cluster,
+    )
 
 
 @app.command()
@@ -78,6 +132,7 @@ def create(
     tokens_per_minute: _Tokens = None,
     max_priority: _Priority = 0,
     expires: _Expires = None,
+    role: _Role = USER,
     json: arguments.Json = False,
 ) -> None:
     """Make a key and print it, the only time that it is shown.
@@ -89,6 +144,7 @@ def create(
         limits=KeyLimits(max_streams, requests_per_minute, tokens_per_minute, max_priority),
         now=datetime.now(UTC),
         expires=None if expires is None else parse_time(expires, "expires"),
+        role=role,
     )
     _with_keys(file, redis, lambda keys: keys.add(record))
     if json:
@@ -106,11 +162,12 @@ def list_keys(file: _File = None, redis: _Redis = None, json: arguments.Json = F
     if json:
         print_json([_facts(record) for record in records])
         return
-    table = Table("id", "name", "created", "expires", "limits", box=None, pad_edge=False)
+    table = Table("id", "name", "role", "created", "expires", "limits", box=None, pad_edge=False)
     for record in sorted(records, key=lambda record: record.created):
         table.add_row(
             record.key_id,
             record.name,
+            record.role,
             f"{record.created:%Y-%m-%d}",
             f"{record.expires:%Y-%m-%d %H:%M%z}" if record.expires else "never",
             _limits_text(record.limits),
@@ -131,7 +188,9 @@ def _open(file: Path | None, redis: str | None) -> _Keys:
         return KeyFile(file)
     if not redis:
         raise InvalidRequest("say where keys are kept: --file FILE or --redis URL", field="file")
-    keys: _Keys = import_extra("specinfer_router.keys.redis_keys").RedisKeys(redis)
+    connection = replace(click.get_current_context().ensure_object(_Connection), url=redis)
+    settings = import_extra("specinfer.redis_connection").RedisSettings(**asdict(connection))
+    keys: _Keys = import_extra("specinfer_router.keys.redis_keys").RedisKeys(settings)
     return keys
 
 
@@ -152,6 +211,7 @@ def _facts(record: KeyRecord) -> dict[str, Any]:
     return {
         "id": record.key_id,
         "name": record.name,
+        "role": record.role,
         "created": record.created.isoformat(),
         "expires": record.expires.isoformat() if record.expires else None,
         "limits": asdict(record.limits),

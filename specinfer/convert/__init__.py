@@ -5,6 +5,14 @@ the functions here turn absent fields into their documented defaults. They know 
 sessions or tensors.
 """
 
+from specinfer.convert.admin import (
+    cluster_from_wire,
+    cluster_to_wire,
+    finding_from_wire,
+    finding_to_wire,
+    session_status_from_wire,
+    session_status_to_wire,
+)
 from specinfer.convert.generation import (
     capabilities_from_wire,
     capabilities_to_wire,
@@ -47,10 +55,14 @@ from specinfer.convert.workers import (
 __all__ = [
     "capabilities_from_wire",
     "capabilities_to_wire",
+    "cluster_from_wire",
+    "cluster_to_wire",
     "draft_result_from_wire",
     "draft_result_to_wire",
     "event_from_wire",
     "event_to_wire",
+    "finding_from_wire",
+    "finding_to_wire",
     "grammar_from_wire",
     "grammar_to_wire",
     "load_from_wire",
@@ -65,6 +77,8 @@ __all__ = [
     "resume_to_wire",
     "sampling_from_wire",
     "sampling_to_wire",
+    "session_status_from_wire",
+    "session_status_to_wire",
     "shape_from_wire",
     "shape_to_wire",
     "status_error",

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
+from specinfer.redis_connection import RedisSettings
 from specinfer.rpc import TlsSettings
+from specinfer.server import on_loopback
 from specinfer.settings import setting
 from specinfer.step_curve import StepCurve
 from specinfer.telemetry import TraceSettings
@@ -30,9 +32,11 @@ from specinfer_router.router import RouterLimits
 MIN_PROPOSE_SECONDS = 0.1
 PROPOSE_STEPS = 4
 KEYS_IN_REDIS = "redis"
+REFUSE, SERVE = "refuse", "serve"
 _POSITIVE = (
     *("session_seconds", "start_seconds", "stall_seconds", "step_deadline", "max_wait_seconds"),
     "keep_alive_seconds",
+    "lease_seconds",
     *("max_sessions", "max_tree_nodes", "max_streams", "max_prompt_characters"),
 )
 
@@ -43,9 +47,25 @@ class RouterSettings:
 
     grpc: str = setting("127.0.0.1:50051", "address of the gRPC service; port 0 takes a free one")
     gateway: str = setting("127.0.0.1:8000", "address of the HTTP API, health and metrics")
+    admin: str = setting(
+        "", "address of the operators' gRPC service, for `specinfer top`; empty: none"
+    )
     verify: tuple[str, ...] = setting((), "address of a verify worker; repeat for more")
     draft: tuple[str, ...] = setting((), "address of a draft worker; repeat for more")
     redis: str = setting("", "URL of a Redis that keeps sessions; empty keeps them in memory")
+    redis_password_file: Path | None = setting(None, "file that holds Redis's password")
+    redis_ca: Path | None = setting(None, "certificates to trust for rediss://, PEM")
+    redis_certificate: Path | None = setting(None, "our certificate for Redis, PEM")
+    redis_key: Path | None = setting(None, "its private key, PEM")
+    redis_cluster: bool = setting(False, "the Redis is a cluster")
+    redis_outage: str = setting(REFUSE, "new sessions while Redis is away: refuse or serve")
+    redis_outage_seconds: float = setting(
+        60.0, "how long running sessions go on from memory while Redis is away"
+    )
+    lease_seconds: float = setting(
+        10.0, "after so long without a sign of its router a background session is taken over"
+    )
+    router_id: str = setting("", "unique name of this router; made up if empty")
     session_seconds: float = setting(3600.0, "how long a session is kept after its last change")
     max_sessions: int = setting(10_000, "most sessions kept in memory")
     policy: str = setting("adaptive", "adaptive: by goodput; static: one shape for all rounds")
@@ -92,6 +112,11 @@ class RouterSettings:
         check_origins(self.cors_origin)
         if self.keys == KEYS_IN_REDIS and not self.redis:
             raise InvalidRequest("--keys redis needs --redis URL", field="keys")
+        if self.redis_outage not in (REFUSE, SERVE):
+            raise InvalidRequest(
+                "--redis-outage is refuse or serve: what becomes of new sessions while Redis is away",
+                field="redis_outage",
+            )
         for prefix in ("tls", "worker_tls"):
             certificate, key = (
                 getattr(self, f"{prefix}_{part}") for part in ("certificate", "key")
@@ -101,6 +126,12 @@ class RouterSettings:
                 raise InvalidRequest(
                     f"--{name}-certificate and --{name}-key are given together", field=prefix
                 )
+        if self.admin and not on_loopback(self.admin) and not (self.keys or self.tls_ca):
+            raise InvalidRequest(
+                "--admin beyond this machine needs --keys or --tls-ca: whoever reaches it may end "
+                "anybody's session",
+                field="admin",
+            )
         if self.tls_ca is not None and self.tls_certificate is None:
             raise InvalidRequest("--tls-ca needs --tls-certificate and --tls-key", field="tls")
         self.shape()
@@ -163,6 +194,20 @@ class RouterSettings:
     def traces(self) -> TraceSettings:
         """Where spans go; raises InvalidRequest."""
         return TraceSettings(self.otlp_endpoint, self.trace_ratio, self.trace_rounds)
+
+    @property
+    def redis_settings(self) -> RedisSettings | None:
+        """How to reach Redis, or None without one."""
+        if not self.redis:
+            return None
+        return RedisSettings(
+            url=self.redis,
+            password_file=self.redis_password_file,
+            ca=self.redis_ca,
+            certificate=self.redis_certificate,
+            key=self.redis_key,
+            cluster=self.redis_cluster,
+        )
 
     @property
     def tls(self) -> TlsSettings | None:

@@ -113,7 +113,7 @@ class AccessControl:
             raise Unauthenticated(
                 "this API key is not known here, or no longer valid", field="api_key"
             )
-        return Caller(record.key_id, record.limits)
+        return Caller(record.key_id, record.limits, role=record.role)
 
     def _expired(self, record: KeyRecord) -> bool:
         return record.expires is not None and record.expires <= self._clock()

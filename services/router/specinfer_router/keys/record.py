@@ -12,13 +12,13 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from specinfer.errors import InvalidRequest
-from specinfer_router.access import KeyLimits
+from specinfer_router.access import ROLES, USER, KeyLimits
 
 _KEY = re.compile(r"sk-([0-9a-f]{12})-[0-9a-f]{64}", re.ASCII)
 _ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
@@ -38,6 +38,7 @@ class KeyRecord:
         created: when it was made, with a time zone.
         expires: from when on it is refused, or None.
         limits: what it may use.
+        role: what its owner may do, one of ROLES.
     """
 
     key_id: str
@@ -46,17 +47,23 @@ class KeyRecord:
     created: datetime
     expires: datetime | None = None
     limits: KeyLimits = field(default_factory=KeyLimits)
+    role: str = USER
 
 
 def new_key(
-    name: str, *, limits: KeyLimits, now: datetime, expires: datetime | None = None
+    name: str,
+    *,
+    limits: KeyLimits,
+    now: datetime,
+    expires: datetime | None = None,
+    role: str = USER,
 ) -> tuple[str, KeyRecord]:
     """A key, to be shown once, and its record; raises InvalidRequest."""
     if expires is not None and expires <= now:
         raise InvalidRequest("a key expires in the future", field="expires")
     key_id = secrets.token_hex(6)
     key = f"sk-{key_id}-{secrets.token_hex(32)}"
-    record = KeyRecord(key_id, name, digest(key), now, expires, limits)
+    record = KeyRecord(key_id, name, digest(key), now, expires, limits, role)
     return key, parse_record(format_record(record))
 
 
@@ -86,6 +93,8 @@ def format_record(record: KeyRecord) -> str:
             fields[name] = getattr(record.limits, name)
     if record.limits.max_priority:
         fields["max_priority"] = record.limits.max_priority
+    if record.role != USER:
+        fields["role"] = record.role
     return json.dumps(fields, ensure_ascii=False)
 
 
@@ -110,6 +119,7 @@ def parse_record(line: str) -> KeyRecord:
             tokens_per_minute=take.number("tokens_per_minute", least=1),
             max_priority=take.number("max_priority", least=-(2**31)) or 0,
         ),
+        role=take.choice("role", ROLES, USER),
     )
     if fields:
         raise _wrong(str(next(iter(fields)))[:_MAX_NAME], "not a field of a key")
@@ -127,6 +137,12 @@ class _Taker:
         if not isinstance(value, str) or not fits(value):
             raise _wrong(name, kind)
         return value
+
+    def choice(self, name: str, choices: Sequence[str], default: str) -> str:
+        value = self._fields.pop(name, default)
+        if value not in choices:
+            raise _wrong(name, f"one of {', '.join(choices)}")
+        return str(value)
 
     def time(self, name: str) -> datetime | None:
         value = self._fields.pop(name, None)

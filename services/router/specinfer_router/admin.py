@@ -1,0 +1,204 @@
+"""What operators ask of a router: how the cluster stands, whose sessions there are, what is wrong.
+
+This module knows nothing of protobuf, and leaves what a finding means to `diagnosis.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from specinfer.errors import InvalidRequest, SpecinferError
+from specinfer.messages.admin import ClusterStatus, Finding, RouterStatus, SessionStatus
+from specinfer_router.diagnosis import cluster_findings
+from specinfer_router.pool import Cluster
+from specinfer_router.router import Router
+from specinfer_router.store import CANCELLED, RESUMABLE, SessionStore, SessionSummary
+
+MAX_SESSIONS = 1000
+
+Check = Callable[[], Awaitable[Sequence[Finding]]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who this router is.
+
+    Attributes:
+        router_id: name that its leases bear.
+        version: specinfer's version.
+        store: where sessions are kept, without a password; "" for its memory.
+    """
+
+    router_id: str
+    version: str
+    store: str = ""
+
+
+class Administration:
+    """The operators' side of one router.
+
+    Args:
+        identity: who the router is.
+        router: serves the users.
+        cluster: its workers.
+        store: where sessions live.
+        registry: what it has counted.
+        checks: what to look at in a diagnosis beside the cluster itself.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        router: Router,
+        cluster: Cluster,
+        store: SessionStore,
+        registry: CollectorRegistry,
+        checks: Sequence[Check] = (),
+    ) -> None:
+        self._identity = identity
+        self._router = router
+        self._cluster = cluster
+        self._store = store
+        self._counts = Counts(registry)
+        self._checks = tuple(checks)
+        self._start = time.monotonic()
+
+    async def cluster(self) -> ClusterStatus:
+        """The router and every worker that it knows, now."""
+        capabilities = self._router.capabilities()
+        counts = self._counts.read()
+        status = RouterStatus(
+            router_id=self._identity.router_id,
+            version=self._identity.version,
+            model_name=capabilities.model,
+            uptime_seconds=time.monotonic() - self._start,
+            not_ready_reason=self._router.not_ready_reason,
+            num_running=counts.one("num_sessions_running"),
+            num_waiting=counts.one("num_requests_waiting"),
+            num_requests=counts.by("requests_total", "outcome"),
+            num_tokens=counts.one("generation_tokens_total"),
+            num_rounds=counts.one("tokens_per_round_count"),
+            num_draft_tokens=counts.one("spec_decode_num_draft_tokens_total"),
+            num_accepted_tokens=counts.one("spec_decode_num_accepted_tokens_total"),
+            num_root_only_rounds=counts.by("root_only_rounds_total", "reason"),
+            plain_round_seconds=capabilities.plain_round_seconds,
+            store=self._identity.store,
+            store_ready=await self._store_answers(),
+        )
+        return ClusterStatus(status, self._cluster.workers())
+
+    async def sessions(
+        self, limit: int, *, key_id: str = "", running_only: bool = False
+    ) -> list[SessionStatus]:
+        """Sessions that the store keeps, in no order.
+
+        Raises:
+            InvalidRequest: `limit` is more than MAX_SESSIONS.
+            Unavailable: the store does not answer.
+        """
+        if limit > MAX_SESSIONS:
+            raise InvalidRequest(f"at most {MAX_SESSIONS} sessions are listed", field="limit")
+        # Those that are left out are looked at too, but not without end.
+        found = await self._store.sessions(MAX_SESSIONS if key_id or running_only else limit)
+        wanted = (
+            summary
+            for summary in found
+            if (not key_id or summary.key_id == key_id)
+            and (not running_only or summary.finish_reason in RESUMABLE)
+        )
+        return [session_status(summary) for summary, _ in zip(wanted, range(limit), strict=False)]
+
+    async def session(self, session_id: str) -> SessionStatus:
+        """One session; raises NotFound."""
+        record = await self._store.load(session_id)
+        return SessionStatus(
+            session_id=session_id,
+            request_id=record.terms.request_id,
+            key_id=record.terms.key_id,
+            model_hash=record.terms.model_hash,
+            num_prompt_tokens=record.terms.num_prompt_tokens,
+            num_output_tokens=len(record.output_ids),
+            max_tokens=record.terms.stop.max_tokens or 0,
+            epoch=record.epoch,
+            owner=record.owner,
+            finish_reason=record.finish_reason,
+            unattended=record.terms.unattended,
+        )
+
+    async def cancel(self, session_id: str) -> None:
+        """End a session for good, wherever it runs and whosever it is; raises NotFound."""
+        await self._store.load(session_id)
+        await self._store.finish(session_id, CANCELLED)
+
+    async def diagnose(self, callers_clock: float = 0.0) -> list[Finding]:
+        """What is wrong with the cluster, or soon will be.
+
+        Args:
+            callers_clock: the operator's time in seconds since 1970, or 0 to leave it out.
+        """
+        skew = time.time() - callers_clock if callers_clock else None
+        findings = cluster_findings(self._identity.version, self._cluster.workers(), skew)
+        for check in self._checks:
+            findings.extend(await check())
+        return findings
+
+    async def _store_answers(self) -> bool:
+        try:
+            await self._store.check()
+        except SpecinferError:
+            return False
+        return True
+
+
+def session_status(summary: SessionSummary) -> SessionStatus:
+    """What operators are told of a session."""
+    return SessionStatus(
+        session_id=summary.session_id,
+        key_id=summary.key_id,
+        model_hash=summary.model_hash,
+        num_prompt_tokens=summary.num_prompt_tokens,
+        num_output_tokens=summary.num_tokens - summary.num_prompt_tokens,
+        epoch=summary.epoch,
+        owner=summary.owner,
+        holder=summary.holder,
+        lease_seconds=summary.lease_seconds,
+        ttl_seconds=summary.ttl_seconds,
+        finish_reason=summary.finish_reason,
+    )
+
+
+class Counts:
+    """Reads counters back from a registry, by their names without the prefix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._samples: list[tuple[str, dict[str, str], float]] = []
+
+    def read(self) -> Counts:
+        """Take the values of this moment."""
+        self._samples = [
+            (sample.name, dict(sample.labels), sample.value)
+            for metric in self._registry.collect()
+            for sample in metric.samples
+        ]
+        return self
+
+    def one(self, name: str) -> int:
+        """The sum over all labels; 0 when nothing was counted."""
+        return round(sum(value for _, value in self._named(name)))
+
+    def by(self, name: str, label: str) -> dict[str, int]:
+        """The sums by the values of one label."""
+        sums: dict[str, float] = {}
+        for labels, value in self._named(name):
+            sums[labels.get(label, "")] = sums.get(labels.get(label, ""), 0.0) + value
+        return {key: round(value) for key, value in sums.items()}
+
+    def _named(self, name: str) -> Iterable[tuple[dict[str, str], float]]:
+        full = f"specinfer_{name}"
+        return ((labels, value) for found, labels, value in self._samples if found == full)
