@@ -134,6 +134,11 @@ class Connection:
         self._closed = False
 
     @property
+    def first_address(self) -> str:
+        """Address of the first router."""
+        return self._options.addresses[0]
+
+    @property
     def opened(self) -> bool:
         """Whether any channel was opened."""
         return bool(self._channels)
@@ -173,10 +178,17 @@ class Connection:
         await attempts.wait_or_raise(error, len(self._options.addresses) - 1)
 
     async def open_stream(
-        self, request: GenerateRequest | ResumeRequest, attempts: Attempts, silence: float | None
+        self,
+        request: GenerateRequest | ResumeRequest,
+        attempts: Attempts,
+        silence: float | None,
+        trace: tuple[tuple[str, str], ...] = (),
     ) -> EventCall:
-        """Begin to generate, or to resume; raises what a token provider raises."""
-        metadata = await self._metadata(request.request_id)
+        """Begin to generate, or to resume, within the W3C context `trace`.
+
+        Raises what a token provider raises.
+        """
+        metadata = (*trace, *await self._metadata(request.request_id))
         router = await self._pick()
         stub, left = self._stub(router), attempts.remaining()
         if isinstance(request, GenerateRequest):

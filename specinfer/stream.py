@@ -10,6 +10,7 @@ import asyncio
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from specinfer.client_trace import ClientTrace
 from specinfer.completion import Completion, CompletionBuilder
 from specinfer.connection import CallLimits, Connection, EventCall
 from specinfer.errors import InternalError, InvalidRequest, NotFound, SpecinferError
@@ -55,6 +56,7 @@ class AsyncCompletionStream:
         self._attempts: Attempts | None = None
         self._call: EventCall | None = None
         self._builder = self._new_builder()
+        self._trace = ClientTrace()
         self._break: SpecinferError | None = None
         self._completion: Completion | None = None
         self._ended = False
@@ -88,6 +90,7 @@ class AsyncCompletionStream:
     async def close(self) -> None:
         """End the call; the server stops generating. Closing again does nothing."""
         self._ended = True
+        self._trace.end()
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
@@ -111,6 +114,7 @@ class AsyncCompletionStream:
             try:
                 event = await self._read()
             except SpecinferError as error:
+                self._trace.end(error=error)
                 await self.close()
                 error.request_id = error.request_id or self.request_id
                 raise
@@ -122,11 +126,15 @@ class AsyncCompletionStream:
         """Read one event; None when it held no tokens, or the call is to be made again."""
         if self._attempts is None:
             self._attempts = self._connection.attempts(self._limits.timeout)
+            self._trace.begin(self._request, self._connection.first_address)
         router: int | None = None
         try:
             if self._call is None:
                 self._call = await self._connection.open_stream(
-                    self._next_request(), self._attempts, self._limits.attempt_timeout
+                    self._next_request(),
+                    self._attempts,
+                    self._limits.attempt_timeout,
+                    self._trace.metadata,
                 )
             router = self._call.router
             event = await self._call.read()
@@ -149,6 +157,8 @@ class AsyncCompletionStream:
 
     def _take(self, event: GenerateEvent, attempts: Attempts) -> TokensEvent | None:
         self._builder.add(event)
+        if isinstance(event, Started):
+            self._trace.started(event)
         if not isinstance(event, TokensEvent):
             return None
         attempts.progress()
@@ -168,6 +178,7 @@ class AsyncCompletionStream:
             raise self._break from error
         self._break = self._break or (error if self._builder.num_tokens else None)
         await self._connection.again(error, attempts, router)
+        self._trace.again(error, self._builder.num_tokens)
         if self._builder.num_tokens:
             self._builder.resumed()
         else:
@@ -189,4 +200,5 @@ class AsyncCompletionStream:
     def _finish(self) -> None:
         self._ended = True
         self._call = None
+        self._trace.end(self._builder.finished)
         self._completion = self._builder.build()
