@@ -8,11 +8,11 @@ KERNEL := .venv/.kernel
 GENERATORS := .venv-protos/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check fmt lint types protos protos-check bench lossless clean
+.PHONY: help setup up test check fmt lint types protos protos-check bench lossless chaos soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." is passed on by up, test, bench and lossless'
+	@echo '  ARGS="..." is passed on by up, test, bench, lossless, chaos and soak'
 
 setup: $(READY) $(KERNEL) ## make .venv, install everything, build the C++ kernel
 
@@ -68,6 +68,12 @@ bench: setup ## speculation on against off, interleaved, on a local cluster
 
 lossless: setup ## prove that speculation changes no token
 	@$(BIN)/specinfer lossless $(ARGS)
+
+chaos: setup ## break a cluster under load; writes docs/chaos.md
+	@$(BIN)/python -m specinfer_bench.chaos $(ARGS)
+
+soak: setup ## an hour of mixed load; nothing may grow or be left over
+	@$(BIN)/python -m specinfer_bench.chaos.soak $(ARGS)
 
 clean: ## remove the environments, caches and built files
 	rm -rf .venv .venv-protos .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -105,8 +105,7 @@ async def run_row(
             seconds, trouble, verdict = await _in_background(row, cluster, options)
         else:
             seconds, trouble, verdict = await _under_load(row, cluster, options, right)
-        if not trouble:
-            await cluster.heal()
+        trouble = trouble or await _healed(cluster)
     except (SpecinferError, OSError) as error:
         return RowResult(row.name, 0.0, busy, f"{type(error).__name__}: {error}", None)
     return RowResult(row.name, round(seconds, 1), round(busy, 1), trouble, verdict)
@@ -150,6 +149,15 @@ async def _in_background(
     acted = time.monotonic()
     await background.finish(BACKGROUND_SECONDS)
     return acted - begin, trouble, judge(background.readings, right, begin, time.monotonic())
+
+
+async def _healed(cluster: ChaosCluster) -> str:
+    """Make a cluster whole again; returns why it does not become so, or ""."""
+    try:
+        await cluster.heal()
+    except SpecinferError as error:
+        return f"the cluster does not heal: {error}"
+    return ""
 
 
 async def _act(row: Row, cluster: ChaosCluster) -> str:
