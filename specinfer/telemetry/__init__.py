@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import TextIO
 
 from specinfer.telemetry.traces import (
+    CLIENT,
+    INTERNAL,
     NO_SPAN,
+    SERVER,
     Span,
     Telemetry,
     TraceContext,
@@ -20,7 +23,10 @@ from specinfer.telemetry.traces import (
 )
 
 __all__ = (
+    "CLIENT",
+    "INTERNAL",
     "NO_SPAN",
+    "SERVER",
     "Span",
     "Telemetry",
     "TraceContext",

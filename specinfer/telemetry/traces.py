@@ -90,6 +90,7 @@ class Span:
         trace_id: 32 hex digits, or "".
         span_id: 16 hex digits, or "".
         traceparent: what another process continues this trace from, or "".
+        detail_parent: the same for processes whose part is of rounds; "" where those are summed up.
     """
 
     recording = False
@@ -98,6 +99,7 @@ class Span:
     trace_id = ""
     span_id = ""
     traceparent = ""
+    detail_parent = ""
 
     def child(
         self,
@@ -110,6 +112,9 @@ class Span:
     ) -> Span:
         """A span below this one, begun now or at `start_ns` after 1970."""
         return self
+
+    def rename(self, name: str) -> None:
+        """Give it another name."""
 
     def set(self, attributes: Attributes) -> None:
         """Add or replace attributes."""
@@ -153,12 +158,20 @@ def current_span() -> Span:
 
 
 class _MutedSpan(Span):
-    """Only the ids of a span."""
+    """Only the ids of a span, and the moments noted below it."""
 
-    def __init__(self, trace_id: str, span_id: str, *, traced: bool) -> None:
+    def __init__(
+        self, trace_id: str, span_id: str, *, traced: bool, above: Span | None = None
+    ) -> None:
         self.trace_id = trace_id
         self.span_id = span_id
         self.traced = traced
+        self._above = above
+
+    def event(self, name: str, attributes: Attributes | None = None) -> None:
+        """Note a moment, on the span that this one stands for."""
+        if self._above is not None:
+            self._above.event(name, attributes)
 
 
 class _RecordedSpan(Span):
@@ -172,6 +185,7 @@ class _RecordedSpan(Span):
         self.span_id = f"{context.span_id:016x}"
         self.traceparent = f"00-{self.trace_id}-{self.span_id}-01"
         self.detailed = detailed
+        self.detail_parent = self.traceparent if detailed else ""
         self._library = library
         self._span = span
         self._outer: Span = NO_SPAN
@@ -201,6 +215,10 @@ class _RecordedSpan(Span):
         """OpenTelemetry's own name of this span."""
         return self._span.get_span_context()
 
+    def rename(self, name: str) -> None:
+        """Give it another name."""
+        self._span.update_name(name)
+
     def set(self, attributes: Attributes) -> None:
         """Add or replace attributes."""
         self._span.set_attributes(attributes)
@@ -222,7 +240,7 @@ class _RecordedSpan(Span):
 
     def muted(self) -> Span:
         """Stands for this span where nothing below it is to be recorded; it keeps the ids."""
-        return _MutedSpan(self.trace_id, self.span_id, traced=True)
+        return _MutedSpan(self.trace_id, self.span_id, traced=True, above=self)
 
     def __enter__(self) -> Self:
         self._outer = _current.get()
@@ -238,7 +256,8 @@ class _RecordedSpan(Span):
         # A generator may be closed in another task than it began in, whose span is none of ours.
         if _current.get() is self:
             _current.set(self._outer)
-        if error is not None:
+        # Who leaves a block early by being cancelled or closed has not failed.
+        if isinstance(error, Exception):
             self.fail(error)
         self.end()
 

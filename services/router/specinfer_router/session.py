@@ -24,6 +24,8 @@ from specinfer.messages import (
     Usage,
 )
 from specinfer.metrics import RouterMetrics
+from specinfer.telemetry import CLIENT, Span, current_span
+from specinfer.telemetry.generation import round_attributes
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.policy import RoundHistory, TreeShapePolicy, clip
 from specinfer_router.prediction import Prediction
@@ -112,22 +114,17 @@ class Session:
             SpecinferError: the verify tier or the store could not go on.
         """
         end, self.begun = ABANDONED, True
+        span = current_span()
+        rounds = span if span.detailed else span.muted()
+        rounds.adopt()
         try:
             while self.finished is None:
                 if self._leaving():
                     raise RouterLeaving(LEAVING, retry_after=0.0)
-                start = time.perf_counter()
-                guess = await self._guess()
-                checked = await self._verifier.step(self._token_ids, self.epoch, guess.tree)
-                kept = self._completion.take(checked.result.token_ids)
-                # Committed before anyone sees it: what was shown can always be gone on from.
-                commit_seconds = await self._commit(kept)
-                if self.finished is None:
-                    event = self._advance(guess, checked, kept, start, commit_seconds)
-                    if self._num_lost > 0 and kept.finish_reason:
-                        raise beyond_the_end(self._lost_before, self._num_output_tokens)
-                    if event.offset >= self._lost_before or self._tell_lost:
-                        yield event
+                with rounds.child("round") as traced:
+                    event = await self._round(traced)
+                if event is not None and (event.offset >= self._lost_before or self._tell_lost):
+                    yield event
             yield self.finished
         except RouterLeaving:
             raise
@@ -135,11 +132,32 @@ class Session:
             end = ERROR
             raise
         finally:
+            span.adopt()
             self._drafter.leave(self.epoch)
             self._verifier.leave(self.epoch)
             if self.finished is None:
                 with suppress(SpecinferError):
                     await self._store.finish(self.session_id, end, owner=self._owner)
+
+    async def _round(self, span: Span) -> TokensEvent | None:
+        """Propose, verify, commit; None where the session was cancelled meanwhile."""
+        start = time.perf_counter()
+        with span.child("propose", kind=CLIENT):
+            guess = await self._guess()
+        with span.child("verify", kind=CLIENT):
+            checked = await self._verifier.step(self._token_ids, self.epoch, guess.tree)
+        kept = self._completion.take(checked.result.token_ids)
+        # Committed before anyone sees it: what was shown can always be gone on from.
+        with span.child("commit"):
+            commit_seconds = await self._commit(kept)
+        if self.finished is not None:
+            return None
+        event = self._advance(guess, checked, kept, start, commit_seconds)
+        if span.recording:
+            span.set(round_attributes(event.round))
+        if self._num_lost > 0 and kept.finish_reason:
+            raise beyond_the_end(self._lost_before, self._num_output_tokens)
+        return event
 
     async def _guess(self) -> Guess:
         """What the drafter guesses, and beside it what the caller predicted."""
