@@ -8,17 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import grpc.aio
+from prometheus_client import CollectorRegistry
 
 from specinfer.announcing import Announcer, advertised_address
 from specinfer.errors import InternalError, SpecinferError
 from specinfer.messages import WorkerInfo, WorkerLoad
+from specinfer.metrics import MetricsServer
 from specinfer.prefixes import PrefixChanges, PrefixPublisher
+from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer.registry import RegisteredWorker
 from specinfer.server import build_server, serve_until_signal
 from specinfer.telemetry import Telemetry, set_up
@@ -54,6 +57,14 @@ class WorkerEngine(Protocol):
         ...
 
 
+class Count(Protocol):
+    """Registers a worker's metrics."""
+
+    def __call__(self, registry: CollectorRegistry, *, vllm_names: bool) -> None:
+        """Show them in `registry`, under vLLM's names too where that is asked for."""
+        ...
+
+
 @dataclass(frozen=True)
 class ServedWorker:
     """A worker that is ready to be served.
@@ -62,12 +73,14 @@ class ServedWorker:
         engine: does the work; not started yet.
         info: what the worker is.
         register: adds the tier's servicer to a server.
+        count: lets the engine count in a registry; called before it is started.
         prefixes: what comes to its KV pool and leaves it, to be published; None keeps it private.
     """
 
     engine: WorkerEngine
     info: WorkerInfo
     register: Callable[[grpc.aio.Server], None]
+    count: Count
     prefixes: PrefixChanges | None = None
 
 
@@ -89,6 +102,36 @@ async def serve_worker(
     Raises:
         SpecinferError: it cannot start, or its engine failed.
     """
+    # Like every port, that of the metrics is taken before anybody waits for a model to load.
+    async with _metrics(settings) as registry:
+        await _serve(settings, tier, service_name, build, registry)
+
+
+@asynccontextmanager
+async def _metrics(settings: WorkerSettings) -> AsyncGenerator[CollectorRegistry | None, None]:
+    """What is shown under `/metrics`, or None where nobody is to see it."""
+    if not settings.metrics:
+        yield None
+        return
+    registry = CollectorRegistry()
+    server = MetricsServer(
+        settings.metrics, registry, tls=settings.tls, insecure_bind=settings.insecure_bind
+    )
+    await server.start()
+    log.info("showing metrics", extra={"metrics_port": server.port})
+    try:
+        yield registry
+    finally:
+        await server.stop()
+
+
+async def _serve(
+    settings: WorkerSettings,
+    tier: str,
+    service_name: str,
+    build: Build,
+    registry: CollectorRegistry | None,
+) -> None:
     server = build_server(
         settings.address,
         [service_name],
@@ -106,6 +149,8 @@ async def serve_worker(
 
     worker = await asyncio.to_thread(build, report_failure)
     worker.register(server.server)
+    if registry is not None:
+        worker.count(registry, vllm_names=settings.vllm_metrics)
     worker.engine.start()
     await server.start()
 
@@ -142,9 +187,6 @@ async def _announced(
     settings: WorkerSettings, tier: str, address: str, worker: ServedWorker, stack: AsyncExitStack
 ) -> Announcer:
     """Put the worker on the list, and off it at the end of `stack`."""
-    # Only who is told of a Redis needs its library.
-    from specinfer.redis_registry import RedisPrefixes, RedisRegistry
-
     connection = settings.redis_settings
     assert connection is not None
     info, prefixes = worker.info, None

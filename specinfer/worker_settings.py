@@ -49,6 +49,7 @@ class WorkerSettings:
     redis_cluster: bool = setting(False, "the Redis is a cluster")
     group: str = setting("default", "workers and routers of one group find each other in Redis")
     metrics: str = setting("", "address of the metrics over HTTP; empty: none")
+    vllm_metrics: bool = setting(False, "show metrics under vLLM's names too")
     insecure_bind: bool = setting(False, "allow a plain-text port on other than loopback")
     reflection: bool = setting(True, "let gRPC tools list the services")
     tls_certificate: Path | None = setting(None, "PEM file of the certificate chain")

@@ -37,7 +37,8 @@ from specinfer_bench.options import BenchOptions
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.settings import Settings as DraftSettings
 from specinfer_draft.worker import build_worker as build_drafter
-from specinfer_router.pool import Cluster, WorkerPool
+from specinfer_router.cluster import Cluster
+from specinfer_router.pool import WorkerPool
 from specinfer_router.router import Router
 from specinfer_router.settings import RouterSettings
 from specinfer_router.store import MemoryStore

@@ -8,41 +8,37 @@ sessions: it hands out numbers, and its callers copy and write what the numbers 
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 from specinfer.errors import ResourceExhausted
-
-HASH_BYTES = 16
-KEY_BYTES = 32
-
-
-def hash_block(previous: bytes, token_ids: Sequence[int], key: bytes) -> bytes:
-    """Hash of a full block and of all before it, [HASH_BYTES].
-
-    Keyed 128-bit BLAKE2b, so neither a crafted prompt nor another model's tokens meet a block that
-    is not theirs.
-    """
-    digest = hashlib.blake2b(previous, digest_size=HASH_BYTES, key=key)
-    digest.update(array("q", token_ids).tobytes())
-    return digest.digest()
+from specinfer.prefixes import PrefixChanges, hash_block, hash_key
 
 
 class BlockManager:
     """Counts references to blocks, shares full prefixes and evicts the least recently used.
 
     A block is in exactly one of three states: free, referenced, or cached (registered, referenced
-    by nobody, reusable by its hash and evicted from the oldest on).
+    by nobody, reusable by its hash and evicted from the oldest on). `changes` is told which blocks
+    are registered and which no longer.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, model_hash: str = "") -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        model_hash: str = "",
+        changes: PrefixChanges | None = None,
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks, got {num_blocks} of {block_size} tokens")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._key = hashlib.sha256(model_hash.encode()).digest()[:KEY_BYTES]
+        self.num_tokens_sought = 0
+        self.num_tokens_found = 0
+        self._key = hash_key(model_hash)
+        self._changes = changes
         self._free: deque[int] = deque(range(num_blocks))
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -58,6 +54,11 @@ class BlockManager:
     def num_cached_blocks(self) -> int:
         """Blocks that hold a prefix nobody uses at the moment."""
         return len(self._cached)
+
+    def count_lookup(self, num_tokens: int, num_found: int) -> None:
+        """Note a look for `num_tokens` tokens that found `num_found` of them."""
+        self.num_tokens_sought += num_tokens
+        self.num_tokens_found += num_found
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
@@ -118,6 +119,8 @@ class BlockManager:
         if self._hashes[block] is None and block_hash not in self._by_hash:
             self._hashes[block] = block_hash
             self._by_hash[block_hash] = block
+            if self._changes is not None:
+                self._changes.add(block_hash)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each block, the last block first.
@@ -155,3 +158,5 @@ class BlockManager:
         if block_hash is not None:
             self._hashes[block] = None
             del self._by_hash[block_hash]
+            if self._changes is not None:
+                self._changes.remove(block_hash)

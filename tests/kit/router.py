@@ -22,10 +22,10 @@ from specinfer.messages import (
 from specinfer.metrics import RouterMetrics
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer_router.__main__ import load_tokenizer
+from specinfer_router.cluster import Cluster
 from specinfer_router.links import LinkLimits
 from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import StaticShape, TreeShapePolicy
-from specinfer_router.pool import Cluster
 from specinfer_router.router import Router, RouterLimits
 from specinfer_router.store import MemoryStore, SessionStore
 from tests.kit.fake_drafter import FakeDrafter

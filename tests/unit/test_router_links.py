@@ -20,8 +20,8 @@ from specinfer.errors import (
 )
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
+from specinfer_router.cluster import Cluster
 from specinfer_router.links import LinkLimits
-from specinfer_router.pool import Cluster
 from specinfer_router.worker_links import VerifyLink
 from tests.conftest import free_port
 from tests.kit.fake_drafter import FakeDrafter

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from specinfer.errors import InvalidRequest, SpecinferError
 from specinfer.messages.admin import ClusterStatus, Finding, RouterStatus, SessionStatus
+from specinfer_router.cluster import Cluster
 from specinfer_router.diagnosis import cluster_findings
-from specinfer_router.pool import Cluster
 from specinfer_router.router import Router
 from specinfer_router.store import CANCELLED, RESUMABLE, SessionStore, SessionSummary
 

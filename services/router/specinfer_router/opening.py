@@ -16,9 +16,9 @@ from specinfer.grammar import GrammarChecker
 from specinfer.messages import GenerateRequest, Started
 from specinfer.metrics import RouterMetrics
 from specinfer_router.checks import check_request, check_token_ids, completion_room
+from specinfer_router.cluster import Cluster
 from specinfer_router.completion import Completion
 from specinfer_router.policy import TreeShapePolicy
-from specinfer_router.pool import Cluster
 from specinfer_router.replay import Replay
 from specinfer_router.seats import DraftSeat, VerifySeat
 from specinfer_router.session import Session, SessionLimits, beyond_the_end

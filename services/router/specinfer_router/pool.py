@@ -1,217 +1,233 @@
-"""Which workers there are, which one a session goes to, and whether they belong together.
+"""The workers of a tier, and which one of them a session goes to.
 
-This module knows nothing of rounds, trees or text.
+This module knows nothing of rounds, trees or text, nor of how workers are found.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
 from specinfer.errors import Mismatch, SpecinferError, Unavailable
-from specinfer.messages import WorkerInfo
-from specinfer.rpc import TlsSettings
-from specinfer_router.links import LinkLimits, WorkerLink
-from specinfer_router.worker_links import DraftLink, VerifyLink
-
-log = logging.getLogger(__name__)
+from specinfer.messages import WorkerStatus
+from specinfer_router.links import WorkerLink
+from specinfer_router.prefix_lookup import PrefixLookup
 
 MAX_LOAD_OVER_MEAN = 1.25
+# How long a start waits for workers that it can do without.
+ATTEMPT_SECONDS = 5.0
 
 _Link = TypeVar("_Link", bound=WorkerLink[Any])
 
 
 class WorkerPool(Generic[_Link]):
-    """The workers of one tier."""
+    """The workers of one tier; they may come and go.
 
-    def __init__(self, links: Sequence[_Link], changed: asyncio.Event) -> None:
-        """Take over links; `changed` is set whenever one of them becomes ready."""
-        self.links = tuple(links)
+    Attributes:
+        given: links to the addresses that the router was started with; they stay.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[_Link],
+        changed: asyncio.Event,
+        *,
+        prefixes: PrefixLookup | None = None,
+        place: str = "",
+    ) -> None:
+        """Take over links.
+
+        Args:
+            links: to the workers that the router was given.
+            changed: set whenever a link becomes ready.
+            prefixes: says who holds a prompt's beginning, or None.
+            place: where other workers are found, for people; "" if nowhere.
+        """
+        self.given = tuple(links)
+        self._links = list(links)
         self._changed = changed
+        self._prefixes = prefixes
+        self._place = place
+        self._doubted: set[_Link] = set()
+        self._started = False
+
+    @property
+    def links(self) -> tuple[_Link, ...]:
+        """All that there are now."""
+        return tuple(self._links)
 
     @property
     def num_ready(self) -> int:
         """Workers that take new sessions."""
-        return sum(link.ready for link in self.links)
+        return sum(link.ready for link in self._links)
 
-    def choose(self, avoid: _Link | None = None, *, affinity_key: str = "") -> _Link | None:
+    def add(self, link: _Link) -> None:
+        """Take a link in, and connect it if the others are."""
+        self._links.append(link)
+        if self._started:
+            link.start()
+
+    def remove(self, link: _Link) -> None:
+        """Let go of a link; sessions that use it may go on doing so."""
+        self._links.remove(link)
+        self._doubted.discard(link)
+
+    def doubt(self, link: _Link, *, doubted: bool) -> None:
+        """Note whether a worker seems to have left: then it comes after all others."""
+        if doubted:
+            self._doubted.add(link)
+        else:
+            self._doubted.discard(link)
+
+    def choose(
+        self,
+        avoid: _Link | None = None,
+        *,
+        affinity_key: str = "",
+        held: Mapping[str, int] | None = None,
+    ) -> _Link | None:
         """The least loaded worker that takes sessions; `avoid` only when there is no other.
 
-        With an `affinity_key` it is the key's own worker unless that has more than its share of
-        sessions (consistent hashing with bounded loads, arXiv 1608.01350), so that prompts that
-        begin alike find their keys and values again.
+        `held` says how many blocks of the session's beginning workers hold, by worker id. The one
+        that holds most is taken unless it has more than its share of sessions (consistent hashing
+        with bounded loads, arXiv 1608.01350). Where nobody with room holds any, an `affinity_key`
+        decides within the same bound, so that prompts that begin alike find their keys and values
+        again.
 
-        A worker that lately let a deadline pass has few sessions left and is not preferred for it:
-        it comes after all that are trusted. A worker's own count covers the sessions of other
-        routers but lags behind; ours does not.
+        A worker that lately failed has few sessions left and is not preferred for it: it comes
+        after all that are trusted. A worker's own count covers the sessions of other routers but
+        lags behind; ours does not.
         """
-        ready = [link for link in self.links if link.ready]
+        ready = [link for link in self._links if link.ready]
         others = [link for link in ready if link is not avoid]
         trusted = [link for link in others if link.trusted]
-        candidates = trusted or others or ready
+        known = [link for link in trusted if link not in self._doubted]
+        candidates = known or trusted or others or ready
+        if held:
+            candidates = _holders_with_room(candidates, held) or candidates
         if affinity_key:
             candidates = _nearest_with_room(candidates, affinity_key)
         return min(candidates, key=_load, default=None)
 
     async def wait(
-        self, avoid: _Link | None = None, *, seconds: float, affinity_key: str = ""
+        self,
+        avoid: _Link | None = None,
+        *,
+        seconds: float,
+        affinity_key: str = "",
+        token_ids: Sequence[int] = (),
     ) -> _Link:
-        """Like `choose`, but waits until there is one.
+        """Like `choose` for a session of these tokens, but waits until there is a worker.
 
         Raises:
             Unavailable: none was ready within `seconds`.
+            Mismatch: nor will one be: every one there is serves another model than this router.
         """
         try:
             async with asyncio.timeout(seconds):
-                while (link := self.choose(avoid, affinity_key=affinity_key)) is None:
+                held = await self._held(token_ids)
+                while (link := self.choose(avoid, affinity_key=affinity_key, held=held)) is None:
                     self._changed.clear()
                     await self._changed.wait()
                 return link
         except TimeoutError as error:
-            addresses = ", ".join(link.address for link in self.links) or "none given"
-            raise Unavailable(
-                f"no worker was ready within {seconds:g} s ({addresses})", retry_after=1.0
-            ) from error
+            raise self._nobody(seconds) from error
 
     def start(self) -> None:
-        """Begin to connect to every worker."""
-        for link in self.links:
+        """Begin to connect to every worker, and to those that are added from now on."""
+        self._started = True
+        for link in self._links:
             link.start()
 
     async def attempt(self) -> None:
-        """Wait until every worker was tried once; raise what a worker was refused for."""
-        for link in self.links:
-            await link.attempted.wait()
-            if link.refusal is not None:
-                raise link.refusal
+        """Wait until every worker was tried once, for a few seconds at most.
+
+        Raises:
+            Mismatch: the router was given workers, and every one there is was refused.
+        """
+        links = self.links
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ATTEMPT_SECONDS):
+                for link in links:
+                    await link.attempted.wait()
+        refusals = [link.refusal for link in links if link.refusal is not None]
+        if self.given and len(refusals) == len(links):
+            raise refusals[0]
 
     async def close(self) -> None:
         """End every link."""
-        await asyncio.gather(*(link.close() for link in self.links))
+        await asyncio.gather(*(link.close() for link in self._links))
+
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        """What is known of each worker."""
+        return tuple(
+            _status(link, "static" if link in self.given else "registry") for link in self._links
+        )
+
+    async def _held(self, token_ids: Sequence[int]) -> Mapping[str, int]:
+        """Who holds the beginning of these tokens; nobody is asked where there is no choice."""
+        infos = [link.info for link in self._links if link.ready and link.info is not None]
+        if self._prefixes is None or len(infos) < 2:
+            return {}
+        return await self._prefixes.held(infos, token_ids)
+
+    def _nobody(self, seconds: float) -> SpecinferError:
+        refusals = [link.refusal.message for link in self._links if link.refusal is not None]
+        if refusals and len(refusals) == len(self._links):
+            return Mismatch(
+                f"no worker fits this router any more: {refusals[0]}; "
+                "a router that is started anew serves what the workers do"
+            )
+        places = [link.address for link in self._links]
+        if self._place:
+            places.append(f"{'and those' if places else 'none is listed'} at {self._place}")
+        where = ", ".join(places) or "none given"
+        told = f" ({refusals[0]})" if refusals else ""
+        return Unavailable(
+            f"no worker was ready within {seconds:g} s: {where}{told}", retry_after=1.0
+        )
+
+
+def _holders_with_room(links: Sequence[_Link], held: Mapping[str, int]) -> list[_Link]:
+    """Of those within the load bound, the ones that hold most; [] if none holds anything."""
+    found = [(held.get(link.info.worker_id, 0), link) for link in _with_room(links) if link.info]
+    most = max((num_blocks for num_blocks, _ in found), default=0)
+    return [link for num_blocks, link in found if num_blocks == most] if most else []
 
 
 def _nearest_with_room(links: Sequence[_Link], affinity_key: str) -> list[_Link]:
     """The first worker in the key's own order whose load is within the bound; [] of none."""
-    if not links:
-        return []
-    mean = sum(_load(link)[0] for link in links) / len(links)
 
     def rank(link: _Link) -> bytes:
         return blake2b(f"{affinity_key}\n{link.address}".encode(), digest_size=8).digest()
 
-    with_room = [link for link in links if _load(link)[0] <= MAX_LOAD_OVER_MEAN * mean + 1]
-    return [min(with_room, key=rank)]
+    return [min(_with_room(links), key=rank)] if links else []
+
+
+def _with_room(links: Sequence[_Link]) -> list[_Link]:
+    """Those that have no more than their share of sessions; one of several always has not."""
+    mean = sum(_load(link)[0] for link in links) / max(1, len(links))
+    return [link for link in links if _load(link)[0] <= MAX_LOAD_OVER_MEAN * mean + 1]
 
 
 def _load(link: WorkerLink[Any]) -> tuple[int, int, int]:
     return (max(link.num_seats, link.load.num_sessions), link.load.num_waiting, link.num_seats)
 
 
-class Cluster:
-    """Both tiers, held together by the first verify worker that answered: the target.
-
-    Attributes:
-        verifiers: the verify tier.
-        drafters: the draft tier, which may be empty or down.
-    """
-
-    def __init__(
-        self,
-        verify: Sequence[str],
-        draft: Sequence[str],
-        *,
-        limits: LinkLimits | None = None,
-        tls: TlsSettings | None = None,
-    ) -> None:
-        """Take down the addresses of the workers."""
-        self._target: WorkerInfo | None = None
-        verify_changed, draft_changed = asyncio.Event(), asyncio.Event()
-
-        def build(
-            kind: Callable[..., _Link],
-            address: str,
-            check: Callable[[str, WorkerInfo], None],
-            changed: asyncio.Event,
-        ) -> _Link:
-            return kind(
-                address,
-                check=lambda info: check(address, info),
-                on_ready=changed.set,
-                limits=limits or LinkLimits(),
-                tls=tls,
-            )
-
-        self.verifiers: WorkerPool[VerifyLink] = WorkerPool(
-            [
-                build(VerifyLink, address, self._check_verifier, verify_changed)
-                for address in verify
-            ],
-            verify_changed,
-        )
-        self.drafters: WorkerPool[DraftLink] = WorkerPool(
-            [build(DraftLink, address, self._check_drafter, draft_changed) for address in draft],
-            draft_changed,
-        )
-
-    @property
-    def target(self) -> WorkerInfo:
-        """The model that is served; raises Unavailable before `start`."""
-        if self._target is None:
-            raise Unavailable("no verify worker has answered yet", retry_after=1.0)
-        return self._target
-
-    @property
-    def max_session_tokens(self) -> int:
-        """Longest session that every verify worker can hold, in tokens."""
-        infos = [link.info for link in self.verifiers.links if link.info is not None]
-        room = (min(info.max_model_len, info.num_blocks * info.block_size) for info in infos)
-        return min(room, default=0)
-
-    @property
-    def max_tree_nodes(self) -> int:
-        """Largest tree that every verify worker takes, root included."""
-        infos = [link.info for link in self.verifiers.links if link.info is not None]
-        return min((info.max_tree_nodes for info in infos), default=1)
-
-    async def start(self, *, seconds: float) -> None:
-        """Connect: wait for a verify worker, try each drafter once.
-
-        Raises:
-            Unavailable: no verify worker was ready within `seconds`.
-            Mismatch: a worker that answered does not belong to the target.
-        """
-        self.verifiers.start()
-        await self.verifiers.wait(seconds=seconds)
-        await self.verifiers.attempt()
-        self.drafters.start()
-        await self.drafters.attempt()
-
-    async def close(self) -> None:
-        """End every link."""
-        await self.drafters.close()
-        await self.verifiers.close()
-
-    def _check_verifier(self, address: str, info: WorkerInfo) -> None:
-        if self._target is None:
-            self._target = info
-            return
-        for name in ("model_hash", "tokenizer_hash", "vocab_size", "dtype"):
-            _check_same(f"verify worker at {address}", name, info, self._target)
-
-    def _check_drafter(self, address: str, info: WorkerInfo) -> None:
-        for name in ("tokenizer_hash", "vocab_size"):
-            _check_same(f"draft worker at {address}", name, info, self.target)
-
-
-def _check_same(who: str, name: str, info: WorkerInfo, target: WorkerInfo) -> None:
-    theirs, ours = getattr(info, name), getattr(target, name)
-    if theirs != ours:
-        error: SpecinferError = Mismatch(
-            f"the {who} has {name} {theirs}, the target {target.model_name} has {ours}; "
-            "they have to be the same"
-        )
-        log.error("%s", error.message)
-        raise error
+def _status(link: WorkerLink[Any], source: str) -> WorkerStatus:
+    return WorkerStatus(
+        tier=link.tier,
+        worker_id=link.info.worker_id if link.info is not None else "",
+        address=link.address,
+        source=source,
+        connected=link.connected,
+        ready=link.ready,
+        trusted=link.trusted,
+        refusal="" if link.refusal is None else link.refusal.message,
+        info=link.info,
+        load=link.load,
+        num_seats=link.num_seats,
+    )

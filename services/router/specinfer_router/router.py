@@ -26,10 +26,10 @@ from specinfer.telemetry import Telemetry
 from specinfer_router.access import ANYBODY, Caller
 from specinfer_router.admission import Admission, AdmissionLimits, Ticket
 from specinfer_router.checks import check_request_id
+from specinfer_router.cluster import Cluster
 from specinfer_router.following import Followers, FollowLimits, finished
 from specinfer_router.opening import SeatLimits, SessionOpener
 from specinfer_router.policy import PlainSpeed, TreeShapePolicy
-from specinfer_router.pool import Cluster
 from specinfer_router.request_log import RequestLog, RequestLogEntry
 from specinfer_router.session import LEAVING, Session, beyond_the_end
 from specinfer_router.store import ABANDONED, CANCELLED, SessionRecord, SessionStore

@@ -313,7 +313,10 @@ class VerifySeat:
             self._link.num_seats -= 1
             self._link = None
         link = await self._pool.wait(
-            avoid, seconds=self._failover_seconds, affinity_key=self._affinity_key
+            avoid,
+            seconds=self._failover_seconds,
+            affinity_key=self._affinity_key,
+            token_ids=token_ids,
         )
         self._link, self._generation = link, link.generation
         link.num_seats += 1

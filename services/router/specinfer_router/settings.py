@@ -12,6 +12,7 @@ from pathlib import Path
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
 from specinfer.redis_connection import RedisSettings
+from specinfer.registry import check_group
 from specinfer.rpc import TlsSettings
 from specinfer.server import on_loopback
 from specinfer.settings import setting
@@ -52,12 +53,18 @@ class RouterSettings:
     )
     verify: tuple[str, ...] = setting((), "address of a verify worker; repeat for more")
     draft: tuple[str, ...] = setting((), "address of a draft worker; repeat for more")
-    redis: str = setting("", "URL of a Redis that keeps sessions; empty keeps them in memory")
+    redis: str = setting(
+        "", "URL of a Redis that keeps sessions and lists workers; empty: in memory"
+    )
     redis_password_file: Path | None = setting(None, "file that holds Redis's password")
     redis_ca: Path | None = setting(None, "certificates to trust for rediss://, PEM")
     redis_certificate: Path | None = setting(None, "our certificate for Redis, PEM")
     redis_key: Path | None = setting(None, "its private key, PEM")
     redis_cluster: bool = setting(False, "the Redis is a cluster")
+    group: str = setting("default", "workers and routers of one group find each other in Redis")
+    prefix_seconds: float = setting(
+        0.02, "longest wait to hear which verify worker holds a prompt's beginning; 0 never asks"
+    )
     redis_outage: str = setting(REFUSE, "new sessions while Redis is away: refuse or serve")
     redis_outage_seconds: float = setting(
         60.0, "how long running sessions go on from memory while Redis is away"
@@ -104,8 +111,12 @@ class RouterSettings:
     trace_rounds: float = setting(0.0, "share of the traces that show every round")
 
     def __post_init__(self) -> None:
-        if not self.verify:
-            raise InvalidRequest("a router needs at least one --verify ADDRESS", field="verify")
+        if not self.verify and not self.redis:
+            raise InvalidRequest(
+                "a router needs --redis URL to find its workers, or at least one --verify ADDRESS",
+                field="verify",
+            )
+        check_group(self.group)
         if self.policy not in ("static", "adaptive"):
             raise InvalidRequest("--policy is static or adaptive", field="policy")
         self._check_numbers()
@@ -114,7 +125,7 @@ class RouterSettings:
             raise InvalidRequest("--keys redis needs --redis URL", field="keys")
         if self.redis_outage not in (REFUSE, SERVE):
             raise InvalidRequest(
-                "--redis-outage is refuse or serve: what becomes of new sessions while Redis is away",
+                "--redis-outage is refuse or serve: what becomes of new sessions meanwhile",
                 field="redis_outage",
             )
         for prefix in ("tls", "worker_tls"):

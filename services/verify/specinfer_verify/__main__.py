@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry
+
+from specinfer.metrics import VerifyMetrics
 from specinfer.telemetry import Telemetry
 from specinfer.v1 import verify_pb2, verify_pb2_grpc
 from specinfer.worker_process import ServedWorker, run_worker, serve_worker
@@ -26,10 +29,16 @@ async def serve(settings: Settings, telemetry: Telemetry) -> None:
         servicer = VerifyServicer(
             worker.engine, worker.info, files, worker.loaded.eos_token_ids, telemetry
         )
+
+        def count(registry: CollectorRegistry, *, vllm_names: bool) -> None:
+            metrics = VerifyMetrics(registry, worker.info, vllm_names=vllm_names)
+            worker.engine.count_with(metrics)
+
         return ServedWorker(
             worker.engine,
             worker.info,
             lambda server: verify_pb2_grpc.add_VerifyServiceServicer_to_server(servicer, server),
+            count=count,
             prefixes=worker.prefixes,
         )
 

@@ -14,6 +14,7 @@ import torch
 from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
+from specinfer.prefixes import PrefixChanges
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
@@ -29,11 +30,15 @@ MEASURED_CONTEXT = 256
 
 @dataclass(frozen=True)
 class Worker:
-    """A model with the engine that serves it and what to tell others of it."""
+    """A model with the engine that serves it and what to tell others of it.
+
+    `prefixes` notes what the KV pool can find again, where there is a Redis to be told of it.
+    """
 
     loaded: LoadedModel
     engine: VerifyEngine
     info: WorkerInfo
+    prefixes: PrefixChanges | None = None
 
 
 def build_worker(settings: Settings, on_failure: Callable[[], None] | None = None) -> Worker:
@@ -49,7 +54,10 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         settings.model, dtype=settings.dtype, device=settings.device, name=settings.name or None
     )
     runner = _make_runner(settings, loaded)
-    blocks = BlockManager(runner.num_blocks, settings.block_size, model_hash=loaded.model_hash)
+    prefixes = PrefixChanges() if settings.redis else None
+    blocks = BlockManager(
+        runner.num_blocks, settings.block_size, model_hash=loaded.model_hash, changes=prefixes
+    )
     limits = Limits(
         vocab_size=loaded.vocab_size,
         max_model_len=loaded.max_model_len,
@@ -58,6 +66,8 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         max_rows=settings.max_rows,
         min_prefill_rows=settings.min_prefill_rows,
         yield_seconds=settings.yield_seconds,
+        starve_seconds=settings.starve_seconds,
+        silent_seconds=settings.silent_seconds,
         session_idle_seconds=settings.session_idle_seconds,
     )
     rows = [count for count in MEASURED_ROWS if count <= settings.max_rows]
@@ -81,7 +91,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         step_costs=costs,
         version=__version__,
     )
-    return Worker(loaded, engine, info)
+    return Worker(loaded, engine, info, prefixes)
 
 
 def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
