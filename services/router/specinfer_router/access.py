@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from specinfer.telemetry import TraceContext
+
 MAX_PRIORITY = 100
 # A user generates; an operator may also look at the cluster and end anybody's session.
 USER, OPERATOR = ROLES = ("user", "operator")
@@ -39,6 +41,7 @@ class Caller:
         seconds_left: until the caller's deadline when the call came, or None.
         role: one of ROLES.
         resumes: whether it goes on with a stream elsewhere when it is told to.
+        trace: where its trace stands.
     """
 
     key_id: str = ""
@@ -46,6 +49,7 @@ class Caller:
     seconds_left: float | None = None
     role: str = USER
     resumes: bool = False
+    trace: TraceContext = field(default_factory=TraceContext)
 
 
 # Where no keys are asked for nobody stands below anybody.

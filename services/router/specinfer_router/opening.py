@@ -15,6 +15,7 @@ from specinfer.errors import Mismatch
 from specinfer.grammar import GrammarChecker
 from specinfer.messages import GenerateRequest, Started
 from specinfer.metrics import RouterMetrics
+from specinfer.telemetry import current_span
 from specinfer_router.checks import check_request, check_token_ids, completion_room
 from specinfer_router.cluster import Cluster
 from specinfer_router.completion import Completion
@@ -91,9 +92,11 @@ class SessionOpener:
             ResourceExhausted: too many grammars wait to be compiled.
         """
         if request.grammar is not None:
-            await self._grammars.check(request.grammar)
+            with current_span().child("compile grammar"):
+                await self._grammars.check(request.grammar)
         target = self._cluster.target
-        prompt_ids = await self._prompt_ids(request)
+        with current_span().child("tokenize"):
+            prompt_ids = await self._prompt_ids(request)
         max_tokens = completion_room(
             len(prompt_ids), request.stop.max_tokens, self._cluster.max_session_tokens
         )

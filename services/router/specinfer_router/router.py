@@ -22,7 +22,7 @@ from specinfer.messages import (
     ResumeRequest,
 )
 from specinfer.metrics import RouterMetrics
-from specinfer.telemetry import Telemetry
+from specinfer.telemetry import Span, Telemetry
 from specinfer_router.access import ANYBODY, Caller
 from specinfer_router.admission import Admission, AdmissionLimits, Ticket
 from specinfer_router.checks import check_request_id
@@ -35,6 +35,7 @@ from specinfer_router.session import LEAVING, Session, beyond_the_end
 from specinfer_router.store import ABANDONED, CANCELLED, SessionRecord, SessionStore
 from specinfer_router.stream import OpenStreams
 from specinfer_router.tokenizer import ServedTokenizer
+from specinfer_router.tracing import request_span, trace_queue, traced
 
 log = logging.getLogger(__name__)
 
@@ -183,8 +184,9 @@ class Router:
         check_request_id(request.request_id)
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
         entry = self._requests.begin(request.request_id, caller.key_id)
+        span = self._span(request, caller, detailed=request.detail)
         source = self._generated(request, caller, entry, unattended=unattended)
-        async with aclosing(self._serve(source, entry)) as events:
+        async with aclosing(self._serve(source, entry, span)) as events:
             async for event in events:
                 yield event
 
@@ -215,8 +217,9 @@ class Router:
         request_id = request.request_id or record.terms.request_id or uuid.uuid4().hex
         request = replace(request, request_id=request_id)
         entry = self._requests.begin(request_id, caller.key_id)
+        span = self._span(request, caller, detailed=record.terms.detail)
         source = self._resumed(record, request, caller, entry, whole, orphaned_only)
-        async with aclosing(self._serve(source, entry)) as events:
+        async with aclosing(self._serve(source, entry, span)) as events:
             async for event in events:
                 yield event
 
@@ -261,24 +264,33 @@ class Router:
             raise NotFound(f"no session {session_id}, or it has expired", field="session_id")
         return record
 
+    def _span(
+        self, request: GenerateRequest | ResumeRequest, caller: Caller, *, detailed: bool
+    ) -> Span:
+        model = self._cluster.target.model_name
+        return request_span(self._telemetry, request, model, caller.trace, detailed=detailed)
+
     async def _serve(
-        self, source: AsyncGenerator[GenerateEvent, None], entry: RequestLogEntry
+        self, source: AsyncGenerator[GenerateEvent, None], entry: RequestLogEntry, span: Span
     ) -> AsyncGenerator[GenerateEvent, None]:
         """The events of `source` through a bounded buffer, with one log entry and one outcome."""
         outcome = "cancelled"
         try:
-            with self._telemetry.span("generate", {"specinfer.request.id": entry.request_id}):
-                async with aclosing(self._streams.read(source)) as events:
-                    async for event in events:
-                        outcome = event.reason if isinstance(event, Finished) else outcome
-                        yield event
+            source = traced(source, span, entry.request_id)
+            async with aclosing(self._streams.read(source)) as events:
+                async for event in events:
+                    outcome = event.reason if isinstance(event, Finished) else outcome
+                    yield event
         except SpecinferError as error:
             error.request_id = error.request_id or entry.request_id
             outcome = error.reason.lower()
+            span.fail(error)
             log.info("request failed", extra={"request_id": error.request_id, "outcome": outcome})
             raise
         finally:
             entry.ended(outcome)
+            span.set({"specinfer.outcome": outcome})
+            span.end()
             self._metrics.observe_request(outcome, entry.seconds)
 
     def _leaving(self, caller: Caller, *, unattended: bool) -> Callable[[], bool]:
@@ -361,6 +373,7 @@ class Router:
 
     def _admitted(self, entry: RequestLogEntry, ticket: Ticket) -> None:
         entry.admitted(ticket.queue_seconds)
+        trace_queue(ticket.queue_seconds)
         self._requests.keep(entry)
 
     async def _rounds(

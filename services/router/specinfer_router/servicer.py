@@ -19,6 +19,7 @@ from specinfer.convert import (
 )
 from specinfer.errors import SpecinferError
 from specinfer.server import RpcServer
+from specinfer.telemetry import TraceContext
 from specinfer.v1 import router_pb2, router_pb2_grpc
 from specinfer_router.access import Caller
 from specinfer_router.keys.control import AccessControl, bearer_token
@@ -82,7 +83,8 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         """Who calls and how long they wait; raises Unauthenticated."""
         metadata = dict(context.invocation_metadata() or ())
         caller = self._access.authenticate(bearer_token(metadata.get("authorization")))
-        return replace(caller, seconds_left=context.time_remaining())
+        trace = TraceContext(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
+        return replace(caller, seconds_left=context.time_remaining(), trace=trace)
 
 
 def add_generation(server: RpcServer, router: Router, access: AccessControl | None = None) -> None:
