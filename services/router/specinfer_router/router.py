@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from specinfer.errors import NotFound, RouterLeaving, SpecinferError
 from specinfer.grammar import GrammarChecker, GrammarCompiler
@@ -90,7 +91,8 @@ class Router:
         self._metrics = metrics
         self._version = version
         self._limits = limits or RouterLimits()
-        self._telemetry = telemetry or Telemetry()
+        model = cluster.target.model_name
+        self._new_span = partial(request_span, telemetry or Telemetry(), model)
         self._admission = Admission(self._limits.admission)
         metrics.watch_waiting(lambda: self._admission.num_waiting)
         self._requests = RequestLog()
@@ -184,7 +186,7 @@ class Router:
         check_request_id(request.request_id)
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
         entry = self._requests.begin(request.request_id, caller.key_id)
-        span = self._span(request, caller, detailed=request.detail)
+        span = self._new_span(request, caller.trace, detailed=request.detail)
         source = self._generated(request, caller, entry, unattended=unattended)
         async with aclosing(self._serve(source, entry, span)) as events:
             async for event in events:
@@ -217,7 +219,7 @@ class Router:
         request_id = request.request_id or record.terms.request_id or uuid.uuid4().hex
         request = replace(request, request_id=request_id)
         entry = self._requests.begin(request_id, caller.key_id)
-        span = self._span(request, caller, detailed=record.terms.detail)
+        span = self._new_span(request, caller.trace, detailed=record.terms.detail)
         source = self._resumed(record, request, caller, entry, whole, orphaned_only)
         async with aclosing(self._serve(source, entry, span)) as events:
             async for event in events:
@@ -263,12 +265,6 @@ class Router:
         if record.terms.key_id != caller.key_id:
             raise NotFound(f"no session {session_id}, or it has expired", field="session_id")
         return record
-
-    def _span(
-        self, request: GenerateRequest | ResumeRequest, caller: Caller, *, detailed: bool
-    ) -> Span:
-        model = self._cluster.target.model_name
-        return request_span(self._telemetry, request, model, caller.trace, detailed=detailed)
 
     async def _serve(
         self, source: AsyncGenerator[GenerateEvent, None], entry: RequestLogEntry, span: Span

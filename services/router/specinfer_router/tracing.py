@@ -29,8 +29,8 @@ from specinfer.telemetry.logs import bind_log
 
 def request_span(
     telemetry: Telemetry,
-    request: GenerateRequest | ResumeRequest,
     model: str,
+    request: GenerateRequest | ResumeRequest,
     trace: TraceContext,
     *,
     detailed: bool,
@@ -39,8 +39,8 @@ def request_span(
 
     Args:
         telemetry: of this process.
-        request: with its id.
         model: served name.
+        request: with its id.
         trace: what the caller says of its trace; below our own HTTP span it is an internal one.
         detailed: whether the request asks for the detail of its rounds.
     """
