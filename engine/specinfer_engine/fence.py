@@ -20,11 +20,15 @@ MAX_SESSION_ID_LENGTH = 256
 class OwnerFence:
     """The highest owner of each session, for those that were claimed at all.
 
+    Attributes:
+        num_refused: items of former owners so far.
+
     Args:
         max_remembered: most sessions remembered; the one not heard of for longest goes first.
     """
 
     def __init__(self, max_remembered: int = MAX_REMEMBERED) -> None:
+        self.num_refused = 0
         self._max_remembered = max_remembered
         self._owners: OrderedDict[str, int] = OrderedDict()
 
@@ -44,6 +48,7 @@ class OwnerFence:
         """
         highest = max(self._owners.get(session_id, 0), holder or 0)
         if owner < highest:
+            self.num_refused += 1
             raise LeaseLost(
                 f"session {session_id} belongs to owner {highest} now, not to {owner}; let go of it"
             )

@@ -72,6 +72,7 @@ class SequenceState:
         self.block_table, self._hashes = self._blocks.find_prefix(self.token_ids)
         found = len(self.block_table) * self._blocks.block_size
         self.num_cached = max(min(found, len(self.token_ids) - 1), 0)
+        self._blocks.count_lookup(len(self.token_ids), self.num_cached)
         self._drop_unused()
         return self.num_cached
 

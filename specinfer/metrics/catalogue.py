@@ -90,7 +90,7 @@ OPERATION = Label(
 )
 ROW_KIND = Label("kind", ("prefill", "root", "guess"))
 BLOCK_STATE = Label("state", ("used", "free", "cached"))
-PROPOSAL_OUTCOME = Label("outcome", ("done", "late", "stuck", "failed"))
+PROPOSAL_OUTCOME = Label("outcome", ("done", "late", "stuck"))
 
 SPECULATION = (
     counter(
@@ -323,14 +323,14 @@ WORK = (
         "prefix_cache_queries",
         "tokens",
         "Tokens looked up in the prefix cache.",
-        sources=VERIFY,
+        sources=WORKERS,
         vllm="prefix_cache_queries",
     ),
     counter(
         "prefix_cache_hits",
         "tokens",
         "Tokens found in the prefix cache.",
-        sources=VERIFY,
+        sources=WORKERS,
         vllm="prefix_cache_hits",
     ),
     counter(

@@ -7,6 +7,7 @@ nothing of models, trees or sessions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
@@ -15,6 +16,24 @@ from specinfer.metrics.instruments import Instruments, Read
 from specinfer.metrics.metric import Source
 from specinfer.metrics.vllm import VllmAliases
 from specinfer.step_curve import StepCurve
+
+
+class Pool(Protocol):
+    """What is shown of a KV pool; every property may be read from any thread."""
+
+    num_blocks: int
+    num_tokens_sought: int
+    num_tokens_found: int
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be handed out, cached ones included."""
+        ...
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that hold a prefix nobody uses at the moment."""
+        ...
 
 
 class WorkerMetrics:
@@ -45,7 +64,6 @@ class WorkerMetrics:
         self._step_sessions = self._instruments.histogram("step_sessions").of()
         rows = self._instruments.counter("rows")
         self._prefill, self._roots, self._guesses = map(rows.of, ("prefill", "root", "guess"))
-        self._fenced = self._instruments.counter("fenced_calls").of()
         if vllm_names:
             registry.register(VllmAliases(self._instruments))
 
@@ -60,10 +78,6 @@ class WorkerMetrics:
         self._roots.inc(num_roots)
         self._guesses.inc(num_rows - num_prefill - num_roots)
 
-    def fenced(self) -> None:
-        """Count a call refused since the session belongs to another router now."""
-        self._fenced.inc()
-
     def watch(self, name: str, read: Read) -> None:
         """Ask `read` for a metric at each scrape, by the values of its labels in order."""
         self._instruments.watch(name, read)
@@ -72,15 +86,18 @@ class WorkerMetrics:
         """Ask `read` for a metric without labels of its own at each scrape."""
         self._instruments.watch_one(name, read)
 
-    def watch_blocks(self, num_blocks: int, num_free: Read) -> None:
-        """Ask for the KV pool at each scrape: `num_free` says {("free",): n, ("cached",): m}."""
+    def watch_pool(self, pool: Pool) -> None:
+        """Ask for the state of a KV pool, and what its prefixes were good for, at each scrape."""
 
         def by_state() -> dict[tuple[str, ...], float]:
-            idle = num_free()
-            return {("used",): num_blocks - sum(idle.values()), **idle}
+            cached, available = pool.num_cached_blocks, pool.num_free_blocks
+            used = pool.num_blocks - available
+            return {("used",): used, ("cached",): cached, ("free",): available - cached}
 
         self.watch("kv_blocks", by_state)
-        self.watch_one("kv_cache_usage_ratio", lambda: by_state()["used",] / num_blocks)
+        self.watch_one("kv_cache_usage_ratio", lambda: by_state()["used",] / pool.num_blocks)
+        self.watch_one("prefix_cache_queries", lambda: pool.num_tokens_sought)
+        self.watch_one("prefix_cache_hits", lambda: pool.num_tokens_found)
 
 
 class VerifyMetrics(WorkerMetrics):

@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry
+
+from specinfer.metrics import DraftMetrics
 from specinfer.telemetry import Telemetry
 from specinfer.v1 import draft_pb2, draft_pb2_grpc
 from specinfer.worker_process import ServedWorker, run_worker, serve_worker
@@ -23,10 +26,16 @@ async def serve(settings: Settings, telemetry: Telemetry) -> None:
     def build(on_failure: Callable[[], None]) -> ServedWorker:
         worker = build_worker(settings, on_failure)
         servicer = DraftServicer(worker.engine, worker.info, worker.grammars, telemetry)
+
+        def count(registry: CollectorRegistry, *, vllm_names: bool) -> None:
+            metrics = DraftMetrics(registry, worker.info, vllm_names=vllm_names)
+            worker.engine.count_with(metrics)
+
         return ServedWorker(
             worker.engine,
             worker.info,
             lambda server: draft_pb2_grpc.add_DraftServiceServicer_to_server(servicer, server),
+            count=count,
         )
 
     await serve_worker(settings, tier="draft", service_name=SERVICE_NAME, build=build)

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from specinfer.errors import InvalidRequest, Unavailable
 from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult, ShapeQuery, WorkerLoad
+from specinfer.metrics import DraftMetrics
 from specinfer.sampling import SamplingParams
 from specinfer_draft.drafters.model import ModelDrafter
 from specinfer_draft.drafters.session import ProposeQuery
@@ -52,6 +53,10 @@ class DraftEngine:
     def start(self) -> None:
         """Start the engine's thread."""
         self._thread.start()
+
+    def count_with(self, metrics: DraftMetrics) -> None:
+        """Count what the drafter does; to be called before `start`."""
+        self._drafter.count_with(metrics)
 
     @property
     def healthy(self) -> bool:

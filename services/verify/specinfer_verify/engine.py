@@ -20,11 +20,11 @@ from specinfer.errors import (
     LeaseLost,
     NotFound,
     SpecinferError,
-    StaleEpoch,
     Unavailable,
 )
 from specinfer.grammar import GrammarState
 from specinfer.messages import VerifyResult, WorkerLoad
+from specinfer.metrics import VerifyMetrics
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_engine.batch import SequenceRows
@@ -33,6 +33,7 @@ from specinfer_engine.fence import MAX_SESSION_ID_LENGTH, OwnerFence
 from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
 from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
+from specinfer_verify.counting import CountPass, count_in, count_nothing
 from specinfer_verify.scheduler import ScheduledRows, Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
 from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
@@ -91,6 +92,7 @@ class VerifyEngine:
             starve_seconds=limits.starve_seconds,
         )
         self._fence = OwnerFence()
+        self._count: CountPass = count_nothing
         self._num_opened = 0
         self._draining = False
         self._next_sweep = 0.0
@@ -108,6 +110,10 @@ class VerifyEngine:
     def healthy(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.healthy
+
+    def count_with(self, metrics: VerifyMetrics) -> None:
+        """Count passes, and show what is held; to be called before `start`."""
+        self._count = count_in(metrics, self._scheduler, self._blocks, self._fence)
 
     @property
     def num_preemptions(self) -> int:
@@ -217,6 +223,7 @@ class VerifyEngine:
             return False
         logits = self._run(plan)
         facts = PassFacts(start, self._clock(), sum(item.num_rows for item in plan))
+        self._count(plan, facts)
         outcomes = [finish(item, rows, facts) for item, rows in zip(plan, logits, strict=True)]
         self._compact(outcomes)
         self._answer(outcomes)
@@ -261,8 +268,8 @@ class VerifyEngine:
         grammar: GrammarState | None,
     ) -> None:
         known = self._scheduler.sessions.get(session_id)
-        if known is not None and self._is_same(
-            known, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs, grammar
+        if known is not None and known.repeats(
+            epoch, token_ids, sampling, num_prompt_tokens, num_logprobs, grammar
         ):
             return
         if known is not None:
@@ -315,25 +322,6 @@ class VerifyEngine:
                 log.info("session %s made place for another one", session.session_id)
                 self._close(session.session_id, NotFound("the session was silent for too long"))
         self.limits.check_sessions(len(sessions))
-
-    def _is_same(
-        self,
-        known: Session,
-        epoch: int,
-        token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        num_prompt: int,
-        num_logprobs: int | None,
-        grammar: GrammarState | None,
-    ) -> bool:
-        """Whether an open repeats what is known; raises StaleEpoch when it is behind it."""
-        if epoch < known.epoch:
-            raise StaleEpoch(f"session {known.session_id} is at epoch {known.epoch}, not {epoch}")
-        same_tokens = epoch == known.epoch and known.state.token_ids == list(token_ids)
-        same_answers = known.num_prompt_tokens == num_prompt and known.num_logprobs == num_logprobs
-        known_grammar = None if known.grammar is None else known.grammar.grammar
-        same_grammar = known_grammar == (None if grammar is None else grammar.grammar)
-        return same_tokens and known.sampling == sampling and same_answers and same_grammar
 
     def _take_step(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from specinfer.errors import StaleEpoch
 from specinfer.grammar import GrammarState
 from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
@@ -86,6 +87,24 @@ class Session:
     def num_missing(self) -> int:
         """Tokens before the root that have no keys and values yet."""
         return self.base_len - self.state.num_cached
+
+    def repeats(
+        self,
+        epoch: int,
+        token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        num_prompt: int,
+        num_logprobs: int | None,
+        grammar: GrammarState | None,
+    ) -> bool:
+        """Whether an open repeats what is known; raises StaleEpoch when it is behind it."""
+        if epoch < self.epoch:
+            raise StaleEpoch(f"session {self.session_id} is at epoch {self.epoch}, not {epoch}")
+        same_tokens = epoch == self.epoch and self.state.token_ids == list(token_ids)
+        same_answers = self.num_prompt_tokens == num_prompt and self.num_logprobs == num_logprobs
+        known_grammar = None if self.grammar is None else self.grammar.grammar
+        same_grammar = known_grammar == (None if grammar is None else grammar.grammar)
+        return same_tokens and self.sampling == sampling and same_answers and same_grammar
 
 
 def fit_tree(tree: TokenTree, *, max_depth: int, max_nodes: int) -> tuple[TokenTree, list[int]]:

@@ -27,6 +27,7 @@ from specinfer.errors import (
 )
 from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult
+from specinfer.metrics import DraftMetrics
 from specinfer.sampling import SamplingParams
 from specinfer_draft.drafters.forecast import DrawForecast, NoiseCache, rank
 from specinfer_draft.drafters.limits import DrafterLimits, check_open, check_tokens
@@ -84,6 +85,15 @@ class ModelDrafter:
         self._noise = NoiseCache(limits.vocab_size, device)
         self._wave_seconds = 0.0
         self._answers: list[tuple[Future[DraftResult], DraftResult]] = []
+        self._counts: DraftMetrics | None = None
+
+    def count_with(self, metrics: DraftMetrics) -> None:
+        """Count passes and proposals, and show what is held; to be called before the first one."""
+        self._counts = metrics
+        metrics.watch_one("num_sessions", lambda: self.num_sessions)
+        metrics.watch_one("num_steps_waiting", lambda: self.num_growing)
+        metrics.watch_one("fenced_calls", lambda: self._fence.num_refused)
+        metrics.watch_pool(self._blocks)
 
     @property
     def num_sessions(self) -> int:
@@ -210,6 +220,7 @@ class ModelDrafter:
         shares = list(plan.values())
         candidates = self._look(shares, self._forward(plan))
         end = self._clock()
+        self._count_pass(shares, end - start)
         if not any(share.num_chunk for share in shares):
             # Half new, half old: follows a changing load within a few passes.
             self._wave_seconds += 0.5 * (end - start - self._wave_seconds)
@@ -258,6 +269,20 @@ class ModelDrafter:
             if growth.wave is None:
                 self._finish(session)
 
+    def _count_pass(self, shares: Sequence[Share], seconds: float) -> None:
+        if self._counts is None:
+            return
+        chunks = [share for share in shares if share.num_chunk]
+        # The last row of a chunk whose logits are wanted is the root.
+        num_roots = sum(bool(share.rows.logit_rows) for share in chunks)
+        self._counts.observe_pass(
+            seconds,
+            num_sessions=len(shares),
+            num_prefill=sum(share.num_chunk for share in chunks) - num_roots,
+            num_roots=num_roots,
+            num_rows=sum(len(share.rows.token_ids) for share in shares),
+        )
+
     def _finish_late(self, now: float) -> int:
         """Answer proposals whose next pass would end past their deadline; how many there were.
 
@@ -270,7 +295,7 @@ class ModelDrafter:
                 continue
             expected = 0.0 if growth.first_pass is None else self._wave_seconds
             if now + expected >= growth.query.deadline:
-                self._finish(session)
+                self._finish(session, "late")
                 num_late += 1
         if num_late:
             # Otherwise one slow pass would end every tree after its first level for ever.
@@ -281,10 +306,10 @@ class ModelDrafter:
         """Answer proposals that the pool is too small for; how many there were."""
         stuck, self._planner.stuck = self._planner.stuck, []
         for session in stuck:
-            self._finish(session)
+            self._finish(session, "stuck")
         return len(stuck)
 
-    def _finish(self, session: DraftSession) -> None:
+    def _finish(self, session: DraftSession, outcome: str = "done") -> None:
         """End a session's proposal with the best of what was found; `_deliver` hands it out."""
         growth = session.growth
         assert growth is not None
@@ -297,6 +322,9 @@ class ModelDrafter:
             compute_seconds=growth.compute_seconds,
         )
         self._answers.append((growth.future, result))
+        if self._counts is not None:
+            seconds = self._clock() - growth.query.arrival
+            self._counts.observe_proposal(outcome, result.tree.num_draft_tokens, seconds)
 
     def _deliver(self) -> None:
         """Hand out what is finished in one go, so that it can leave in one frame."""
