@@ -166,6 +166,7 @@ class _MutedSpan(Span):
         self.trace_id = trace_id
         self.span_id = span_id
         self.traced = traced
+        self.traceparent = f"00-{trace_id}-{span_id}-{traced:02x}"
         self._above = above
 
     def event(self, name: str, attributes: Attributes | None = None) -> None:
@@ -320,9 +321,10 @@ class Telemetry:
             kind=library.trace.SpanKind[kind],
             attributes=attributes,
         )
-        trace_id = span.get_span_context().trace_id
+        context = span.get_span_context()
+        trace_id = context.trace_id
         if not span.is_recording():
-            return _MutedSpan(f"{trace_id:032x}", "", traced=False)
+            return _MutedSpan(f"{trace_id:032x}", f"{context.span_id:016x}", traced=False)
         detailed = detailed or parent.wants_rounds or _in_share(trace_id, self.rounds)
         return _RecordedSpan(library, span, detailed=detailed)
 

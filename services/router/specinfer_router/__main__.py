@@ -54,7 +54,7 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         stack.push_async_callback(access.close)
         routers: list[Router] = []
         registry = CollectorRegistry()
-        gateway = build_gateway(settings, access, routers, registry)
+        gateway = build_gateway(settings, access, routers, registry, telemetry)
         stack.push_async_callback(gateway.stop)
         await access.start()
         await gateway.start()
@@ -80,6 +80,7 @@ def build_gateway(
     access: AccessControl,
     routers: Sequence[Router],
     registry: CollectorRegistry,
+    telemetry: Telemetry,
 ) -> Gateway:
     """The HTTP side of the one router that `routers` holds as soon as there is one."""
 
@@ -99,6 +100,7 @@ def build_gateway(
         cors_origins=settings.cors_origin,
         tls=settings.tls,
         insecure_bind=settings.insecure_bind,
+        telemetry=telemetry,
     )
 
 

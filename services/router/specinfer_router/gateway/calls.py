@@ -9,6 +9,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -37,7 +38,7 @@ def request_id_of(request: Request) -> str:
 def caller_of(request: Request) -> Caller:
     """Who calls; ANYBODY where no keys are asked for."""
     caller: Caller = getattr(request.state, "caller", ANYBODY)
-    return caller
+    return replace(caller, trace=getattr(request.state, "trace", caller.trace))
 
 
 def api_route(path: str, handler: Handler, *, methods: tuple[str, ...] = ("POST",)) -> Route:

@@ -13,6 +13,7 @@ from operator import itemgetter
 
 from specinfer.errors import InvalidRequest, Unavailable
 from specinfer.messages import GenerateEvent, GenerateRequest, ResumeRequest, TokensEvent
+from specinfer.telemetry import current_span
 from specinfer_router.access import Caller
 from specinfer_router.router import Router
 
@@ -26,6 +27,8 @@ def new_streams(
     router: Router, requests: Sequence[GenerateRequest], caller: Caller
 ) -> list[Stream]:
     """A stream for each request; none starts before it is read."""
+    if len(requests) > 1:
+        current_span().set({"gen_ai.request.choice.count": len(requests)})
     return [router.generate(request, caller) for request in requests]
 
 

@@ -16,11 +16,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specinfer.errors import DeadlineExceeded, InvalidRequest, SpecinferError
+from specinfer.telemetry import Telemetry
 from specinfer_router.access import Caller
 from specinfer_router.checks import MAX_REQUEST_ID_LENGTH
 from specinfer_router.gateway.body import MAX_BODY_BYTES
 from specinfer_router.gateway.errors import REQUEST_ID_HEADER, BodyTooLarge, error_response
 from specinfer_router.gateway.origins import Origins
+from specinfer_router.gateway.tracing import Traced
 from specinfer_router.keys.control import bearer_token
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -91,6 +93,7 @@ def gateway_middleware(
     cors_origins: Sequence[str],
     *,
     only_loopback: bool,
+    telemetry: Telemetry,
 ) -> list[Middleware]:
     """Everything in the order in which a call passes it.
 
@@ -99,6 +102,7 @@ def gateway_middleware(
     """
     stack = [
         Middleware(Bounds),
+        Middleware(Traced, telemetry=telemetry, open_paths=open_paths),
         Middleware(Origins, allowed=cors_origins, only_loopback=only_loopback),
     ]
     if cors_origins:

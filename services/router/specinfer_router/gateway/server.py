@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from specinfer.errors import InvalidRequest
 from specinfer.rpc import TlsSettings
+from specinfer.telemetry import Telemetry
 from specinfer_router.access import ANYBODY, Caller
 from specinfer_router.gateway.connection import PatientProtocol
 from specinfer_router.gateway.errors import http_error
@@ -53,6 +54,7 @@ class Gateway:
         cors_origins: Sequence[str] = (),
         tls: TlsSettings | None = None,
         insecure_bind: bool = False,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """Bind `address` (port 0 takes a free one).
 
@@ -65,6 +67,7 @@ class Gateway:
             cors_origins: web pages of other origins that may call, such as https://chat.example.
             tls: certificate and key to serve with; with `ca` clients have to show a certificate.
             insecure_bind: allow plain text beyond this machine.
+            telemetry: where spans go, or None.
 
         Raises:
             InvalidRequest: the address is none, in use, or reachable from other machines without
@@ -86,6 +89,7 @@ class Gateway:
                 open_paths,
                 cors_origins,
                 only_loopback=host in LOOPBACK_NAMES,
+                telemetry=telemetry or Telemetry(),
             ),
             exception_handlers={HTTPException: http_error},
         )
