@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.certificates import Certificates, make_certificates
+
 NUM_PORT_TRIES = 5
 STOP_TIMEOUT_SECONDS = 20.0
 
@@ -65,3 +67,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         stop(process)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """An authority and what it signed, for 127.0.0.1 and localhost."""
+    return make_certificates(tmp_path_factory.mktemp("certificates"))

@@ -20,7 +20,7 @@ from specinfer import (
 )
 from specinfer.credentials import is_loopback
 from specinfer.testing import FakeRouter
-from tests.kit.certificates import Certificates, make_certificates
+from tests.kit.certificates import Certificates
 
 FAST = RetryPolicy(max_attempts=2, initial_backoff=0.001, max_backoff=0.01)
 
@@ -112,11 +112,6 @@ def test_a_plain_function_provides_tokens_too() -> None:
             with pytest.raises(InvalidRequest) as caught:
                 client.generate("hi")
             assert caught.value.field == "token_provider"
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 async def test_mutual_tls_lets_in_whom_the_authority_signed(certificates: Certificates) -> None:

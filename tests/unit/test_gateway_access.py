@@ -23,7 +23,7 @@ from specinfer_router.gateway.body import MAX_BODY_BYTES
 from specinfer_router.gateway.calls import api_route, caller_of, json_answer, while_connected
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.server import Gateway
-from tests.kit.certificates import Certificates, make_certificates
+from tests.kit.certificates import Certificates
 
 ORIGIN = "https://chat.example"
 
@@ -237,11 +237,6 @@ def test_what_is_no_origin_is_refused(origin: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Gateway("127.0.0.1:0", [], cors_origins=(origin,))
     assert caught.value.field == "cors_origin"
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def trusting(certificates: Certificates) -> ssl.SSLContext:
