@@ -27,7 +27,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from specinfer.errors import InternalError, InvalidRequest, Unavailable
+from specinfer.errors import InternalError, InvalidRequest, SpecinferError, Unavailable
 
 _Answer = TypeVar("_Answer")
 # What passes by itself: no connection, one that broke, a server that loads, lost its place as the
@@ -40,6 +40,8 @@ AWAY: tuple[type[Exception], ...] = (
     ClusterDownError,
     OSError,
 )
+# How it answers while its memory or its disk is full, or its replicas are gone.
+WRITES_REFUSED = ("OOM ", "MISCONF ", "NOREPLICAS ", "command not allowed when used memory")
 
 
 @dataclass(frozen=True)
@@ -127,19 +129,25 @@ class RedisSettings:
         """
         try:
             return await call
-        except (AuthenticationError, NoPermissionError) as error:
-            raise InvalidRequest(
+        except (RedisError, OSError) as error:
+            raise self.error(error) from error
+
+    def error(self, error: RedisError | OSError) -> SpecinferError:
+        """What `answer` raises for a failure of the client's."""
+        if isinstance(error, (AuthenticationError, NoPermissionError)):
+            return InvalidRequest(
                 f"Redis at {self.place} refuses us: {error}; check the user, its password and its "
-                "ACL",
+                "ACL (docs/sessions.md has the line)",
                 field="redis",
-            ) from error
-        except AWAY as error:
-            raise Unavailable(
+            )
+        if isinstance(error, AWAY):
+            return Unavailable(
                 f"Redis at {self.place} cannot be reached ({type(error).__name__}: {error}); "
                 "start it or correct --redis"
-            ) from error
-        except RedisError as error:
-            raise InternalError(f"Redis at {self.place} refused a command: {error}") from error
+            )
+        if str(error).startswith(WRITES_REFUSED):
+            return Unavailable(f"Redis at {self.place} takes no writes: {error}")
+        return InternalError(f"Redis at {self.place} refused a command: {error}")
 
     def _password(self) -> str | None:
         if self.password_file is None:

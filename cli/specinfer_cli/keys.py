@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
 
-import click
 import typer
 from rich.table import Table
 
@@ -124,6 +123,7 @@ def connection(
 @app.command()
 @friendly
 def create(
+    context: typer.Context,
     name: _Name,
     file: _File = None,
     redis: _Redis = None,
@@ -146,7 +146,7 @@ def create(
         expires=None if expires is None else parse_time(expires, "expires"),
         role=role,
     )
-    _with_keys(file, redis, lambda keys: keys.add(record))
+    _with_keys(context, file, redis, lambda keys: keys.add(record))
     if json:
         print_json({"key": key, **_facts(record)})
         return
@@ -156,9 +156,14 @@ def create(
 
 @app.command("list")
 @friendly
-def list_keys(file: _File = None, redis: _Redis = None, json: arguments.Json = False) -> None:
+def list_keys(
+    context: typer.Context,
+    file: _File = None,
+    redis: _Redis = None,
+    json: arguments.Json = False,
+) -> None:
     """Show all keys, without their secrets."""
-    records = _with_keys(file, redis, lambda keys: keys.load()).values()
+    records = _with_keys(context, file, redis, lambda keys: keys.load()).values()
     if json:
         print_json([_facts(record) for record in records])
         return
@@ -177,28 +182,33 @@ def list_keys(file: _File = None, redis: _Redis = None, json: arguments.Json = F
 
 @app.command()
 @friendly
-def revoke(key_id: _KeyId, file: _File = None, redis: _Redis = None) -> None:
+def revoke(
+    context: typer.Context, key_id: _KeyId, file: _File = None, redis: _Redis = None
+) -> None:
     """Forget a key; running routers refuse it a second later."""
-    _with_keys(file, redis, lambda keys: keys.remove(key_id))
+    _with_keys(context, file, redis, lambda keys: keys.remove(key_id))
     messages().print(f"key {key_id} is revoked", markup=False)
 
 
-def _open(file: Path | None, redis: str | None) -> _Keys:
+def _open(context: typer.Context, file: Path | None, redis: str | None) -> _Keys:
     if file is not None:
         return KeyFile(file)
     if not redis:
         raise InvalidRequest("say where keys are kept: --file FILE or --redis URL", field="file")
-    connection = replace(click.get_current_context().ensure_object(_Connection), url=redis)
-    settings = import_extra("specinfer.redis_connection").RedisSettings(**asdict(connection))
+    told = asdict(replace(context.ensure_object(_Connection), url=redis))
+    settings = import_extra("specinfer.redis_connection").RedisSettings(**told)
     keys: _Keys = import_extra("specinfer_router.keys.redis_keys").RedisKeys(settings)
     return keys
 
 
 def _with_keys(
-    file: Path | None, redis: str | None, use: Callable[[_Keys], Awaitable[_Result]]
+    context: typer.Context,
+    file: Path | None,
+    redis: str | None,
+    use: Callable[[_Keys], Awaitable[_Result]],
 ) -> _Result:
     async def used() -> _Result:
-        keys = _open(file, redis)
+        keys = _open(context, file, redis)
         try:
             return await use(keys)
         finally:

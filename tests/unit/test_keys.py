@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from specinfer.errors import InvalidRequest, NotFound, Unauthenticated, Unavailable
+from specinfer.redis_connection import RedisSettings
 from specinfer_router.access import ANYBODY, KeyLimits
 from specinfer_router.keys.control import AccessControl, KeySource, bearer_token
 from specinfer_router.keys.file import KeyFile
@@ -291,7 +292,7 @@ async def test_a_file_is_changed_as_a_whole_and_seen_again(tmp_path: Path) -> No
 
 
 async def test_keys_in_redis(redis_server: str) -> None:
-    keys = RedisKeys(redis_server)
+    keys = RedisKeys(RedisSettings(redis_server))
     key, record = made("in redis", requests_per_minute=7)
     access = await access_to(keys)
     with pytest.raises(Unauthenticated):
@@ -314,7 +315,7 @@ async def test_keys_in_redis(redis_server: str) -> None:
 
 
 async def test_what_is_no_text_in_redis_is_a_typed_error(redis_server: str) -> None:
-    keys = RedisKeys(redis_server)
+    keys = RedisKeys(RedisSettings(redis_server))
     _, record = made("in redis")
     await keys.add(record)
     client = Redis.from_url(redis_server)
@@ -329,13 +330,13 @@ async def test_what_is_no_text_in_redis_is_a_typed_error(redis_server: str) -> N
 
 
 async def test_a_redis_that_is_not_there_is_said_without_its_password() -> None:
-    keys = RedisKeys("redis://:hunter2@127.0.0.1:1/0")
+    keys = RedisKeys(RedisSettings("redis://:hunter2@127.0.0.1:1/0"))
     with pytest.raises(Unavailable) as caught:
         await keys.load()
     assert "hunter2" not in caught.value.message
     await keys.close()
     with pytest.raises(InvalidRequest, match="no Redis URL"):
-        RedisKeys("http://127.0.0.1:1/0")
+        RedisKeys(RedisSettings("http://127.0.0.1:1/0"))
 
 
 @pytest.mark.parametrize(

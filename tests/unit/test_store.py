@@ -16,6 +16,7 @@ from specinfer.errors import (
     StaleEpoch,
 )
 from specinfer.messages import Grammar, SpeculationOptions
+from specinfer.redis_connection import RedisSettings
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer_router.store import (
     ABANDONED,
@@ -62,7 +63,7 @@ async def store(
     if request.param == "memory":
         built = MemoryStore()
     else:
-        built = RedisStore(request.getfixturevalue("redis_server"))
+        built = RedisStore(RedisSettings(request.getfixturevalue("redis_server")))
     await built.check()
     yield built
     await built.close()

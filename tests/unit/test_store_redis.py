@@ -12,8 +12,9 @@ from redis.asyncio import Redis
 from redis.crc import key_slot
 
 from specinfer.errors import InvalidRequest, NotFound, Unavailable
+from specinfer.redis_connection import RedisSettings
 from specinfer_router.store import RedisStore
-from specinfer_router.store.redis_store import _keys
+from specinfer_router.store.encoding import session_keys
 from tests.conftest import free_port, redis_binary, stop
 from tests.unit.test_store import record_of
 
@@ -57,11 +58,11 @@ async def redis(redis_server: str) -> AsyncIterator[Redis]:
 
 
 async def test_every_key_expires_and_commits_renew_it(redis_server: str, redis: Redis) -> None:
-    store = RedisStore(redis_server, ttl_seconds=100)
+    store = RedisStore(RedisSettings(redis_server), ttl_seconds=100)
     record = record_of()
     await store.create(record)
     keys = sorted([key async for key in redis.scan_iter(f"*{record.session_id}*")])
-    assert [key.decode() for key in keys] == sorted(_keys(record.session_id))
+    assert [key.decode() for key in keys] == sorted(session_keys(record.session_id))
     for step in (
         lambda: store.commit(record.session_id, 0, [1]),
         lambda: store.finish(record.session_id, "stop"),
@@ -75,10 +76,10 @@ async def test_every_key_expires_and_commits_renew_it(redis_server: str, redis: 
 
 
 async def test_an_expired_session_is_gone(redis_server: str, redis: Redis) -> None:
-    store = RedisStore(redis_server)
+    store = RedisStore(RedisSettings(redis_server))
     record = record_of()
     await store.create(record)
-    await redis.pexpire(_keys(record.session_id)[1], 0)
+    await redis.pexpire(session_keys(record.session_id)[1], 0)
     with pytest.raises(NotFound):
         await store.commit(record.session_id, 0, [1])
     with pytest.raises(NotFound):
@@ -87,14 +88,14 @@ async def test_an_expired_session_is_gone(redis_server: str, redis: Redis) -> No
 
 
 def test_all_keys_of_a_session_share_a_slot() -> None:
-    first, second = _keys("abc")
+    first, second = session_keys("abc")
     assert key_slot(first.encode()) == key_slot(second.encode())
     with pytest.raises(InvalidRequest):
-        _keys("a}b{c")
+        session_keys("a}b{c")
 
 
 async def test_lost_scripts_are_loaded_again(redis_server: str, redis: Redis) -> None:
-    store = RedisStore(redis_server)
+    store = RedisStore(RedisSettings(redis_server))
     record = record_of()
     await store.create(record)
     await redis.script_flush()
@@ -105,7 +106,7 @@ async def test_lost_scripts_are_loaded_again(redis_server: str, redis: Redis) ->
 
 
 async def test_a_killed_server_comes_back_with_its_sessions(server: Server) -> None:
-    store = RedisStore(server.url, timeout_seconds=1.0)
+    store = RedisStore(RedisSettings(server.url, timeout_seconds=1.0))
     record = record_of()
     await store.create(record)
     assert await store.commit(record.session_id, 0, [1]) == 1
@@ -120,7 +121,7 @@ async def test_a_killed_server_comes_back_with_its_sessions(server: Server) -> N
 
 
 async def test_of_two_stores_on_one_redis_one_commits(redis_server: str) -> None:
-    stores = [RedisStore(redis_server), RedisStore(redis_server)]
+    stores = [RedisStore(RedisSettings(redis_server)), RedisStore(RedisSettings(redis_server))]
     record = record_of()
     await stores[0].create(record)
     outcomes = await asyncio.gather(
@@ -133,7 +134,7 @@ async def test_of_two_stores_on_one_redis_one_commits(redis_server: str) -> None
 
 
 async def test_an_unreachable_redis_says_what_to_do_and_hides_the_password() -> None:
-    store = RedisStore(f"redis://user:hunter2@127.0.0.1:{free_port()}/0")
+    store = RedisStore(RedisSettings(f"redis://user:hunter2@127.0.0.1:{free_port()}/0"))
     with pytest.raises(Unavailable) as unreachable:
         await store.check()
     assert "--redis" in unreachable.value.message
@@ -148,7 +149,9 @@ async def test_a_redis_that_never_answers_is_given_up() -> None:
 
     deaf = await asyncio.start_server(silence, "127.0.0.1", 0)
     port = deaf.sockets[0].getsockname()[1]
-    store = RedisStore(f"redis://127.0.0.1:{port}/0", timeout_seconds=0.1, num_retries=1)
+    store = RedisStore(
+        RedisSettings(f"redis://127.0.0.1:{port}/0", timeout_seconds=0.1, num_retries=1)
+    )
     async with asyncio.timeout(5):
         with pytest.raises(Unavailable):
             await store.check()
@@ -159,4 +162,4 @@ async def test_a_redis_that_never_answers_is_given_up() -> None:
 @pytest.mark.parametrize("url", ["127.0.0.1:6379", "http://127.0.0.1/0", "redis://["])
 def test_what_is_no_redis_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="redis://"):
-        RedisStore(url)
+        RedisStore(RedisSettings(url))

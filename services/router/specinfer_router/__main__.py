@@ -15,9 +15,11 @@ from prometheus_client import CollectorRegistry
 from specinfer import __version__
 from specinfer.errors import SpecinferError, Unavailable
 from specinfer.metrics import RouterMetrics
+from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer.server import build_server, serve_until_signal
 from specinfer.settings import read_settings
 from specinfer.telemetry import Telemetry, set_up
+from specinfer_router.cluster import Cluster
 from specinfer_router.gateway.app import api_routes
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.page import page_routes
@@ -26,11 +28,17 @@ from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.keys.control import AccessControl, KeySource
 from specinfer_router.keys.file import KeyFile
 from specinfer_router.keys.redis_keys import RedisKeys
-from specinfer_router.pool import Cluster
+from specinfer_router.prefix_lookup import PrefixLookup
 from specinfer_router.router import Router
 from specinfer_router.servicer import SERVICE, add_generation
-from specinfer_router.settings import KEYS_IN_REDIS, RouterSettings
-from specinfer_router.store import MemoryStore, RedisStore, SessionStore
+from specinfer_router.settings import KEYS_IN_REDIS, SERVE, RouterSettings
+from specinfer_router.store import (
+    DurableStore,
+    MemoryStore,
+    OutageLimits,
+    RedisStore,
+    SessionStore,
+)
 from specinfer_router.tokenizer import ServedTokenizer
 
 log = logging.getLogger("specinfer_router")
@@ -108,8 +116,8 @@ def build_key_source(settings: RouterSettings) -> KeySource | None:
     """Where the settings say that keys are, or None when nobody is asked for one."""
     if not settings.keys:
         return None
-    if settings.keys == KEYS_IN_REDIS:
-        return RedisKeys(settings.redis)
+    if settings.keys == KEYS_IN_REDIS and settings.redis_settings is not None:
+        return RedisKeys(settings.redis_settings)
     return KeyFile(Path(settings.keys))
 
 
@@ -123,7 +131,7 @@ async def build_router(
     store = build_store(settings)
     stack.push_async_callback(store.close)
     await store.check()
-    cluster = Cluster(settings.verify, settings.draft, tls=settings.worker_tls)
+    cluster = build_cluster(settings, stack)
     stack.push_async_callback(cluster.close)
     await cluster.start(seconds=settings.start_seconds)
     metrics = RouterMetrics(registry, cluster.target.model_name)
@@ -143,11 +151,45 @@ async def build_router(
     return router
 
 
+def build_cluster(settings: RouterSettings, stack: AsyncExitStack) -> Cluster:
+    """The workers that the settings name, and with a Redis those that are found there."""
+    registry, prefixes = None, None
+    connection = settings.redis_settings
+    if connection is not None:
+        registry = RedisRegistry(connection, settings.group)
+        stack.push_async_callback(registry.close)
+    if connection is not None and settings.prefix_seconds:
+        directory = RedisPrefixes(connection, settings.group)
+        stack.push_async_callback(directory.close)
+        prefixes = PrefixLookup(directory, budget_seconds=settings.prefix_seconds)
+    return Cluster(
+        settings.verify,
+        settings.draft,
+        tls=settings.worker_tls,
+        registry=registry,
+        prefixes=prefixes,
+    )
+
+
 def build_store(settings: RouterSettings) -> SessionStore:
-    """The session store that the settings name."""
-    if settings.redis:
-        return RedisStore(settings.redis, ttl_seconds=settings.session_seconds)
-    return MemoryStore(max_sessions=settings.max_sessions, ttl_seconds=settings.session_seconds)
+    """The session store that the settings name; raises InvalidRequest."""
+    connection = settings.redis_settings
+    if connection is None:
+        return MemoryStore(
+            max_sessions=settings.max_sessions,
+            ttl_seconds=settings.session_seconds,
+            holder=settings.router_id,
+        )
+    shared = RedisStore(
+        connection,
+        holder=settings.router_id,
+        ttl_seconds=settings.session_seconds,
+        lease_seconds=settings.lease_seconds,
+    )
+    return DurableStore(
+        shared,
+        OutageLimits(settings.redis_outage_seconds, serve_new=settings.redis_outage == SERVE),
+    )
 
 
 async def load_tokenizer(cluster: Cluster, max_prompt_characters: int) -> ServedTokenizer:

@@ -1,5 +1,7 @@
 """Where conversations live, so that they survive a process: in memory or in Redis."""
 
+from specinfer_router.store.copies import StoreHooks
+from specinfer_router.store.durable import DurableStore
 from specinfer_router.store.interface import (
     ABANDONED,
     CANCELLED,
@@ -11,6 +13,7 @@ from specinfer_router.store.interface import (
     SessionTerms,
 )
 from specinfer_router.store.memory import MemoryStore
+from specinfer_router.store.outage import OutageLimits
 from specinfer_router.store.redis_store import RedisStore
 
 __all__ = [
@@ -18,10 +21,13 @@ __all__ = [
     "CANCELLED",
     "ERROR",
     "RESUMABLE",
+    "DurableStore",
     "MemoryStore",
+    "OutageLimits",
     "RedisStore",
     "SessionRecord",
     "SessionStore",
     "SessionSummary",
     "SessionTerms",
+    "StoreHooks",
 ]

@@ -1,29 +1,42 @@
--- Adds the tokens of one round. KEYS: session, tokens.
--- ARGV: epoch expected, tokens, finish reason, time to live in milliseconds, owner.
--- Returns {1, epoch} when added or added by the same call before, {0, epoch} when stale, {-1, 0}
--- when there is no such session, {-2, owner} when another one owns it, {-3, 0} when it was
--- cancelled.
-local facts = redis.call('HMGET', KEYS[1], 'epoch', 'finish', 'last', 'owner')
-if not facts[1] or redis.call('EXISTS', KEYS[2]) == 0 then
-    return {-1, 0}
+-- Adds the tokens of one round and renews the lease. KEYS: session, tokens.
+-- ARGV: epoch expected, tokens, finish reason, time to live, owner, holder, lease.
+-- Returns the new epoch, also when the same call did it before; with a finish reason {epoch, '1' if
+-- unattended}. Otherwise -1: no such session; -2: another one owns it; -3: cancelled; -4: this is an
+-- older state than the caller's; -5: the session is elsewhere.
+local found = redis.call('HMGET', KEYS[1], 'epoch', 'finish', 'last', 'owner', 'holder', 'unattended')
+if not found[1] then
+    return -1
 end
-if facts[4] ~= ARGV[5] then
-    return {-2, tonumber(facts[4])}
+local epoch, owner = tonumber(found[1]), tonumber(found[4])
+local expected, mine = tonumber(ARGV[1]), tonumber(ARGV[5])
+if owner > mine or (owner == mine and found[5] ~= ARGV[6]) then
+    return -2
 end
-local epoch = tonumber(facts[1])
-local expected = tonumber(ARGV[1])
+if owner < mine or epoch < expected then
+    return -4
+end
 local commit = ARGV[3] .. ':' .. ARGV[2]
-if epoch == expected + 1 and facts[3] == commit then
-    return {1, epoch}
+if epoch ~= expected + 1 or found[3] ~= commit then
+    if found[2] == 'cancelled' then
+        return -3
+    end
+    if epoch ~= expected or found[2] ~= '' then
+        return -5
+    end
+    if redis.call('APPEND', KEYS[2], ARGV[2]) == #ARGV[2] then
+        -- There was nothing to append to: a session always has tokens.
+        redis.call('DEL', KEYS[2])
+        return -1
+    end
+    epoch = epoch + 1
+    local clock = redis.call('TIME')
+    local lease = string.format('%d', clock[1] * 1000 + math.floor(clock[2] / 1000) + ARGV[7])
+    redis.call('HSET', KEYS[1], 'epoch', string.format('%d', epoch), 'finish', ARGV[3],
+        'last', commit, 'lease', lease)
+    redis.call('PEXPIRE', KEYS[1], ARGV[4])
+    redis.call('PEXPIRE', KEYS[2], ARGV[4])
 end
-if facts[2] == 'cancelled' then
-    return {-3, 0}
+if ARGV[3] ~= '' then
+    return {epoch, found[6]}
 end
-if epoch ~= expected or facts[2] ~= '' then
-    return {0, epoch}
-end
-redis.call('APPEND', KEYS[2], ARGV[2])
-redis.call('HSET', KEYS[1], 'epoch', string.format('%d', epoch + 1), 'finish', ARGV[3], 'last', commit)
-redis.call('PEXPIRE', KEYS[1], ARGV[4])
-redis.call('PEXPIRE', KEYS[2], ARGV[4])
-return {1, epoch + 1}
+return epoch

@@ -1,96 +1,103 @@
 """The session store that several routers share: Redis, one Lua script for each change.
 
-A session is two keys under one hash tag, so that they share a slot of a Redis cluster: a hash with
-the facts and the epoch, and a string with all tokens, four bytes each. Every key has a time to live
-that each commit renews. The epoch is checked inside Redis, where the write lands. This module knows
-nothing of routers or workers.
+A session is two keys under one hash tag, so that they share a slot of a Redis Cluster: a hash with
+the facts, the epoch, the owner and the lease, and a string with all tokens, four bytes each. Every
+key has a time to live that each commit renews. Epoch, owner and lease are checked inside Redis,
+where the write lands, and by its clock. This module knows nothing of what to do while Redis is
+away, and nothing of routers or workers.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from array import array
+import uuid
 from collections.abc import Awaitable, Sequence
 from importlib import resources
-from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from typing import Any, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.commands.core import AsyncScript
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, TimeoutError
+from redis.exceptions import RedisError
 
-from specinfer.errors import (
-    Cancelled,
-    InternalError,
-    InvalidRequest,
-    NotFound,
-    StaleEpoch,
-    Unavailable,
-)
+from specinfer.errors import Cancelled, LeaseLost, NotFound, StaleEpoch
+from specinfer.redis_connection import RedisSettings, close
 from specinfer_router.store.documents import checked_document
-from specinfer_router.store.facts import terms_from_json, terms_to_json
-from specinfer_router.store.interface import SessionRecord
+from specinfer_router.store.encoding import (
+    SESSIONS,
+    UNATTENDED,
+    document_key,
+    pack,
+    record_of,
+    session_id_of,
+    session_keys,
+    summary_of,
+    unpack,
+)
+from specinfer_router.store.facts import terms_to_json
+from specinfer_router.store.interface import (
+    ABANDONED,
+    Behind,
+    SessionRecord,
+    SessionSummary,
+)
+from specinfer_router.store.redis_check import check_server
+from specinfer_router.store.scripts import (
+    Argument,
+    Call,
+    Script,
+    ScriptBatch,
+    run_script,
+    run_scripts,
+)
 
-_Answer = TypeVar("_Answer")
-_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+MAX_UNATTENDED = 100_000
+# Sessions that are asked about in one pipeline.
+_PAGE = 100
+_SCRIPTS = (
+    *("create", "commit", "claim", "finish", "restore", "renew"),
+    *("load", "tail", "summary", "watch", "orphans"),
+)
 
 
 class RedisStore:
-    """Session records in Redis at `url`, such as "redis://127.0.0.1:6379/0".
+    """Session records in the Redis that the settings name, on behalf of the router `holder`.
 
-    Scripts are sent by hash; when Redis has lost them, after a restart, they are loaded again. All
-    changes are idempotent, so a command whose answer was lost is sent again, with jitter between.
+    All changes are idempotent, so a command whose answer was lost is sent again, with jitter
+    between. Commits of one turn of the event loop go out as one pipeline.
     """
 
     def __init__(
         self,
-        url: str,
+        settings: RedisSettings,
         *,
+        holder: str = "",
         ttl_seconds: float = 3600.0,
-        timeout_seconds: float = 2.0,
-        max_connections: int = 32,
-        num_retries: int = 2,
+        lease_seconds: float = 10.0,
     ) -> None:
-        self._place = "what was given"
+        """Take down where Redis is; the first command connects. Raises InvalidRequest."""
+        self.holder = holder or uuid.uuid4().hex[:12]
+        self.ttl_seconds = ttl_seconds
+        self.lease_seconds = lease_seconds
+        self._settings = settings
         self._ttl_ms = max(1, round(ttl_seconds * 1000))
-        try:
-            self._place = _without_password(url)
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=max_connections,
-                timeout=timeout_seconds,
-                socket_timeout=timeout_seconds,
-                socket_connect_timeout=timeout_seconds,
-                socket_keepalive=True,
-                health_check_interval=30,
-                retry=Retry(
-                    ExponentialWithJitterBackoff(base=0.02, cap=0.5),
-                    num_retries,
-                    supported_errors=(RedisConnectionError, TimeoutError),
-                ),
-            )
-        except ValueError as error:
-            raise InvalidRequest(
-                f"{self._place} is no Redis URL; one looks like redis://127.0.0.1:6379/0",
-                field="redis",
-            ) from error
-        self._redis: Redis = Redis(connection_pool=pool)
-        self._create = self._script("create.lua")
-        self._commit = self._script("commit.lua")
-        self._claim = self._script("claim.lua")
-        self._finish = self._script("finish.lua")
+        self._lease_ms = max(1, round(lease_seconds * 1000))
+        self._redis = settings.connect()
+        self._batch = ScriptBatch(self._redis)
+        self._scripts = {name: Script(self.script_text(name)) for name in _SCRIPTS}
+
+    def script_text(self, name: str) -> str:
+        """The text of a script."""
+        folder = resources.files("specinfer_router.store")
+        return folder.joinpath(f"{name}.lua").read_text(encoding="utf-8")
 
     async def create(self, record: SessionRecord) -> None:
         """Keep a new session at epoch 0."""
-        facts = terms_to_json(record.terms)
-        arguments: list[str | bytes | int] = [facts, _pack(record.token_ids), self._ttl_ms]
-        kept = await self._run(self._create(keys=_keys(record.session_id), args=arguments))
+        unattended = record.terms.unattended
+        kept = await self._session(
+            *("create", record.session_id, terms_to_json(record.terms), pack(record.token_ids)),
+            *(self._ttl_ms, self.holder, self._lease_ms, "1" if unattended else ""),
+        )
         if not kept:
             raise StaleEpoch(f"session {record.session_id} exists already")
+        if unattended:
+            await self._watch([record.session_id])
 
     async def commit(
         self,
@@ -102,144 +109,207 @@ class RedisStore:
         owner: int = 0,
     ) -> int:
         """Add the tokens that lead from `epoch` to the next one, which is returned."""
-        tokens = _pack(token_ids)
-        arguments: list[str | bytes | int] = [epoch, tokens, finish_reason, self._ttl_ms, owner]
-        outcome, found = await self._run(self._commit(keys=_keys(session_id), args=arguments))
-        if outcome == 1:
-            return int(found)
-        if outcome == -1:
-            raise _not_found(session_id)
-        if outcome == -2:
-            raise StaleEpoch(f"session {session_id} was taken over by another reader")
-        if outcome == -3:
-            raise Cancelled(f"session {session_id} was cancelled")
-        raise StaleEpoch(f"session {session_id} is at epoch {found}, not {epoch}, or has finished")
+        call = self._call(
+            *("commit", session_id, epoch, pack(token_ids), finish_reason),
+            *(self._ttl_ms, owner, self.holder, self._lease_ms),
+        )
+        found = await self._settings.answer(self._batch.run(call))
+        if isinstance(found, list):
+            found, unattended = found
+            if unattended:
+                await self._unwatch(session_id)
+        if found < 0:
+            raise _refusal(session_id, epoch, found)
+        return int(found)
 
-    async def claim(self, session_id: str) -> SessionRecord:
+    async def claim(self, session_id: str, *, orphaned_only: bool = False) -> SessionRecord:
         """Take a session over: its record with a new owner, running again if resumable."""
-        found = await self._run(self._claim(keys=_keys(session_id), args=[self._ttl_ms]))
-        if not found:
-            raise _not_found(session_id)
-        facts, epoch, owner, finish_reason, packed = found
-        return _record(session_id, facts, epoch, owner, finish_reason, packed)
+        only = "1" if orphaned_only else ""
+        found = await self._session(
+            "claim", session_id, self._ttl_ms, self.holder, self._lease_ms, only
+        )
+        if len(found) < 2:
+            lease_ms = found[0] if found else 0
+            if orphaned_only and not lease_ms:
+                await self._unwatch(session_id)
+            if not found:
+                raise _not_found(session_id)
+            state = f"is held for {lease_ms} ms yet" if lease_ms else "has ended"
+            raise LeaseLost(f"session {session_id} {state}")
+        *fields, unattended = found
+        record = record_of(session_id, fields)
+        if unattended and not record.finish_reason:
+            await self._watch([session_id])
+        return record
+
+    async def restore(self, record: SessionRecord, *, known_owner: int | None = None) -> None:
+        """Put a session back that Redis has lost, or holds an older state of."""
+        unattended = record.terms.unattended
+        outcome = await self._session(
+            *("restore", record.session_id, terms_to_json(record.terms), pack(record.token_ids)),
+            *(self._ttl_ms, self.holder, self._lease_ms, "1" if unattended else ""),
+            *(record.owner, record.owner if known_owner is None else known_owner),
+            *(record.epoch, record.finish_reason),
+        )
+        if outcome < 0:
+            raise _refusal(record.session_id, record.epoch, outcome)
+        if unattended:
+            await self._index(record.session_id, record.finish_reason)
 
     async def finish(
         self, session_id: str, finish_reason: str, *, owner: int | None = None
     ) -> None:
         """Mark a session as finished without tokens; a reason that stands already stays."""
-        who: str | int = "" if owner is None else owner
-        arguments: list[str | bytes | int] = [finish_reason, self._ttl_ms, who]
-        await self._run(self._finish(keys=_keys(session_id), args=arguments))
+        who: Argument = "" if owner is None else owner
+        changed, unattended = await self._session(
+            "finish", session_id, finish_reason, self._ttl_ms, who, self.holder
+        )
+        if changed and unattended:
+            await self._index(session_id, finish_reason)
+
+    async def renew(self, sessions: Sequence[tuple[str, int]]) -> None:
+        """Renew the leases of unattended sessions, each with the owner that we are of it."""
+        for start in range(0, len(sessions), _PAGE):
+            page = sessions[start : start + _PAGE]
+            calls = [
+                self._call("renew", session_id, owner, self.holder, self._lease_ms, self._ttl_ms)
+                for session_id, owner in page
+            ]
+            renewed = await self._together(calls)
+            ids = [session_id for (session_id, _), one in zip(page, renewed, strict=True) if one]
+            if ids:
+                await self._watch(ids)
+
+    async def orphans(self, limit: int) -> Sequence[str]:
+        """At most `limit` ids of unattended sessions whose lease has run out."""
+        call = Call(self._scripts["orphans"], [UNATTENDED], [limit])
+        found = await self._settings.answer(run_script(self._redis, call))
+        return [session_id.decode() for session_id in found]
 
     async def load(self, session_id: str) -> SessionRecord:
-        """The record of a session. Both keys are read in one transaction."""
-        session_key, tokens_key = _keys(session_id)
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(session_key, ["facts", "epoch", "owner", "finish"])
-            pipe.get(tokens_key)
-            (facts, epoch, owner, finish_reason), packed = await self._run(pipe.execute())
-        if facts is None or packed is None:
+        """The record of a session."""
+        found = await self._session("load", session_id)
+        if not found:
             raise _not_found(session_id)
-        return _record(session_id, facts, epoch, owner, finish_reason, packed)
+        return record_of(session_id, found)
 
     async def tail(self, session_id: str, num_tokens: int) -> tuple[tuple[int, ...], int, str]:
         """Tokens after the first `num_tokens`, the epoch and the finish reason."""
-        session_key, tokens_key = _keys(session_id)
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(session_key, ["epoch", "finish"])
-            pipe.getrange(tokens_key, 4 * num_tokens, -1)
-            (epoch, finish_reason), packed = await self._run(pipe.execute())
-        if epoch is None:
+        found = await self._session("tail", session_id, 4 * num_tokens)
+        if not found:
             raise _not_found(session_id)
-        return _unpack(packed), int(epoch), finish_reason.decode()
+        epoch, finish_reason, packed = found
+        return unpack(packed), int(epoch), finish_reason.decode()
+
+    async def sessions(self, limit: int) -> Sequence[SessionSummary]:
+        """At most `limit` of the sessions kept; it looks through all of Redis's keys."""
+        found: list[SessionSummary] = []
+        ids: list[str] = []
+        seen: set[str] = set()
+        try:
+            async for key in self._redis.scan_iter(SESSIONS, count=1000):
+                session_id = session_id_of(key)
+                if session_id in seen:
+                    continue
+                seen.add(session_id)
+                ids.append(session_id)
+                if len(ids) == min(_PAGE, limit - len(found)):
+                    found += await self._summaries(ids)
+                    ids = []
+                if len(found) >= limit:
+                    return found
+        except RedisError as error:
+            raise self._settings.error(error) from error
+        return [*found, *(await self._summaries(ids) if ids else ())]
 
     async def put_document(self, name: str, text: str) -> None:
         """Keep a text under a name, replacing what was there."""
         data = checked_document(name, text)
-        await self._run(self._redis.set(_document_key(name), data, px=self._ttl_ms))
+        await self._answer(self._redis.set(document_key(name), data, px=self._ttl_ms))
 
     async def get_document(self, name: str) -> str:
         """The text under a name."""
-        data = await self._run(self._redis.get(_document_key(name)))
+        data = await self._answer(self._redis.get(document_key(name)))
         if data is None:
             raise NotFound(f"no {name}, or it has expired")
         return cast(bytes, data).decode()
 
     async def delete_document(self, name: str) -> None:
         """Forget the text under a name."""
-        await self._run(self._redis.delete(_document_key(name)))
+        await self._answer(self._redis.delete(document_key(name)))
+
+    async def ping(self) -> None:
+        """Raise Unavailable unless Redis answers."""
+        await self._answer(self._redis.ping())
 
     async def check(self) -> None:
-        """Raise Unavailable, saying what to do, unless Redis answers."""
-        await self._run(cast(Awaitable[Any], self._redis.ping()))
+        """Raise Unavailable or InvalidRequest, saying what to do, unless Redis is fit for us."""
+        await check_server(self._redis, self._settings)
+
+    def give_up(self) -> None:
+        """Wait no more for commits that are under way: Redis seems to be away."""
+        self._batch.give_up()
 
     async def close(self) -> None:
         """Give connections up."""
-        await self._redis.aclose()
-        await self._redis.connection_pool.aclose()
+        await self._batch.close()
+        await close(self._redis)
 
-    def _script(self, name: str) -> AsyncScript:
-        text = resources.files("specinfer_router.store").joinpath(name).read_text()
-        return self._redis.register_script(text)
+    def _call(self, name: str, session_id: str, *arguments: Argument) -> Call:
+        return Call(self._scripts[name], session_keys(session_id), arguments)
 
-    async def _run(self, call: Awaitable[_Answer]) -> _Answer:
-        try:
-            return await call
-        except (RedisConnectionError, TimeoutError, OSError) as error:
-            raise Unavailable(
-                f"Redis at {self._place} cannot be reached ({type(error).__name__}: {error}); "
-                "start it, correct --redis, or leave --redis out to keep sessions in memory"
-            ) from error
-        except RedisError as error:
-            raise InternalError(f"Redis at {self._place} refused a command: {error}") from error
+    async def _session(self, name: str, session_id: str, *arguments: Argument) -> Any:
+        call = self._call(name, session_id, *arguments)
+        return await self._settings.answer(run_script(self._redis, call))
 
+    async def _answer(self, call: Any) -> Any:
+        # The client's methods are typed for its synchronous twin too.
+        return await self._settings.answer(cast(Awaitable[Any], call))
 
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    async def _together(self, calls: Sequence[Call]) -> list[Any]:
+        answers = await self._settings.answer(run_scripts(self._redis, calls))
+        for answer in answers:
+            if isinstance(answer, RedisError):
+                raise self._settings.error(answer)
+        return answers
 
+    async def _summaries(self, session_ids: Sequence[str]) -> list[SessionSummary]:
+        answers = await self._together([self._call("summary", each) for each in session_ids])
+        return [
+            summary_of(session_id, answer[:5], *answer[5:])
+            for session_id, answer in zip(session_ids, answers, strict=True)
+            if answer
+        ]
 
-def _keys(session_id: str) -> list[str]:
-    if not _SESSION_ID.fullmatch(session_id):
-        raise InvalidRequest(
-            "a session id is 1 to 128 letters, digits, '-' and '_'", field="session_id"
-        )
-    return [f"specinfer:{{{session_id}}}:session", f"specinfer:{{{session_id}}}:tokens"]
+    async def _index(self, session_id: str, finish_reason: str) -> None:
+        """Keep the index of unattended sessions as the session's end asks for."""
+        if finish_reason in ("", ABANDONED):
+            # Nobody runs what was given up: whoever looks may have it at once.
+            await self._watch([session_id], lease_ms=0 if finish_reason else self._lease_ms)
+        else:
+            await self._unwatch(session_id)
 
+    async def _watch(self, session_ids: Sequence[str], lease_ms: int | None = None) -> None:
+        lease_ms = self._lease_ms if lease_ms is None else lease_ms
+        arguments: list[Argument] = [lease_ms, self._ttl_ms, MAX_UNATTENDED, *session_ids]
+        call = Call(self._scripts["watch"], [UNATTENDED], arguments)
+        await self._settings.answer(run_script(self._redis, call))
 
-def _pack(token_ids: Sequence[int]) -> bytes:
-    """Tokens as unsigned 32-bit numbers, lowest byte first."""
-    packed = array("I", token_ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def _unpack(packed: bytes) -> tuple[int, ...]:
-    token_ids = array("I")
-    token_ids.frombytes(packed)
-    if sys.byteorder == "big":
-        token_ids.byteswap()
-    return tuple(token_ids)
+    async def _unwatch(self, session_id: str) -> None:
+        await self._answer(self._redis.zrem(UNATTENDED, session_id))
 
 
-def _record(
-    session_id: str, facts: bytes, epoch: bytes, owner: bytes, finish_reason: bytes, packed: bytes
-) -> SessionRecord:
-    return SessionRecord(
-        session_id=session_id,
-        terms=terms_from_json(facts),
-        token_ids=_unpack(packed),
-        epoch=int(epoch),
-        owner=int(owner),
-        finish_reason=finish_reason.decode(),
-    )
+def _refusal(session_id: str, epoch: int, outcome: int) -> NotFound | StaleEpoch | Cancelled:
+    if outcome == -1:
+        return _not_found(session_id)
+    if outcome == -2:
+        return LeaseLost(f"session {session_id} was taken over by another reader")
+    if outcome == -3:
+        return Cancelled(f"session {session_id} was cancelled")
+    if outcome == -4:
+        return Behind(f"Redis holds an older state of session {session_id} than epoch {epoch}")
+    return StaleEpoch(f"session {session_id} is not at epoch {epoch}, or has finished")
 
 
 def _not_found(session_id: str) -> NotFound:
     return NotFound(f"no session {session_id}, or it has expired", field="session_id")
-
-
-def _document_key(name: str) -> str:
-    return f"specinfer:document:{name}"
