@@ -28,6 +28,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError, Unavailable
+from specinfer.telemetry import CLIENT, Span, current_span
 
 _Answer = TypeVar("_Answer")
 # What passes by itself: no connection, one that broke, a server that loads, lost its place as the
@@ -118,6 +119,16 @@ class RedisSettings:
             self.url, timeout=self.timeout_seconds, max_connections=self.max_connections, **shared
         )
         return Redis(connection_pool=pool)
+
+    def span(self, operation: str) -> Span:
+        """A span for one operation, to be used as a block; none where nothing is recorded."""
+        span = current_span()
+        if not span.recording:
+            return span
+        parts = urlsplit(self.url)
+        where = {"server.address": parts.hostname or "", "server.port": parts.port or 6379}
+        about = {"db.system.name": "redis", "db.operation.name": operation}
+        return span.child(f"redis {operation}", about | where, kind=CLIENT)
 
     async def answer(self, call: Awaitable[_Answer]) -> _Answer:
         """What a command answers.
