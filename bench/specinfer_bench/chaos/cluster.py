@@ -70,6 +70,8 @@ class ChaosCluster:
         processes: by name.
         links: by name.
         addresses: where processes listen themselves, by name; of routers, gRPC.
+        metrics: where routers and workers show their metrics over HTTP, by name.
+        redis_port: where the first Redis listens.
     """
 
     options: ClusterOptions
@@ -77,6 +79,7 @@ class ChaosCluster:
     processes: dict[str, Process] = field(default_factory=dict)
     links: dict[str, FaultProxy] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
     redis_port: int = 0
 
     @property
@@ -205,24 +208,25 @@ class ChaosCluster:
     async def _add_worker(self, kind: str, index: int) -> None:
         name, address = f"{kind} {index}", f"127.0.0.1:{free_port()}"
         link = await self._link(name, address)
+        self.metrics[name] = f"127.0.0.1:{free_port()}"
         model = self.options.model if kind == "verify" else self.options.draft
         flags = ["--address", address, "--advertise", link, "--model", str(model)]
         flags += ["--name", self.options.model.name, "--dtype", self.options.dtype]
         flags += ["--worker-id", name.replace(" ", "-"), "--threads", "1"]
+        flags += ["--metrics", self.metrics[name]]
         if kind == "verify" and self.options.kv_blocks is not None:
             flags += ["--kv-blocks", str(self.options.kv_blocks)]
         flags += self.options.worker_flags
         self._add_service(name, f"specinfer_{kind}", flags, address, await self._redis_of(name))
 
     async def _add_router(self, index: int) -> None:
+        # It is told of no worker: they are found in Redis, by the addresses of their links.
         name, address = f"router {index}", f"127.0.0.1:{free_port()}"
         gateway = f"127.0.0.1:{free_port()}"
+        self.metrics[name] = gateway
         await self._link(f"client grpc {index}", address)
         await self._link(f"client http {index}", gateway)
         flags = ["--grpc", address, "--gateway", gateway]
-        for kind in ("verify", "draft"):
-            for worker in self._names(kind):
-                flags += [f"--{kind}", self.links[worker].address]
         flags += self.options.router_flags
         self._add_service(name, "specinfer_router", flags, address, await self._redis_of(name))
 

@@ -26,6 +26,7 @@ RETRY = RetryPolicy(max_attempts=10, initial_backoff=0.1, max_backoff=2.0)
 SILENCE_SECONDS = 15.0
 FINISH_SECONDS = 120.0
 POLL_SECONDS = 0.02
+REST_SECONDS = 0.5
 RETRYABLE_STATUSES = (409, 429, 502, 503, 504)
 RETRYABLE_CODES = ("unavailable", "resource_exhausted", "reader_stalled", "stale_epoch")
 
@@ -156,7 +157,7 @@ class Load:
                 reading = self._begin(f"grpc {index}")
                 reading.token_ids = []
                 await read_grpc(client, reading)
-                reading.ended = time.monotonic()
+                await _ended(reading)
 
     async def _http(self, index: int) -> None:
         gateways = _turned(self._options.gateways, index)
@@ -166,7 +167,14 @@ class Load:
                 reading = self._begin(f"http {index}")
                 reader = EventReader(http, gateways, self._options.model, reading)
                 await reader.read_all()
-                reading.ended = time.monotonic()
+                await _ended(reading)
+
+
+async def _ended(reading: Reading) -> None:
+    reading.ended = time.monotonic()
+    if reading.error:
+        # Whoever was refused does not ask again at once, for ever.
+        await asyncio.sleep(REST_SECONDS)
 
 
 async def read_grpc(client: AsyncClient, reading: Reading) -> None:

@@ -36,7 +36,7 @@ LATE = LinkFault(delay=0.2, jitter=0.1)
 LOSSY = LinkFault(delay=0.005, stall_chance=0.05, stall_seconds=0.3)
 SLOW = LinkFault(bytes_per_second=20_000)
 GARBLED = LinkFault(flip_chance=0.2)
-FEW_BLOCKS = 60
+FEW_BLOCKS = 40
 WRONG_SECONDS = 3600.0
 
 
