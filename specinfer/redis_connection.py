@@ -28,7 +28,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError, Unavailable
-from specinfer.telemetry import CLIENT, Span, current_span
+from specinfer.telemetry import CLIENT, AttributeValue, Span, current_span
 
 _Answer = TypeVar("_Answer")
 # What passes by itself: no connection, one that broke, a server that loads, lost its place as the
@@ -126,9 +126,13 @@ class RedisSettings:
         if not span.recording:
             return span
         parts = urlsplit(self.url)
-        where = {"server.address": parts.hostname or "", "server.port": parts.port or 6379}
-        about = {"db.system.name": "redis", "db.operation.name": operation}
-        return span.child(f"redis {operation}", about | where, kind=CLIENT)
+        about: dict[str, AttributeValue] = {
+            "db.system.name": "redis",
+            "db.operation.name": operation,
+            "server.address": parts.hostname or "",
+            "server.port": parts.port or 6379,
+        }
+        return span.child(f"redis {operation}", about, kind=CLIENT)
 
     async def answer(self, call: Awaitable[_Answer]) -> _Answer:
         """What a command answers.

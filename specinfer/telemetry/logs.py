@@ -82,7 +82,7 @@ def _formatter(service: str) -> logging.Formatter:
             "logger": record.name,
             "message": event.pop("event"),
         }
-        return first | event
+        return {**first, **event}
 
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
