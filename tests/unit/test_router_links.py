@@ -239,11 +239,23 @@ async def test_a_drafter_of_another_kind_is_refused_at_start(change: dict[str, A
 
 
 @pytest.mark.parametrize("field", ["model_hash", "dtype"])
-async def test_verify_workers_have_to_be_the_same(field: str) -> None:
-    with pytest.raises(Mismatch, match=field):
-        await start_cluster(
-            [FakeVerifier(info_of("a")), FakeVerifier(info_of("b", **{field: "other"}))], []
-        )
+async def test_a_verify_worker_that_differs_from_the_first_is_refused(
+    field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = [FakeVerifier(info_of("a")), FakeVerifier(info_of("b", **{field: "other"}))]
+    cluster = await start_cluster(workers, [])
+    fitting, refused = sorted(cluster.workers(), key=lambda status: status.refusal)
+    assert (fitting.ready, fitting.refusal) == (True, "")
+    assert not refused.connected
+    assert field in refused.refusal
+    assert refused.address in refused.refusal
+    chosen = cluster.verifiers.choose()
+    assert chosen is not None
+    assert chosen.address == fitting.address
+    assert caplog.text.count(refused.refusal) <= 2, "the check and the link each say it once"
+    await cluster.close()
+    for worker in workers:
+        await worker.stop()
 
 
 async def test_a_drafter_that_mismatches_later_is_kept_out(
