@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import pytest
 
+from specinfer_router.store import ABANDONED, MemoryStore
 from tests.kit.gateway import GatewayBench, completion_body, running_gateway
 
 PATH = "/v1/completions"
@@ -101,3 +104,36 @@ def offsets_of(chunks: list[dict[str, Any]]) -> dict[int, str]:
         logprobs = chunk["choices"][0]["logprobs"] or {"tokens": [], "text_offset": []}
         found |= dict(zip(logprobs["text_offset"], logprobs["tokens"], strict=True))
     return found
+
+
+async def lost(gateway: GatewayBench, last_id: str, kept: int) -> None:
+    """Let the store forget all but the first tokens of a choice's session."""
+    session_id = last_id.rpartition(":")[0]
+    store = gateway.bench.store
+    assert isinstance(store, MemoryStore)
+    async with asyncio.timeout(10):
+        await gateway.bench.router.idle()
+    record = await store.load(session_id)
+    prompt = record.token_ids[: record.terms.num_prompt_tokens]
+    store.forget(session_id)
+    await store.create(replace(record, token_ids=prompt, epoch=0, finish_reason=""))
+    await store.commit(session_id, 0, record.output_ids[:kept], owner=record.owner)
+    await store.finish(session_id, ABANDONED)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+async def test_an_event_stream_goes_on_after_the_store_lost_tokens(
+    gateway: GatewayBench, logprobs: int | None
+) -> None:
+    body = completion_body(stream=True, max_tokens=60, logprobs=logprobs)
+    whole = [chunk async for _, chunk in chunks_of(gateway, body)]
+    for number, kept in ((6, 1), (6, 5), (9, 2)):
+        last_id, chunks = await broken_after(gateway, body, number)
+        offset = int(last_id.rpartition(":")[2])
+        assert offset > kept
+        await lost(gateway, last_id, kept)
+        rest = [chunk async for _, chunk in chunks_of(gateway, body, last_id)]
+        assert text_of(chunks + rest, 0) == text_of(whole, 0)
+        if logprobs is not None:
+            told = offsets_of(chunks) | offsets_of(rest)
+            assert told == offsets_of(whole)

@@ -53,7 +53,7 @@ async def test_a_response_that_is_taken_over_goes_on_with_its_new_reader(
         worker.go_on(pause_at=12)
         with pytest.raises(openai.APIError, match="taken over") as caught:
             await rest_of(first)
-        assert caught.value.code == "stale_epoch"
+        assert caught.value.code == "lease_lost"
         # The one that lost it has nothing to say of how it ends.
         assert (await client.responses.retrieve(response_id)).status == "in_progress"
         await second.close()
@@ -100,7 +100,7 @@ async def test_a_chat_that_is_taken_over_goes_on_with_its_new_reader(
             chunks = [(await anext(second))[1]]
             worker.go_on()
             error = [data async for _, data in first][-1]["error"]
-            assert (error["code"], error["type"]) == ("stale_epoch", "invalid_request_error")
+            assert (error["code"], error["type"]) == ("lease_lost", "invalid_request_error")
             assert "taken over" in error["message"]
             chunks += [data async for _, data in second]
     contents = [choice["delta"].get("content") for data in chunks for choice in data["choices"]]

@@ -7,8 +7,7 @@ Checks, calls, translates. What a body means is in `chat_request`, what calls of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -16,24 +15,15 @@ from starlette.responses import Response
 
 from specinfer.messages import (
     Finished,
-    GenerateEvent,
     GenerateRequest,
-    ResumeRequest,
     Started,
     TokensEvent,
 )
-from specinfer_router.access import Caller
 from specinfer_router.gateway.answers import Answer, AnswerOptions
 from specinfer_router.gateway.body import parse_body
 from specinfer_router.gateway.calls import caller_of, request_id_of
 from specinfer_router.gateway.chat_request import ChatBody, chat_requests, tool_plan_of
-from specinfer_router.gateway.choices import (
-    LAST_EVENT_ID,
-    Stream,
-    check_number,
-    resumed_streams,
-    tokens_before,
-)
+from specinfer_router.gateway.choices import LAST_EVENT_ID, check_number, resumed_streams
 from specinfer_router.gateway.errors import renaming
 from specinfer_router.gateway.logprobs import chat_logprobs
 from specinfer_router.gateway.replies import reply
@@ -48,7 +38,7 @@ from specinfer_router.gateway.tools_parser import (
     ToolParser,
 )
 from specinfer_router.router import Router
-from specinfer_router.text import StopMatcher, Vocabulary
+from specinfer_router.text import Vocabulary
 
 # What the router calls a field, and what a chat completion does.
 PARAMETERS = {
@@ -79,7 +69,9 @@ def chat_handler(
             router,
             requests,
             Answer(writers, options, router.capabilities()),
-            lambda places: _resumed(router, places, caller, writers),
+            lambda places: resumed_streams(
+                router, places, caller, [writer.before for writer in writers]
+            ),
             streamed=bool(body.stream),
             settings=settings,
         )
@@ -122,21 +114,6 @@ def _options(body: ChatBody, parameters: dict[str, str]) -> AnswerOptions:
     )
 
 
-def _resumed(
-    router: Router,
-    places: Sequence[ResumeRequest],
-    caller: Caller,
-    writers: Sequence[_ChatWriter],
-) -> list[Stream]:
-    if not writers[0].reads_calls:
-        return resumed_streams(router, places, caller)
-    # Where in a call the text broke is known only from the text before it.
-    return [
-        writer.caught_up(router, place, caller)
-        for place, writer in zip(places, writers, strict=True)
-    ]
-
-
 class _ChatWriter:
     """A choice of a chat completion."""
 
@@ -145,13 +122,13 @@ class _ChatWriter:
         self._vocabulary = vocabulary
         self._with_logprobs = bool(body.logprobs)
         self._detail = bool(body.speculation and body.speculation.detail)
-        self._stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         self._parser: ToolParser | TextParser = TextParser()
 
     @property
-    def reads_calls(self) -> bool:
-        """Whether the text may hold calls of tools."""
-        return self._plan.call_format is not None
+    def before(self) -> Callable[[TokensEvent], None] | None:
+        """Takes what a resumed stream has told before, where what follows depends on it."""
+        # Where in a call the text broke is known only from the text before it.
+        return self._read_before if self._plan.call_format is not None else None
 
     def begin(self, started: Started) -> None:
         # Ids of calls follow from the session, so that a resumed stream repeats them.
@@ -194,21 +171,8 @@ class _ChatWriter:
             "finish_reason": self._finish_reason(finished),
         }
 
-    async def caught_up(
-        self, router: Router, place: ResumeRequest, caller: Caller
-    ) -> AsyncGenerator[GenerateEvent, None]:
-        """The rest of a stream, after the parser has read what came before it."""
-        before = await self._text_before(router, place, caller)
-        async with aclosing(router.resume(place, caller)) as events:
-            async for event in events:
-                yield event
-                if isinstance(event, Started):
-                    self._parser.push(before)
-
-    async def _text_before(self, router: Router, place: ResumeRequest, caller: Caller) -> str:
-        token_ids = await tokens_before(router, place, caller)
-        detokenizer, matcher = self._vocabulary.detokenizer(()), StopMatcher(self._stops)
-        return matcher.push("".join(detokenizer.push(token_id) for token_id in token_ids))[0]
+    def _read_before(self, event: TokensEvent) -> None:
+        self._parser.push(event.text)
 
     def _chunk(self, delta: dict[str, Any], event: TokensEvent | None = None) -> dict[str, Any]:
         logprobs = None

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from operator import itemgetter
 
-from specinfer.errors import InvalidRequest, Unavailable
+from specinfer.errors import InvalidRequest
 from specinfer.messages import GenerateEvent, GenerateRequest, ResumeRequest, TokensEvent
 from specinfer.telemetry import current_span
 from specinfer_router.access import Caller
@@ -33,10 +33,16 @@ def new_streams(
 
 
 def resumed_streams(
-    router: Router, places: Sequence[ResumeRequest], caller: Caller
+    router: Router,
+    places: Sequence[ResumeRequest],
+    caller: Caller,
+    readers: Sequence[Callable[[TokensEvent], None] | None],
 ) -> list[Stream]:
-    """The rest of each stream."""
-    return [router.resume(place, caller) for place in places]
+    """The rest of each stream; a reader is first given what came before the place."""
+    return [
+        router.resume(place, caller) if read is None else _caught_up(router, place, caller, read)
+        for place, read in zip(places, readers, strict=True)
+    ]
 
 
 def places_of(last_event_id: str, number: int, request_id: str) -> list[ResumeRequest]:
@@ -65,21 +71,6 @@ def check_number(number: int, router: Router, caller: Caller, parameter: str) ->
             f"each choice counts as a request, and of {number} at most {most} are let in here",
             field=parameter,
         )
-
-
-async def tokens_before(router: Router, place: ResumeRequest, caller: Caller) -> list[int]:
-    """What was generated before a place; raises SpecinferError as `Router.follow` does."""
-    token_ids: list[int] = []
-    if place.offset:
-        # A session that stands still before the offset is for `resume` to complain about.
-        with suppress(Unavailable):
-            async with aclosing(router.follow(place.session_id, 0, caller)) as events:
-                async for event in events:
-                    if isinstance(event, TokensEvent):
-                        token_ids += event.token_ids
-                    if len(token_ids) >= place.offset:
-                        break
-    return token_ids[: place.offset]
 
 
 def event_id(session_ids: Sequence[str], offsets: Sequence[int]) -> str:
@@ -117,6 +108,17 @@ async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Generat
                 if len(started) == len(streams):
                     for item in (*sorted(started.items(), key=itemgetter(0)), *held):
                         yield item
+
+
+async def _caught_up(
+    router: Router, place: ResumeRequest, caller: Caller, read: Callable[[TokensEvent], None]
+) -> AsyncGenerator[GenerateEvent, None]:
+    async with aclosing(router.resume(place, caller, whole=True)) as events:
+        async for event in events:
+            if isinstance(event, TokensEvent) and event.offset < place.offset:
+                read(event)
+            else:
+                yield event
 
 
 async def _interleaved(

@@ -6,19 +6,17 @@ of conversations, sessions or workers.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from specinfer.messages import Finished, GenerateEvent, ResumeRequest, Started, TokensEvent
-from specinfer_router.access import Caller
+from specinfer.messages import Finished, Started, TokensEvent
 from specinfer_router.gateway.answers import Answer, AnswerOptions
 from specinfer_router.gateway.body import parse_body
 from specinfer_router.gateway.calls import caller_of, request_id_of
-from specinfer_router.gateway.choices import LAST_EVENT_ID, check_number, tokens_before
+from specinfer_router.gateway.choices import LAST_EVENT_ID, check_number, resumed_streams
 from specinfer_router.gateway.completions_request import CompletionBody, completion_requests
 from specinfer_router.gateway.errors import renaming
 from specinfer_router.gateway.logprobs import legacy_logprobs
@@ -63,10 +61,9 @@ def completions_handler(
             router,
             requests,
             Answer(writers, _options(body), router.capabilities()),
-            lambda places: [
-                writer.caught_up(router, place, caller)
-                for place, writer in zip(places, writers, strict=True)
-            ],
+            lambda places: resumed_streams(
+                router, places, caller, [writer.before for writer in writers]
+            ),
             streamed=bool(body.stream),
             settings=settings,
         )
@@ -100,6 +97,12 @@ class _CompletionWriter:
         self._detail = detail
         self._num_characters = 0
 
+    @property
+    def before(self) -> Callable[[TokensEvent], None] | None:
+        """Takes what a resumed stream has told before, where what follows depends on it."""
+        # Where in the text a token stands is known only from those before it.
+        return self._read_before if self._with_logprobs else None
+
     def begin(self, started: Started) -> None:
         """Nothing of a completion follows from its session."""
 
@@ -132,15 +135,8 @@ class _CompletionWriter:
         kept = [token_id for token_id in token_ids if token_id not in special_ids]
         self._num_characters += sum(map(len, self._vocabulary.token_texts(kept)))
 
-    async def caught_up(
-        self, router: Router, place: ResumeRequest, caller: Caller
-    ) -> AsyncGenerator[GenerateEvent, None]:
-        """The rest of a stream, after what came before it was counted."""
-        if self._with_logprobs:
-            self._pass_over(await tokens_before(router, place, caller))
-        async with aclosing(router.resume(place, caller)) as events:
-            async for event in events:
-                yield event
+    def _read_before(self, event: TokensEvent) -> None:
+        self._pass_over(event.token_ids)
 
 
 def _choice(
