@@ -113,7 +113,8 @@ class RedisStore:
             *("commit", session_id, epoch, pack(token_ids), finish_reason),
             *(self._ttl_ms, owner, self.holder, self._lease_ms),
         )
-        found = await self._settings.answer(self._batch.run(call))
+        with self._settings.span("commit"):
+            found = await self._settings.answer(self._batch.run(call))
         if isinstance(found, list):
             found, unattended = found
             if unattended:
@@ -260,7 +261,8 @@ class RedisStore:
 
     async def _session(self, name: str, session_id: str, *arguments: Argument) -> Any:
         call = self._call(name, session_id, *arguments)
-        return await self._settings.answer(run_script(self._redis, call))
+        with self._settings.span(name):
+            return await self._settings.answer(run_script(self._redis, call))
 
     async def _answer(self, call: Any) -> Any:
         # The client's methods are typed for its synchronous twin too.
