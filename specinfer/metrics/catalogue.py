@@ -43,7 +43,7 @@ RANK = Label("rank", ("0", "1", "2", "3", "4", "5", "6", "7"))
 PART = Label("part", ("draft", "verify", "queue", "network", "commit", "router"))
 ROOT_ONLY_REASON = Label(
     "reason",
-    ("disabled", "budget", "no_drafter", "deadline", "draft_error", "no_guess", "breaker"),
+    ("disabled", "budget", "no_drafter", "circuit_open", "deadline", "draft_error", "no_guess"),
 )
 WASTE_REASON = Label("reason", ("rejected", "late", "lost_hedge"))
 OUTCOME = Label(
@@ -55,13 +55,16 @@ OUTCOME = Label(
         "client_closed",
         "deadline_exceeded",
         "internal",
+        "invalid_checkpoint",
         "invalid_request",
+        "invalid_tree",
         "lease_lost",
         "mismatch",
         "not_found",
         "permission_denied",
         "reader_stalled",
         "resource_exhausted",
+        "router_leaving",
         "stale_epoch",
         "unauthenticated",
         "unavailable",
@@ -270,8 +273,8 @@ SURVIVAL = (
         TIER,
         MOVE_REASON,
     ),
-    counter("resumes", "sessions", "Streams gone on with at a client's offset."),
-    counter("takeovers", "sessions", "Sessions taken over from another router."),
+    counter("resumes", "sessions", "Sessions gone on with here since a client asked for it."),
+    counter("takeovers", "sessions", "Sessions gone on with here since their router had died."),
     counter("lease_losses", "sessions", "Sessions that another router took from this one."),
     histogram(
         "store_operation_seconds",

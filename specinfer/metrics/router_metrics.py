@@ -7,16 +7,17 @@ module knows nothing of sessions or workers.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from prometheus_client import CollectorRegistry, Counter
 
-from specinfer.messages import Finished, RoundFacts
+from specinfer.messages import RoundFacts, Usage
 from specinfer.metrics.catalogue import MAX_POSITION, PART, RANK
 from specinfer.metrics.instruments import Instruments
 from specinfer.metrics.metric import Source
 from specinfer.metrics.vllm import VllmAliases
+from specinfer.telemetry import Span, current_span
 from specinfer.tree import TokenTree
 
 PREDICTION = "prediction"
@@ -48,6 +49,7 @@ class RouterMetrics:
         """
         instruments = Instruments(registry, Source.ROUTER, {"model_name": model_name})
         self._instruments = instruments
+        self._num_rejected = 0
         instruments.watch("build_info", lambda: {(version, Source.ROUTER, model_hash): 1.0})
         self._take_speculation(instruments)
         self._take_rounds(instruments)
@@ -68,7 +70,6 @@ class RouterMetrics:
         self._accepted_per_rank = of.counter("spec_decode_num_accepted_tokens_per_rank")
         self._drafter_draft = of.counter("drafter_draft_tokens")
         self._drafter_accepted = of.counter("drafter_accepted_tokens")
-        self._wasted = of.counter("wasted_draft_tokens")
         self._tree_nodes = of.histogram("tree_nodes").of()
         self._tree_depth = of.histogram("tree_depth").of()
         self._round_tokens = of.histogram("tokens_per_round").of()
@@ -79,10 +80,6 @@ class RouterMetrics:
         self._parts = [parts.of(part) for part in PART.values]
         self._round_seconds = of.histogram("round_duration_seconds").of()
         self._draft_round_trip = of.histogram("draft_round_trip_seconds").of()
-        self._late_trees = of.counter("late_trees")
-        self._hedged = of.counter("hedged_proposes").of()
-        self._hedge_wins = of.counter("hedge_wins").of()
-        self._breaker_openings = of.counter("breaker_openings")
 
     def _take_requests(self, of: Instruments) -> None:
         self._first_token = of.histogram("time_to_first_token_seconds").of()
@@ -94,22 +91,19 @@ class RouterMetrics:
         self._cached_tokens = of.counter("cached_prompt_tokens").of()
         self._generation_tokens = of.counter("generation_tokens").of()
         self._requests = of.counter("requests")
-        self._refusals = of.counter("admission_refusals")
         self._sessions = of.gauge("num_sessions_running").of()
         self._streams = of.gauge("num_streams_running")
         self._key_requests = of.counter("key_requests")
         self._key_tokens = of.counter("key_tokens")
 
     def _take_survival(self, of: Instruments) -> None:
-        self._migrations = of.counter("migrations")
         self._resumes = of.counter("resumes").of()
         self._takeovers = of.counter("takeovers").of()
         self._lease_losses = of.counter("lease_losses").of()
         self._store_seconds = of.histogram("store_operation_seconds")
         self._store_errors = of.counter("store_errors")
-        self._store_restores = of.counter("store_restores").of()
 
-    def observe_round(self, facts: RoundFacts, num_tokens: int, trace_id: str = "") -> None:
+    def observe_round(self, facts: RoundFacts, num_tokens: int) -> None:
         """Count one committed round."""
         num_draft, num_accepted = facts.num_draft_tokens, facts.num_accepted_tokens
         if facts.root_only_reason:
@@ -119,7 +113,7 @@ class RouterMetrics:
             self._num_draft_tokens.inc(num_draft)
             self._tree_nodes.observe(num_draft)
             self._tree_depth.observe(facts.draft_depth)
-            self._wasted.of("rejected").inc(num_draft - num_accepted)
+            self._num_rejected += num_draft - num_accepted
             _count_up_to(self._drafts_per_pos, facts.draft_depth)
         if num_accepted:
             self._num_accepted.inc(num_accepted)
@@ -128,7 +122,7 @@ class RouterMetrics:
         for part, spent in zip(self._parts, _split(facts), strict=True):
             part.observe(spent)
             seconds += spent
-        self._round_seconds.observe(seconds, exemplar_of(trace_id))
+        self._round_seconds.observe(seconds, _exemplar(current_span()))
         self._round_tokens.observe(num_tokens)
         self._generation_tokens.inc(num_tokens)
 
@@ -171,45 +165,13 @@ class RouterMetrics:
         """Count a tree that came in time."""
         self._draft_round_trip.observe(seconds)
 
-    def late_tree(self, worker: str) -> None:
-        """Count a tree that did not come before its deadline."""
-        self._late_trees.of(worker).inc()
-
-    def wasted(self, num_tokens: int, reason: str) -> None:
-        """Count guesses that were never verified: "late" or "lost_hedge"."""
-        self._wasted.of(reason).inc(num_tokens)
-
-    def hedged(self) -> None:
-        """Count a propose that a second drafter is asked for too."""
-        self._hedged.inc()
-
-    def hedge_won(self) -> None:
-        """Count a hedged propose that the second drafter answered first."""
-        self._hedge_wins.inc()
-
-    def breaker_opened(self, tier: str, worker: str) -> None:
-        """Count a worker that is cut off for a while."""
-        self._breaker_openings.of(tier, worker).inc()
-
-    def migrated(self, tier: str, reason: str) -> None:
-        """Count a session that had to leave a worker; see the catalogue for the reasons."""
-        self._migrations.of(tier, reason).inc()
-
-    def resumed(self) -> None:
-        """Count a stream that goes on at a client's offset."""
-        self._resumes.inc()
-
-    def taken_over(self) -> None:
-        """Count a session taken over from another router."""
-        self._takeovers.inc()
+    def claimed(self, *, orphaned: bool) -> None:
+        """Count a session that goes on here: asked for by a client, or found without a router."""
+        (self._takeovers if orphaned else self._resumes).inc()
 
     def lease_lost(self) -> None:
         """Count a session that another router took from this one."""
         self._lease_losses.inc()
-
-    def restored(self) -> None:
-        """Count a session written again after the store had lost it."""
-        self._store_restores.inc()
 
     def observe_store(self, operation: str, seconds: float, *, failed: bool) -> None:
         """Count one operation of the session store."""
@@ -226,28 +188,8 @@ class RouterMetrics:
         self._queue_seconds.observe(queue_seconds)
         self._key_requests.of(key_id or NO_KEY).inc()
 
-    def observe_refused(self, reason: str) -> None:
-        """Count a request that was not let in; see the catalogue for the reasons."""
-        self._refusals.of(reason).inc()
-
-    def observe_first_token(self, seconds: float, trace_id: str = "") -> None:
-        """Count the wait for a request's first tokens."""
-        self._first_token.observe(seconds, exemplar_of(trace_id))
-
-    def observe_event_gap(self, seconds: float) -> None:
-        """Count the time between two events of a stream."""
-        self._event_gap.observe(seconds)
-
-    def session_started(self) -> None:
-        """Count a session in."""
-        self._sessions.inc()
-
-    def session_ended(self) -> None:
-        """Count a session out."""
-        self._sessions.dec()
-
-    @contextmanager
-    def stream(self, kind: str) -> Iterator[None]:
+    @asynccontextmanager
+    async def stream(self, kind: str) -> AsyncIterator[None]:
         """Count a stream as running: "generate", "resume" or "follow"."""
         self._streams.of(kind).inc()
         try:
@@ -255,23 +197,48 @@ class RouterMetrics:
         finally:
             self._streams.of(kind).dec()
 
-    def observe_finished(self, finished: Finished, key_id: str = "") -> None:
+    @contextmanager
+    def session(self, key_id: str) -> Iterator[SessionTimes]:
+        """Count a session as running; what comes of it is told to the result."""
+        self._sessions.inc()
+        try:
+            yield SessionTimes(self, key_id)
+        finally:
+            self._sessions.dec()
+
+    def observe_request(self, outcome: str, seconds: float, span: Span) -> None:
+        """Count a request that ended in whatever way; `span` is its own."""
+        self._requests.of(outcome).inc()
+        self._request_seconds.observe(seconds, _exemplar(span))
+
+    def observe_first_event(self, seconds: float) -> None:
+        """Count the wait for a request's first tokens."""
+        self._first_token.observe(seconds, _exemplar(current_span()))
+
+    def observe_event_gap(self, seconds: float) -> None:
+        """Count the time between two events of a stream."""
+        self._event_gap.observe(seconds)
+
+    def observe_per_token(self, seconds: float) -> None:
+        """Count a request's mean time for a token after its first event."""
+        self._per_token.observe(seconds)
+
+    def observe_usage(self, usage: Usage, key_id: str) -> None:
         """Count the tokens of a request that ran to its end."""
-        usage = finished.usage
+        key = key_id or NO_KEY
         self._prompt_tokens.inc(usage.num_prompt_tokens)
         self._cached_tokens.inc(usage.num_cached_tokens)
-        self._key_tokens.of(key_id or NO_KEY, "prompt").inc(usage.num_prompt_tokens)
-        self._key_tokens.of(key_id or NO_KEY, "generation").inc(usage.num_completion_tokens)
+        self._key_tokens.of(key, "prompt").inc(usage.num_prompt_tokens)
+        self._key_tokens.of(key, "generation").inc(usage.num_completion_tokens)
 
-    def observe_per_token(self, seconds: float, num_tokens: int) -> None:
-        """Count a request's mean time for each of the tokens after its first event."""
-        if num_tokens > 0:
-            self._per_token.observe(seconds / num_tokens)
+    def watch_wasted(self, unused: Callable[[], Mapping[str, float]]) -> None:
+        """Ask for guesses that were never verified, by reason, beside those that were rejected."""
 
-    def observe_request(self, outcome: str, seconds: float, trace_id: str = "") -> None:
-        """Count a request that ended in whatever way."""
-        self._requests.of(outcome).inc()
-        self._request_seconds.observe(seconds, exemplar_of(trace_id))
+        def by_reason() -> dict[tuple[str, ...], float]:
+            counts: dict[tuple[str, ...], float] = {("rejected",): self._num_rejected}
+            return counts | {(reason,): count for reason, count in unused().items()}
+
+        self.watch("wasted_draft_tokens", by_reason)
 
     def watch(self, name: str, read: Callable[[], Mapping[tuple[str, ...], float]]) -> None:
         """Ask `read` for a metric at each scrape, by the values of its labels in order."""
@@ -282,9 +249,38 @@ class RouterMetrics:
         self._instruments.watch_one(name, read)
 
 
-def exemplar_of(trace_id: str) -> dict[str, str] | None:
-    """What ties an observation to its trace, or None without a trace."""
-    return {"trace_id": trace_id} if trace_id else None
+class SessionTimes:
+    """The times of one session's events, measured from its request's arrival."""
+
+    def __init__(self, metrics: RouterMetrics, key_id: str) -> None:
+        self._metrics = metrics
+        self._key_id = key_id
+        self._first: float | None = None
+        self._last = 0.0
+        self._num_tokens = 0
+
+    def event(self, seconds: float, num_tokens: int) -> bool:
+        """Take an event in that came after `seconds`; whether it is the first."""
+        first = self._first is None
+        if self._first is None:
+            self._first = seconds
+            self._metrics.observe_first_event(seconds)
+        else:
+            self._metrics.observe_event_gap(seconds - self._last)
+            self._num_tokens += num_tokens
+        self._last = seconds
+        return first
+
+    def finished(self, usage: Usage) -> None:
+        """Take in that the text is complete."""
+        self._metrics.observe_usage(usage, self._key_id)
+        if self._first is not None and self._num_tokens:
+            self._metrics.observe_per_token((self._last - self._first) / self._num_tokens)
+
+
+def _exemplar(span: Span) -> dict[str, str] | None:
+    """What ties an observation to its trace; None where no collector has it."""
+    return {"trace_id": span.trace_id} if span.traced else None
 
 
 def _count_up_to(counters: Sequence[Counter], depth: int) -> None:

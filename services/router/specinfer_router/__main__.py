@@ -134,9 +134,13 @@ async def build_router(
     cluster = build_cluster(settings, stack)
     stack.push_async_callback(cluster.close)
     await cluster.start(seconds=settings.start_seconds)
-    metrics = RouterMetrics(registry, cluster.target.model_name)
-    metrics.watch_workers("verify", lambda: cluster.verifiers.num_ready)
-    metrics.watch_workers("draft", lambda: cluster.drafters.num_ready)
+    metrics = RouterMetrics(
+        registry,
+        cluster.target.model_name,
+        model_hash=cluster.target.model_hash,
+        version=__version__,
+        vllm_names=settings.vllm_metrics,
+    )
     router = Router(
         cluster,
         store=store,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -102,7 +102,11 @@ class Ticket:
 
 
 class Admission:
-    """The one door of a router."""
+    """The one door of a router.
+
+    Attributes:
+        refusals: requests turned away so far, by reason.
+    """
 
     def __init__(
         self, limits: AdmissionLimits | None = None, *, clock: Callable[[], float] = time.monotonic
@@ -116,6 +120,7 @@ class Admission:
         self._num_waiting = 0
         self._num_served = 0
         self._num_refused = 0
+        self.refusals: Counter[str] = Counter()
         self._drain_rate = DrainRate()
         self._closed = False
         self._idle = asyncio.Event()
@@ -151,7 +156,7 @@ class Admission:
         """Let nobody in from now on; those that wait get RouterLeaving, those inside go on."""
         self._closed = True
         for waiter in list(self._waiters()):
-            self._turn_away(waiter, RouterLeaving(_DRAINING))
+            self._turn_away(waiter, "draining", RouterLeaving(_DRAINING))
 
     async def idle(self) -> None:
         """Return when nobody is inside."""
@@ -180,7 +185,7 @@ class Admission:
         try:
             now = self._clock()
             if now >= deadline:
-                raise _too_late()
+                raise self._refused("deadline", _too_late())
             yield Ticket(caller, use, now - arrived, now)
         finally:
             self._leave(use)
@@ -189,16 +194,17 @@ class Admission:
         """The key's use, with this request charged to it."""
         limits = caller.limits
         if self._closed:
-            raise RouterLeaving(_DRAINING)
+            raise self._refused("draining", RouterLeaving(_DRAINING))
         if priority > limits.max_priority:
-            raise PermissionDenied(
+            error = PermissionDenied(
                 f"priority {priority} is above {limits.max_priority}, the highest allowed here",
                 field="priority",
             )
+            raise self._refused("priority", error)
         if caller.seconds_left is not None and caller.seconds_left <= 0:
-            raise _too_late()
+            raise self._refused("deadline", _too_late())
         use = self._use_of(caller.key_id)
-        _charge(use, limits, now)
+        _charge(use, limits, now, self.refusals)
         return use
 
     def _use_of(self, key_id: str) -> _KeyUse:
@@ -225,11 +231,12 @@ class Admission:
         except TimeoutError as error:
             self._abandon(waiter)
             if waiter.deadline - arrived <= longest:
-                raise _too_late() from error
-            raise ResourceExhausted(
+                raise self._refused("deadline", _too_late()) from error
+            late = ResourceExhausted(
                 f"no place became free within {longest:g} seconds",
                 retry_after=self._drain_rate.seconds_for(self._num_waiting + 1, self._clock()),
-            ) from error
+            )
+            raise self._refused("queue_timeout", late) from error
         except BaseException:
             self._abandon(waiter)
             raise
@@ -240,8 +247,8 @@ class Admission:
         victim = self._victim(waiter)
         if victim is None:
             self._give_back(waiter.use)
-            raise self._queue_full(now)
-        self._turn_away(victim, self._queue_full(now))
+            raise self._refused("queue_full", self._queue_full(now))
+        self._turn_away(victim, "queue_full", self._queue_full(now))
 
     def _victim(self, newcomer: _Waiter) -> _Waiter | None:
         """Whose place in the queue the newcomer may take: the newest of the busiest key there."""
@@ -280,11 +287,15 @@ class Admission:
         waiter.use.num_waiting -= 1
         self._num_waiting -= 1
 
-    def _turn_away(self, waiter: _Waiter, error: SpecinferError) -> None:
+    def _refused(self, reason: str, error: SpecinferError) -> SpecinferError:
+        self.refusals[reason] += 1
+        return error
+
+    def _turn_away(self, waiter: _Waiter, reason: str, error: SpecinferError) -> None:
         self._dequeue(waiter)
         self._give_back(waiter.use)
         if not waiter.turn.done():
-            waiter.turn.set_exception(error)
+            waiter.turn.set_exception(self._refused(reason, error))
 
     def _abandon(self, waiter: _Waiter) -> None:
         """Clean up after a wait that ended without a place being used."""
@@ -317,7 +328,7 @@ class Admission:
         while self._num_running < self._limits.max_streams and self._queues:
             waiter = self._next()
             if waiter.turn.done() or waiter.deadline <= now:
-                self._turn_away(waiter, _too_late())
+                self._turn_away(waiter, "deadline", _too_late())
             else:
                 self._dequeue(waiter)
                 self._seat(waiter.use)
@@ -343,21 +354,26 @@ class Admission:
                 yield from queue
 
 
-def _charge(use: _KeyUse, limits: KeyLimits, now: float) -> None:
+def _charge(use: _KeyUse, limits: KeyLimits, now: float, refusals: Counter[str]) -> None:
     """Count a request against its key's limits; raises ResourceExhausted."""
+
+    def over_limit(name: str, limit: int, seconds: float) -> ResourceExhausted:
+        refusals[name] += 1
+        return _over_limit(name, limit, seconds)
+
     held = use.num_held
     if limits.max_streams is not None and held >= limits.max_streams:
-        raise _over_limit("max_streams", limits.max_streams, use.drain.seconds_for(1, now))
+        raise over_limit("max_streams", limits.max_streams, use.drain.seconds_for(1, now))
     if limits.tokens_per_minute is not None:
         use.tokens = use.tokens or MinuteBucket(float(limits.tokens_per_minute), now)
         seconds = use.tokens.seconds_until(1, limits.tokens_per_minute, now)
         if seconds > 0:
-            raise _over_limit("tokens_per_minute", limits.tokens_per_minute, seconds)
+            raise over_limit("tokens_per_minute", limits.tokens_per_minute, seconds)
     if limits.requests_per_minute is not None:
         use.requests = use.requests or MinuteBucket(float(limits.requests_per_minute), now)
         seconds = use.requests.seconds_until(1, limits.requests_per_minute, now)
         if seconds > 0:
-            raise _over_limit("requests_per_minute", limits.requests_per_minute, seconds)
+            raise over_limit("requests_per_minute", limits.requests_per_minute, seconds)
         use.requests.take(1)
     full = limits.max_streams is not None and held + 1 >= limits.max_streams
     use.drain.mark(full=full, now=now)

@@ -28,6 +28,7 @@ from specinfer_router.access import ANYBODY, Caller
 from specinfer_router.admission import Admission, AdmissionLimits, Ticket
 from specinfer_router.checks import check_request_id
 from specinfer_router.cluster import Cluster
+from specinfer_router.counting import show_cluster, show_router
 from specinfer_router.following import Followers, FollowLimits, finished
 from specinfer_router.opening import SeatLimits, SessionOpener
 from specinfer_router.policy import PlainSpeed, TreeShapePolicy
@@ -94,7 +95,6 @@ class Router:
         model = cluster.target.model_name
         self._new_span = partial(request_span, telemetry or Telemetry(), model)
         self._admission = Admission(self._limits.admission)
-        metrics.watch_waiting(lambda: self._admission.num_waiting)
         self._requests = RequestLog()
         self._streams = OpenStreams(
             max_events=self._limits.max_events, stall_seconds=self._limits.stall_seconds
@@ -102,6 +102,8 @@ class Router:
         self._followers = Followers(store, self._limits.follow)
         self._handing_over = False
         self._plain = PlainSpeed(cluster.target.step_costs)
+        show_router(metrics, self._admission, self._plain)
+        show_cluster(metrics, cluster)
         vocab_size, ends = cluster.target.vocab_size, sorted(tokenizer.eos_token_ids)
         self._grammars = GrammarChecker(GrammarCompiler(tokenizer.tokenizer_json, vocab_size, ends))
         self._opener = SessionOpener(
@@ -188,7 +190,7 @@ class Router:
         entry = self._requests.begin(request.request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=request.detail)
         source = self._generated(request, caller, entry, unattended=unattended)
-        async with aclosing(self._serve(source, entry, span)) as events:
+        async with aclosing(self._serve(source, entry, span, "generate")) as events:
             async for event in events:
                 yield event
 
@@ -221,7 +223,7 @@ class Router:
         entry = self._requests.begin(request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=record.terms.detail)
         source = self._resumed(record, request, caller, entry, whole, orphaned_only)
-        async with aclosing(self._serve(source, entry, span)) as events:
+        async with aclosing(self._serve(source, entry, span, "resume")) as events:
             async for event in events:
                 yield event
 
@@ -242,7 +244,7 @@ class Router:
         if offset > len(record.output_ids):
             raise beyond_the_end(offset, len(record.output_ids))
         along = self._followers.follow(record, self._opener.completion, offset, caller)
-        async with aclosing(along) as events:
+        async with self._metrics.stream("follow"), aclosing(along) as events:
             yield self._opener.started(record)
             async for event in events:
                 yield event
@@ -267,13 +269,17 @@ class Router:
         return record
 
     async def _serve(
-        self, source: AsyncGenerator[GenerateEvent, None], entry: RequestLogEntry, span: Span
+        self,
+        source: AsyncGenerator[GenerateEvent, None],
+        entry: RequestLogEntry,
+        span: Span,
+        kind: str,
     ) -> AsyncGenerator[GenerateEvent, None]:
         """The events of `source` through a bounded buffer, with one log entry and one outcome."""
         outcome = "cancelled"
         try:
             source = traced(source, span, entry.request_id)
-            async with aclosing(self._streams.read(source)) as events:
+            async with self._metrics.stream(kind), aclosing(self._streams.read(source)) as events:
                 async for event in events:
                     outcome = event.reason if isinstance(event, Finished) else outcome
                     yield event
@@ -287,7 +293,7 @@ class Router:
             entry.ended(outcome)
             span.set({"specinfer.outcome": outcome})
             span.end()
-            self._metrics.observe_request(outcome, entry.seconds)
+            self._metrics.observe_request(outcome, entry.seconds, span)
 
     def _leaving(self, caller: Caller, *, unattended: bool) -> Callable[[], bool]:
         """What a session asks between two rounds: whether it is to go on elsewhere."""
@@ -332,6 +338,7 @@ class Router:
         async with self._admission.slot(caller) as ticket:
             self._admitted(entry, ticket)
             record = await self.store.claim(request.session_id, orphaned_only=orphaned_only)
+            self._metrics.claimed(orphaned=orphaned_only)
             leaving = self._leaving(caller, unattended=record.terms.unattended)
             offset = request.offset
             session, replay = self._opener.reopen(record, offset, leaving, whole=whole)
@@ -369,6 +376,7 @@ class Router:
 
     def _admitted(self, entry: RequestLogEntry, ticket: Ticket) -> None:
         entry.admitted(ticket.queue_seconds)
+        self._metrics.observe_admitted(entry.key_id, ticket.queue_seconds)
         trace_queue(ticket.queue_seconds)
         self._requests.keep(entry)
 
@@ -376,22 +384,16 @@ class Router:
         self, session: Session, ticket: Ticket, entry: RequestLogEntry
     ) -> AsyncGenerator[GenerateEvent, None]:
         """A session's events, with everybody told who counts them."""
-        waiting = True
-        self._metrics.session_started()
-        try:
+        with self._metrics.session(entry.key_id) as times:
             async with aclosing(session.run()) as rounds:
                 async for event in rounds:
                     entry.add(event)
                     if isinstance(event, Finished):
-                        self._metrics.observe_finished(event)
+                        times.finished(event.usage)
                         yield replace(event, timings=entry.timings)
                         return
-                    if waiting:
-                        self._metrics.observe_first_token(entry.seconds)
-                    else:
+                    # A session's first round computes the prompt.
+                    if not times.event(entry.seconds, len(event.token_ids)):
                         self._plain.observe(event.round)
-                    waiting = False
                     ticket.spend(len(event.token_ids))
                     yield event
-        finally:
-            self._metrics.session_ended()

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from specinfer.errors import Cancelled, InvalidRequest, RouterLeaving, SpecinferError
+from specinfer.errors import Cancelled, InvalidRequest, LeaseLost, RouterLeaving, SpecinferError
 from specinfer.messages import (
     Finished,
     RoundDetail,
@@ -128,8 +128,10 @@ class Session:
             yield self.finished
         except RouterLeaving:
             raise
-        except SpecinferError:
+        except SpecinferError as error:
             end = ERROR
+            if isinstance(error, LeaseLost):
+                self._metrics.lease_lost()
             raise
         finally:
             span.adopt()
@@ -228,8 +230,7 @@ class Session:
         )
         seconds = time.perf_counter() - start
         facts = self._facts(guess, checked, num_accepted, seconds, commit_seconds)
-        self._tally.add(facts)
-        self._metrics.observe_round(facts, len(kept.token_ids))
+        self._count(facts, guess, checked.result.accepted[:num_accepted], len(kept.token_ids))
         if kept.finish_reason:
             self.finished = self._finish(kept.finish_reason, kept.stop_match)
         return TokensEvent(
@@ -241,6 +242,23 @@ class Session:
             round=facts,
             detail=self._round_detail(guess, checked, kept) if self._detail else None,
         )
+
+    def _count(
+        self, facts: RoundFacts, guess: Guess, accepted: Sequence[int], num_tokens: int
+    ) -> None:
+        """Tell everybody who counts."""
+        self._tally.add(facts)
+        self._metrics.observe_round(facts, num_tokens)
+        if guess.drafter and not guess.after_prefill:
+            self._metrics.observe_draft_round_trip(guess.seconds)
+        if facts.num_draft_tokens:
+            self._metrics.observe_tree(
+                guess.tree,
+                accepted,
+                num_draft_nodes=guess.num_draft_nodes,
+                drafter=guess.drafter,
+                worker=guess.worker,
+            )
 
     def _round_detail(self, guess: Guess, checked: Checked, kept: Kept) -> RoundDetail:
         return RoundDetail(

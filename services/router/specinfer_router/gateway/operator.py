@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from specinfer.metrics import expose
 
 
 def operator_routes(
@@ -34,7 +35,8 @@ def operator_routes(
         return JSONResponse({"status": "ready"})
 
     async def metrics(request: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        body, content_type = expose(registry, request.headers.get("accept"))
+        return Response(body, headers={"content-type": content_type})
 
     return [
         Route("/health/live", live),
