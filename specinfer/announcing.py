@@ -124,7 +124,9 @@ async def advertised_address(advertise: str, address: str, port: int, redis_url:
         check_address(given)
         return given
     host = address.rpartition(":")[0]
-    if host in _WIDE:
+    if address.startswith("unix:"):
+        host = ""  # a socket in the file system can be reached from no host
+    elif host in _WIDE:
         host = await asyncio.to_thread(_host_towards, redis_url)
     found = f"{host}:{port}"
     try:

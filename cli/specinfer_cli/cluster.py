@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest, Unavailable
+from specinfer.registry import check_group
 from specinfer_cli.processes import (
     Child,
     claim_address,
@@ -41,7 +42,9 @@ class ClusterSettings:
         name: what clients call the model; "" is the target folder's name.
         num_drafters: draft workers; ignored without a drafter.
         num_verifiers: verify workers.
-        redis: URL of the store, or None to keep sessions in the router's memory.
+        redis: URL of the Redis that keeps sessions and lists the workers, or None to keep sessions
+            in the router's memory and tell it the workers' addresses.
+        group: name that workers and routers find each other by in Redis.
         grpc_address: where the router listens; port 0 takes a free one.
         gateway_address: where it answers health and metrics over HTTP.
         dtype: number format of the target and the drafter.
@@ -63,6 +66,7 @@ class ClusterSettings:
     num_drafters: int = 1
     num_verifiers: int = 1
     redis: str | None = None
+    group: str = "default"
     grpc_address: str = "127.0.0.1:0"
     gateway_address: str = "127.0.0.1:0"
     keys: str = ""
@@ -79,6 +83,7 @@ class ClusterSettings:
                 raise InvalidRequest(f"{name} is at least 1", field=name)
         if self.num_threads is not None and self.num_threads < 1:
             raise InvalidRequest("num_threads is at least 1", field="num_threads")
+        check_group(self.group)
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ def running_cluster(
                     flags,
                     address=router,
                     folder=folder,
-                    environment=_router_environment(settings),
+                    environment=_environment(settings, "router"),
                 )
             )
             wait_healthy(children, deadline, interrupted)
@@ -193,6 +198,7 @@ def _start_workers(
                 _worker_flags(settings, kind, address, model),
                 address=address,
                 folder=folder,
+                environment=_environment(settings, kind),
             )
         )
     return tuple(addresses["verify"]), tuple(addresses["draft"])
@@ -209,6 +215,7 @@ def _worker_flags(settings: ClusterSettings, kind: str, address: str, model: Pat
         *("--threads", str(settings.num_threads or share)),
         # The router has drained before the workers are asked to end.
         *("--drain-seconds", str(WORKER_DRAIN_SECONDS)),
+        *("--group", settings.group),
     ]
 
 
@@ -220,11 +227,13 @@ def _router_flags(
     drafters: tuple[str, ...],
 ) -> list[str]:
     flags = ["--grpc", router, "--gateway", gateway]
-    flags += ["--drain-seconds", str(settings.grace_seconds)]
-    for address in verifiers:
-        flags += ["--verify", address]
-    for address in drafters:
-        flags += ["--draft", address]
+    flags += ["--drain-seconds", str(settings.grace_seconds), "--group", settings.group]
+    # With a Redis the router finds them there, as it does all others of the group.
+    if settings.redis is None:
+        for address in verifiers:
+            flags += ["--verify", address]
+        for address in drafters:
+            flags += ["--draft", address]
     if settings.keys:
         flags += ["--keys", settings.keys]
     if settings.insecure_bind:
@@ -232,9 +241,11 @@ def _router_flags(
     return flags
 
 
-def _router_environment(settings: ClusterSettings) -> dict[str, str]:
+def _environment(settings: ClusterSettings, kind: str) -> dict[str, str]:
     # The URL may hold a password, and everybody on the machine may read a command line.
-    return {"SPECINFER_ROUTER_REDIS": settings.redis} if settings.redis is not None else {}
+    if settings.redis is None:
+        return {}
+    return {f"SPECINFER_{kind.upper()}_REDIS": settings.redis}
 
 
 @contextmanager

@@ -23,7 +23,16 @@ _Drafts = Annotated[int, typer.Option("--drafts", min=1, max=64, help="Draft wor
 _Verifiers = Annotated[int, typer.Option("--verifiers", min=1, max=64, help="Verify workers.")]
 _Redis = Annotated[
     str | None,
-    typer.Option("--redis", metavar="URL", help="Keep sessions in Redis; default: in memory."),
+    typer.Option(
+        "--redis",
+        metavar="URL",
+        help="Keep sessions in Redis and find workers there, also those that are started elsewhere "
+        "later; default: sessions in memory and these workers alone.",
+    ),
+]
+_Group = Annotated[
+    str,
+    typer.Option("--group", metavar="NAME", help="Workers and routers that find each other."),
 ]
 _Grpc = Annotated[
     str,
@@ -68,6 +77,7 @@ def up(
     drafts: _Drafts = 1,
     verifiers: _Verifiers = 1,
     redis: _Redis = None,
+    group: _Group = "default",
     grpc: _Grpc = arguments.DEFAULT_ADDRESS,
     gateway: _Gateway = "127.0.0.1:8000",
     keys: _Keys = "",
@@ -91,6 +101,7 @@ def up(
         num_drafters=drafts,
         num_verifiers=verifiers,
         redis=redis,
+        group=group,
         grpc_address=grpc,
         gateway_address=gateway,
         keys=keys,

@@ -38,9 +38,9 @@ def routers(
     redis_server: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[TwoRouters]:
-    settings = dataclasses.replace(tiny_settings, name="target", redis=redis_server)
+    settings = dataclasses.replace(tiny_settings, name="target", redis=redis_server, group="calls")
     folder: Path = tmp_path_factory.mktemp("second")
-    with running_cluster(settings) as first, second_router(first, redis_server, folder) as both:
+    with running_cluster(settings) as first, second_router(first, settings, folder) as both:
         yield both
 
 

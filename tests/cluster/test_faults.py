@@ -116,7 +116,7 @@ async def test_killing_a_verifier_costs_time_and_no_token(cluster: RunningCluste
 async def test_sessions_are_kept_in_redis(
     tiny_settings: ClusterSettings, redis_server: str
 ) -> None:
-    settings = dataclasses.replace(tiny_settings, redis=redis_server)
+    settings = dataclasses.replace(tiny_settings, redis=redis_server, group="faults")
     with running_cluster(settings) as running:
         async with AsyncClient(running.router) as client:
             done = await client.generate(**LONG)

@@ -65,28 +65,28 @@ def routers(
     redis_server: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[TwoRouters]:
-    settings = dataclasses.replace(tiny_settings, name="target", redis=redis_server)
+    settings = dataclasses.replace(tiny_settings, name="target", redis=redis_server, group="resume")
     with (
         running_cluster(settings) as first,
-        second_router(first, redis_server, tmp_path_factory.mktemp("second")) as both,
+        second_router(first, settings, tmp_path_factory.mktemp("second")) as both,
     ):
         yield both
 
 
 @contextmanager
-def second_router(first: RunningCluster, redis_url: str, folder: Path) -> Iterator[TwoRouters]:
+def second_router(
+    first: RunningCluster, settings: ClusterSettings, folder: Path
+) -> Iterator[TwoRouters]:
     grpc, gateway = (f"127.0.0.1:{free_port()}" for _ in range(2))
     flags = ["--grpc", grpc, "--gateway", gateway, "--drain-seconds", "2"]
-    for flag, addresses in (("--verify", first.verifiers), ("--draft", first.drafters)):
-        for address in addresses:
-            flags += [flag, address]
+    flags += ["--group", settings.group]
     child = start_child(
         "second router",
         "specinfer_router",
         flags,
         address=grpc,
         folder=folder,
-        environment={"SPECINFER_ROUTER_REDIS": redis_url},
+        environment={"SPECINFER_ROUTER_REDIS": settings.redis or ""},
     )
     try:
         wait_healthy([child], deadline=float("inf"), interrupted=lambda: False)

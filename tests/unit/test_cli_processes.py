@@ -260,16 +260,24 @@ def test_verify_workers_share_the_cores_and_drafters_take_one(starts: Starts) ->
                 assert threads(starts.flags[f"draft {number}"]) == draft
 
 
-def test_only_the_router_is_told_of_redis_and_of_other_machines(
+def test_all_are_told_of_redis_and_the_router_alone_of_other_machines(
     starts: Starts, redis_server: str
 ) -> None:
-    settings = ClusterSettings(Path("target"), grpc_address="0.0.0.0:0", redis=redis_server)
+    settings = ClusterSettings(
+        Path("target"), Path("draft"), grpc_address="0.0.0.0:0", redis=redis_server, group="mine"
+    )
     with running_cluster(dataclasses.replace(settings, insecure_bind=True)):
         assert "--insecure-bind" in starts.flags["router"]
         assert "--insecure-bind" not in starts.flags["verify 1"]
-        assert starts.environments["router"] == {"SPECINFER_ROUTER_REDIS": redis_server}
-        assert starts.environments["verify 1"] == {}
+        for name, kind in (("router", "ROUTER"), ("verify 1", "VERIFY"), ("draft 1", "DRAFT")):
+            assert starts.environments[name] == {f"SPECINFER_{kind}_REDIS": redis_server}
+            assert starts.flags[name][-2:] == ["--group", "mine"] or name == "router"
+        assert "mine" in starts.flags["router"]
+        assert not {"--verify", "--draft"} & set(starts.flags["router"]), "they are found"
         assert all(redis_server not in flags for flags in starts.flags.values())
+    with running_cluster(dataclasses.replace(settings, grpc_address="127.0.0.1:0", redis=None)):
+        assert {"--verify", "--draft"} <= set(starts.flags["router"])
+        assert starts.environments["verify 1"] == {}
 
 
 def test_a_cluster_that_cannot_serve_starts_nothing(starts: Starts) -> None:
@@ -294,8 +302,8 @@ def test_a_childs_environment_goes_before_ours(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked() -> None:
-    for name in ("num_verifiers", "num_drafters", "num_threads"):
-        wrong: dict[str, Any] = {name: 0}
+    for name in ("num_verifiers", "num_drafters", "num_threads", "group"):
+        wrong: dict[str, Any] = {name: "no name" if name == "group" else 0}
         with pytest.raises(InvalidRequest, match=name):
             ClusterSettings(Path(), **wrong)
 
