@@ -44,12 +44,13 @@ fmt: setup ## format Python and protos, sort imports
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write
 
-lint: setup ## ruff, import contracts, sizes, the SDK's reference
+lint: setup ## ruff, import contracts, sizes, the references of SDK and metrics
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_sizes.py
 	$(BIN)/python tools/generate_api.py --check
+	$(BIN)/python tools/generate_metrics.py --check
 
 types: setup ## mypy (strict) and pyright
 	$(BIN)/mypy
