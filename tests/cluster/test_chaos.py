@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import shutil
 from collections.abc import AsyncIterator
@@ -12,12 +11,13 @@ import pytest
 
 from specinfer.errors import SpecinferError
 from specinfer_bench.chaos import redis as servers
-from specinfer_bench.chaos.actions import fill_disk, hold
+from specinfer_bench.chaos.actions import fill_disk
 from specinfer_bench.chaos.cluster import ChaosCluster, ClusterOptions, chaos_cluster, faketime
 from specinfer_bench.chaos.load import unbroken
 from specinfer_bench.chaos.matrix import MatrixOptions, run_row
 from specinfer_bench.chaos.readings import Answer, Case
-from specinfer_bench.chaos.rows import ROLLING, Row, named
+from specinfer_bench.chaos.row import Row, hold
+from specinfer_bench.chaos.rows import ROLLING, named
 from specinfer_bench.chaos.soak import SoakOptions, emptied, soak
 
 # Eight processes start, and some of them again, which takes a while on a busy machine.
@@ -72,7 +72,7 @@ async def test_a_wrong_token_and_an_error_would_be_seen(
     tokens = list(right[case].token_ids)
     tokens[150] ^= 1
     flipped = {**right, case: dataclasses.replace(right[case], token_ids=tuple(tokens))}
-    row = Row("as-usual", "nothing", (hold(0.5),), "all", settle_seconds=0.1)
+    row = Row[ChaosCluster]("as-usual", "nothing", (hold(0.5),), "all", settle_seconds=0.1)
     result = await run_row(row, cluster, options, flipped)
     assert result.verdict is not None
     assert result.verdict.num_different > 0
@@ -119,7 +119,7 @@ async def test_clocks_of_an_hour_apart_are_survived(options: MatrixOptions) -> N
         assert result.clean, result
 
 
-def test_a_disk_can_be_filled_and_emptied(tmp_path: Path) -> None:
+async def test_a_disk_can_be_filled_and_emptied(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     try:
         servers.mount_small(folder, "1m")
@@ -128,7 +128,7 @@ def test_a_disk_can_be_filled_and_emptied(tmp_path: Path) -> None:
     try:
         cluster = ChaosCluster(ClusterOptions(tmp_path, tmp_path), tmp_path)
         (tmp_path / "redis").symlink_to(folder)
-        asyncio.run(fill_disk().run(cluster))
+        await fill_disk().run(cluster)
         with pytest.raises(OSError, match="No space"):
             (folder / "more").write_bytes(b"x" * 65536)
         servers.empty(folder)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specinfer_bench.chaos.__main__ import main
+from specinfer_bench.chaos.container_rows import CONTAINER_ROWS
 from specinfer_bench.chaos.matrix import RowResult
 from specinfer_bench.chaos.readings import Answer, Case, Reading, judge, percentile
-from specinfer_bench.chaos.report import Report, line_of
-from specinfer_bench.chaos.rows import ROWS, Row, named
+from specinfer_bench.chaos.report import Report, line_of, page
+from specinfer_bench.chaos.row import Row
+from specinfer_bench.chaos.rows import ROWS, ProcessRow, named
 
 CASE = Case("prompt", 0.0, 1, 4)
 RIGHT = {CASE: Answer((1, 2, 3, 4), "abcd")}
@@ -72,18 +75,19 @@ def test_percentiles_of_few_values() -> None:
 
 
 def test_rows_have_names_of_their_own_and_say_what_happens() -> None:
-    names = [row.name for row in ROWS]
+    rows: list[Row[Any]] = [*ROWS, *CONTAINER_ROWS]
+    names = [row.name for row in rows]
     assert len(set(names)) == len(names)
-    for row in ROWS:
+    for row in rows:
         assert re.fullmatch(r"[a-z-]+", row.name)
-        assert named(row.name) is row
         assert row.fault
         assert row.left
         assert row.actions
+    assert named(ROWS[1].name) is ROWS[1]
     assert named("no such row") is None
 
 
-def result(row: Row, *, trouble: str = "") -> RowResult:
+def result(row: ProcessRow, *, trouble: str = "") -> RowResult:
     return RowResult(row.name, 1.0, 0.5, trouble, judge([reading()], RIGHT, 11.0, 12.0))
 
 
@@ -95,7 +99,8 @@ def test_a_report_survives_its_file_and_takes_a_row_again(tmp_path: Path) -> Non
     assert Report.read(path) == first
     again = Report.read(path).with_result(result(ROWS[0]))
     assert again.results[ROWS[0].name].clean
-    assert f"| `{ROWS[0].name}` |" in again.document()
+    assert f"| `{ROWS[0].name}` |" in page(again, Report())
+    assert "Not run yet" in page(again, Report())
     assert "FAILED" in line_of(first.results[ROWS[0].name])
     assert "ok" in line_of(again.results[ROWS[0].name])
 

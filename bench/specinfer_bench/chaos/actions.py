@@ -1,4 +1,4 @@
-"""What can be done to a cluster, as values that rows are made of.
+"""What can be done to a cluster of processes, as values that rows are made of.
 
 This module knows nothing of load or of what should come of it.
 """
@@ -8,32 +8,21 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from specinfer.errors import SpecinferError
 from specinfer_bench.chaos import redis as servers
 from specinfer_bench.chaos.cluster import ChaosCluster
 from specinfer_bench.chaos.proxy import LinkFault
+from specinfer_bench.chaos.row import Action
 
 LOST_SECONDS = 1.0
 REJOIN_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Action:
-    """One thing that is done, and its name for people."""
-
-    text: str
-    run: Callable[[ChaosCluster], Awaitable[None]]
+ProcessAction = Action[ChaosCluster]
 
 
-def hold(seconds: float) -> Action:
-    """Nothing for a while."""
-    return Action(f"{seconds:g} s", lambda cluster: asyncio.sleep(seconds))
-
-
-def kill(name: str) -> Action:
+def kill(name: str) -> ProcessAction:
     """SIGKILL to all processes of a name with wildcards."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -42,7 +31,7 @@ def kill(name: str) -> Action:
     return Action(f"SIGKILL {name}", run)
 
 
-def terminate(name: str) -> Action:
+def terminate(name: str) -> ProcessAction:
     """SIGTERM, and wait until they have ended.
 
     Raises:
@@ -58,7 +47,7 @@ def terminate(name: str) -> Action:
     return Action(f"SIGTERM {name}", run)
 
 
-def start(name: str) -> Action:
+def start(name: str) -> ProcessAction:
     """Start them again and wait until they serve."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -67,7 +56,7 @@ def start(name: str) -> Action:
     return Action(f"start {name}", run)
 
 
-def rejoin(name: str) -> Action:
+def rejoin(name: str) -> ProcessAction:
     """Start them again and wait until every router sees every worker."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -77,17 +66,17 @@ def rejoin(name: str) -> Action:
     return Action(f"start {name}", run)
 
 
-def stop(name: str) -> Action:
+def stop(name: str) -> ProcessAction:
     """SIGSTOP."""
     return _signal(name, signal.SIGSTOP)
 
 
-def resume(name: str) -> Action:
+def resume(name: str) -> ProcessAction:
     """SIGCONT."""
     return _signal(name, signal.SIGCONT)
 
 
-def _signal(name: str, number: signal.Signals) -> Action:
+def _signal(name: str, number: signal.Signals) -> ProcessAction:
     async def run(cluster: ChaosCluster) -> None:
         for process in cluster.matching(name):
             process.send(number)
@@ -95,27 +84,27 @@ def _signal(name: str, number: signal.Signals) -> Action:
     return Action(f"{number.name} {name}", run)
 
 
-def link(name: str, fault: LinkFault, text: str) -> Action:
+def link(name: str, fault: LinkFault, text: str) -> ProcessAction:
     """Do something to all links of a name with wildcards."""
     return Action(f"{name}: {text}", lambda cluster: cluster.apply(name, fault))
 
 
-def mend(name: str) -> Action:
+def mend(name: str) -> ProcessAction:
     """Let links be whole again."""
     return link(name, LinkFault(), "mended")
 
 
-def cut(name: str) -> Action:
+def cut(name: str) -> ProcessAction:
     """Reset the connections of links, and every new one."""
     return link(name, LinkFault(refuse=True), "cut")
 
 
-def blackhole(name: str) -> Action:
+def blackhole(name: str) -> ProcessAction:
     """Pass nothing on, without telling anybody."""
     return link(name, LinkFault(blackhole=True), "silent")
 
 
-def lose_last_second() -> Action:
+def lose_last_second() -> ProcessAction:
     """SIGKILL to Redis, whose disk then lacks what came in the last second; and start it."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -129,7 +118,7 @@ def lose_last_second() -> Action:
     return Action("SIGKILL redis; the last second of its log is gone; start redis", run)
 
 
-def flush() -> Action:
+def flush() -> ProcessAction:
     """Delete all that Redis holds."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -139,7 +128,7 @@ def flush() -> Action:
     return Action("FLUSHALL", run)
 
 
-def forget_scripts() -> Action:
+def forget_scripts() -> ProcessAction:
     """Delete the functions and scripts that were loaded into Redis."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -150,7 +139,7 @@ def forget_scripts() -> Action:
     return Action("SCRIPT FLUSH, FUNCTION FLUSH", run)
 
 
-def limit_memory() -> Action:
+def limit_memory() -> ProcessAction:
     """Allow Redis no more memory than it has now."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -160,7 +149,7 @@ def limit_memory() -> Action:
     return Action("CONFIG SET maxmemory 1mb", run)
 
 
-def unlimit_memory() -> Action:
+def unlimit_memory() -> ProcessAction:
     """Allow it all memory again."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -170,7 +159,7 @@ def unlimit_memory() -> Action:
     return Action("CONFIG SET maxmemory 0", run)
 
 
-def fill_disk() -> Action:
+def fill_disk() -> ProcessAction:
     """Leave no room on Redis's disk."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -179,7 +168,7 @@ def fill_disk() -> Action:
     return Action("fill the disk of redis", run)
 
 
-def empty_disk() -> Action:
+def empty_disk() -> ProcessAction:
     """Make room again."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -188,7 +177,7 @@ def empty_disk() -> Action:
     return Action("empty the disk of redis", run)
 
 
-def fail_over() -> Action:
+def fail_over() -> ProcessAction:
     """Kill the first Redis, make its replica a primary, and lead every link there."""
 
     async def run(cluster: ChaosCluster) -> None:
@@ -202,7 +191,7 @@ def fail_over() -> Action:
     return Action("SIGKILL redis; its replica becomes the primary", run)
 
 
-def restart_each(*names: str) -> Action:
+def restart_each(*names: str) -> ProcessAction:
     """SIGTERM and start, one process after the other; each has rejoined before the next goes."""
 
     async def run(cluster: ChaosCluster) -> None:

@@ -93,6 +93,11 @@ class ChaosCluster:
         return self._clients("http")
 
     @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.options.model.name
+
+    @property
     def redis_folder(self) -> Path:
         """Where the first Redis keeps its files."""
         return self.folder / "redis"

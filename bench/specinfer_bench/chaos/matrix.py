@@ -17,7 +17,7 @@ from specinfer_bench.chaos.background import Background
 from specinfer_bench.chaos.cluster import ChaosCluster, ClusterOptions, chaos_cluster
 from specinfer_bench.chaos.load import Load, LoadOptions, unbroken
 from specinfer_bench.chaos.readings import Answer, Case, Verdict, judge
-from specinfer_bench.chaos.rows import Row
+from specinfer_bench.chaos.row import AnyCluster, Cluster, Row
 
 BACKGROUND_RESPONSES = 8
 BACKGROUND_SECONDS = 240.0
@@ -73,7 +73,9 @@ class RowResult:
         return self.verdict is not None and self.verdict.clean and not self.trouble
 
 
-async def run_rows(rows: Sequence[Row], options: MatrixOptions) -> AsyncIterator[RowResult]:
+async def run_rows(
+    rows: Sequence[Row[ChaosCluster]], options: MatrixOptions
+) -> AsyncIterator[RowResult]:
     """Run rows in turn; those with the same options share a cluster that is healed between them."""
     async with AsyncExitStack() as stack:
         cluster: ChaosCluster | None = None
@@ -95,8 +97,17 @@ async def run_rows(rows: Sequence[Row], options: MatrixOptions) -> AsyncIterator
                 cluster = None
 
 
+async def run_on(
+    cluster: AnyCluster, rows: Sequence[Row[AnyCluster]], options: MatrixOptions
+) -> AsyncIterator[RowResult]:
+    """Run rows in turn on a cluster that is there; raises SpecinferError when it does not serve."""
+    right = await unbroken(cluster.routers, options.cases())
+    for row in rows:
+        yield await run_row(row, cluster, options, right)
+
+
 async def run_row(
-    row: Row, cluster: ChaosCluster, options: MatrixOptions, right: Mapping[Case, Answer]
+    row: Row[AnyCluster], cluster: AnyCluster, options: MatrixOptions, right: Mapping[Case, Answer]
 ) -> RowResult:
     """Run one row on a cluster that is whole, and make it whole again."""
     busy = os.getloadavg()[0]
@@ -112,13 +123,13 @@ async def run_row(
 
 
 async def _under_load(
-    row: Row, cluster: ChaosCluster, options: MatrixOptions, right: Mapping[Case, Answer]
+    row: Row[AnyCluster], cluster: AnyCluster, options: MatrixOptions, right: Mapping[Case, Answer]
 ) -> tuple[float, str, Verdict]:
     load = Load(
         LoadOptions(
             cluster.routers,
             cluster.gateways,
-            cluster.options.model.name,
+            cluster.model_name,
             options.cases(),
             options.num_grpc,
             options.num_http,
@@ -138,10 +149,10 @@ async def _under_load(
 
 
 async def _in_background(
-    row: Row, cluster: ChaosCluster, options: MatrixOptions
+    row: Row[AnyCluster], cluster: AnyCluster, options: MatrixOptions
 ) -> tuple[float, str, Verdict]:
     cases = options.cases()[:BACKGROUND_RESPONSES]
-    background = Background(cluster.gateways, cluster.options.model.name, cases)
+    background = Background(cluster.gateways, cluster.model_name, cases)
     right = await background.unbroken()
     await background.begin()
     begin = time.monotonic()
@@ -151,7 +162,7 @@ async def _in_background(
     return acted - begin, trouble, judge(background.readings, right, begin, time.monotonic())
 
 
-async def _healed(cluster: ChaosCluster) -> str:
+async def _healed(cluster: Cluster) -> str:
     """Make a cluster whole again; returns why it does not become so, or ""."""
     try:
         await cluster.heal()
@@ -160,7 +171,7 @@ async def _healed(cluster: ChaosCluster) -> str:
     return ""
 
 
-async def _act(row: Row, cluster: ChaosCluster) -> str:
+async def _act(row: Row[AnyCluster], cluster: AnyCluster) -> str:
     """Do what the row says; returns what went wrong with that, or ""."""
     for action in row.actions:
         try:

@@ -7,14 +7,16 @@ are run.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from specinfer_bench.chaos.container_rows import CONTAINER_ROWS
 from specinfer_bench.chaos.matrix import RowResult
 from specinfer_bench.chaos.readings import Verdict
-from specinfer_bench.chaos.rows import ROWS, Row
+from specinfer_bench.chaos.row import Row
+from specinfer_bench.chaos.rows import ROWS
 from specinfer_bench.machine import machine_facts
 
 HEAD = """\
@@ -45,6 +47,16 @@ TABLE = """\
 """
 
 
+CONTAINERS = """
+## In containers
+
+The same on the cluster of `docker-compose.yml` with two draft workers, two verify workers, one
+router and Redis, the load coming through the published ports: `CHAOS_LEVEL=containers make chaos`.
+It starts what is not there and leaves it running.
+
+"""
+
+
 @dataclass(frozen=True)
 class Report:
     """What is known of the rows.
@@ -68,17 +80,22 @@ class Report:
         return replace(self, results={**self.results, result.name: result})
 
     def write(self, path: Path) -> None:
-        """Keep it in a file, rows in the order of the matrix."""
-        rows = [asdict(self.results[row.name]) for row in ROWS if row.name in self.results]
+        """Keep it in a file."""
+        rows = [asdict(result) for _, result in sorted(self.results.items())]
         text = json.dumps({"machine": machine_facts(), "rows": rows}, indent=2)
         path.write_text(text + "\n", encoding="utf-8")
 
-    def document(self) -> str:
-        """The page for people."""
-        lines = [_line(row, self.results[row.name]) for row in ROWS if row.name in self.results]
-        machine = machine_facts()
-        facts = f"\nMeasured on {machine['processor']}, {machine['cores']} cores.\n"
-        return HEAD + TABLE + "".join(lines) + facts
+    def table(self, rows: Sequence[Row[Any]]) -> str:
+        """The results of those of the rows that were run, in their order."""
+        lines = [_line(row, self.results[row.name]) for row in rows if row.name in self.results]
+        return TABLE + "".join(lines) if lines else "Not run yet.\n"
+
+
+def page(processes: Report, containers: Report) -> str:
+    """The page for people, with what was measured at either level."""
+    machine = machine_facts()
+    facts = f"\nMeasured on {machine['processor']}, {machine['cores']} cores.\n"
+    return HEAD + processes.table(ROWS) + CONTAINERS + containers.table(CONTAINER_ROWS) + facts
 
 
 def line_of(result: RowResult) -> str:
@@ -95,7 +112,7 @@ def line_of(result: RowResult) -> str:
     return "\n    ".join([line, *([result.trouble] if result.trouble else []), *verdict.complaints])
 
 
-def _line(row: Row, result: RowResult) -> str:
+def _line(row: Row[Any], result: RowResult) -> str:
     verdict = result.verdict
     if verdict is None:
         return f"| `{row.name}` | {row.fault} | {row.left} | not run: {result.trouble} ||||||||\n"

@@ -1,15 +1,11 @@
-"""The matrix: every fault, what is done for it, and what is left meanwhile.
+"""The matrix for processes: every fault, what is done for it, and what is left meanwhile.
 
 A new fault is a new row here. This module knows nothing of how actions work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 from specinfer_bench.chaos.actions import (
-    Action,
     blackhole,
     cut,
     empty_disk,
@@ -17,7 +13,6 @@ from specinfer_bench.chaos.actions import (
     fill_disk,
     flush,
     forget_scripts,
-    hold,
     kill,
     limit_memory,
     link,
@@ -30,7 +25,9 @@ from specinfer_bench.chaos.actions import (
     terminate,
     unlimit_memory,
 )
+from specinfer_bench.chaos.cluster import ChaosCluster
 from specinfer_bench.chaos.proxy import LinkFault
+from specinfer_bench.chaos.row import Row, hold
 
 LATE = LinkFault(delay=0.2, jitter=0.1)
 LOSSY = LinkFault(delay=0.005, stall_chance=0.05, stall_seconds=0.3)
@@ -40,57 +37,37 @@ FEW_BLOCKS = 40
 WRONG_SECONDS = 3600.0
 
 
-@dataclass(frozen=True)
-class Row:
-    """One fault.
-
-    Attributes:
-        name: what it is called on the command line.
-        fault: what happens, for people.
-        actions: what is done, in order, once every stream flows.
-        left: what is there all the time.
-        settle_seconds: how long streams go on after the last action; pauses count until then.
-        options: fields of the cluster's options that this row needs otherwise.
-        background: have responses without a reader instead of streams.
-    """
-
-    name: str
-    fault: str
-    actions: tuple[Action, ...]
-    left: str
-    settle_seconds: float = 3.0
-    options: dict[str, Any] = field(default_factory=dict)
-    background: bool = False
+ProcessRow = Row[ChaosCluster]
 
 
-def _link_rows(short: str, pattern: str, between: str, left: str) -> tuple[Row, ...]:
+def _link_rows(short: str, pattern: str, between: str, left: str) -> tuple[ProcessRow, ...]:
     """The same five faults of a network for the links between two tiers."""
     return (
-        Row(
+        ProcessRow(
             f"{short}-cut",
             f"{between}: connections reset and refused for 3 s",
             (cut(pattern), hold(3), mend(pattern)),
             left,
         ),
-        Row(
+        ProcessRow(
             f"{short}-silent",
             f"{between}: no byte arrives for 3 s, connections stay",
             (blackhole(pattern), hold(3), mend(pattern)),
             left,
         ),
-        Row(
+        ProcessRow(
             f"{short}-late",
             f"{between}: every byte 200 to 300 ms late, each way, for 5 s",
             (link(pattern, LATE, "late"), hold(5), mend(pattern)),
             "all, slowly",
         ),
-        Row(
+        ProcessRow(
             f"{short}-lossy",
             f"{between}: 1 chunk in 20 stands still for 300 ms, as after a lost packet, for 5 s",
             (link(pattern, LOSSY, "lossy"), hold(5), mend(pattern)),
             "all, slowly",
         ),
-        Row(
+        ProcessRow(
             f"{short}-narrow",
             f"{between}: 20 kB/s each way for 5 s",
             (link(pattern, SLOW, "narrow"), hold(5), mend(pattern)),
@@ -99,34 +76,34 @@ def _link_rows(short: str, pattern: str, between: str, left: str) -> tuple[Row, 
     )
 
 
-USUAL = Row("as-usual", "nothing", (hold(5),), "all")
+USUAL = ProcessRow("as-usual", "nothing", (hold(5),), "all")
 
 DRAFT_ROWS = (
-    Row(
+    ProcessRow(
         "draft-killed",
         "a draft worker is killed and is back after 3 s",
         (kill("draft 1"), hold(3), start("draft 1")),
         "the other draft worker",
     ),
-    Row(
+    ProcessRow(
         "drafts-killed",
         "all draft workers are killed and are back after 3 s",
         (kill("draft *"), hold(3), start("draft *")),
         "no draft worker",
     ),
-    Row(
+    ProcessRow(
         "draft-stopped",
         "a draft worker hangs (SIGSTOP) for 5 s",
         (stop("draft 1"), hold(5), resume("draft 1")),
         "the other draft worker",
     ),
-    Row(
+    ProcessRow(
         "draft-nonsense",
         "one byte in each fifth chunk from a draft worker is another, for 5 s",
         (link("draft 1", GARBLED, "garbled"), hold(5), mend("draft 1")),
         "the other draft worker",
     ),
-    Row(
+    ProcessRow(
         "draft-terminated",
         "a draft worker is asked to end (SIGTERM) and is back after 3 s",
         (terminate("draft 1"), hold(3), start("draft 1")),
@@ -135,31 +112,31 @@ DRAFT_ROWS = (
 )
 
 VERIFY_ROWS = (
-    Row(
+    ProcessRow(
         "verify-killed",
         "a verify worker is killed and is back after 3 s",
         (kill("verify 1"), hold(3), start("verify 1")),
         "the other verify worker",
     ),
-    Row(
+    ProcessRow(
         "verify-stopped",
         "a verify worker hangs (SIGSTOP) for 5 s",
         (stop("verify 1"), hold(5), resume("verify 1")),
         "the other verify worker",
     ),
-    Row(
+    ProcessRow(
         "verify-terminated",
         "a verify worker is asked to end (SIGTERM) and is back after 3 s",
         (terminate("verify 1"), hold(3), start("verify 1")),
         "the other verify worker",
     ),
-    Row(
+    ProcessRow(
         "verifies-killed",
         "all verify workers are killed and are back at once",
         (kill("verify *"), start("verify *")),
         "no verify worker for as long as they take to start",
     ),
-    Row(
+    ProcessRow(
         "blocks-scarce",
         f"verify workers with {FEW_BLOCKS} KV blocks each, for all streams",
         (hold(10),),
@@ -169,32 +146,32 @@ VERIFY_ROWS = (
 )
 
 ROUTER_ROWS = (
-    Row(
+    ProcessRow(
         "router-killed",
         "a router is killed and is back after 3 s",
         (kill("router 1"), hold(3), start("router 1")),
         "the other router",
     ),
-    Row(
+    ProcessRow(
         "router-stopped",
         "a router hangs (SIGSTOP) for 5 s",
         (stop("router 1"), hold(5), resume("router 1")),
         "the other router",
     ),
-    Row(
+    ProcessRow(
         "router-terminated",
         "a router is asked to end (SIGTERM) and is back after 3 s",
         (terminate("router 1"), hold(3), start("router 1")),
         "the other router",
     ),
-    Row(
+    ProcessRow(
         "router-killed-background",
         "the router of 8 responses in the background is killed",
         (kill("router 1"),),
         "the other router",
         background=True,
     ),
-    Row(
+    ProcessRow(
         "clock-wrong",
         "clocks of a router and of two workers are an hour fast; that router is killed",
         (hold(2), kill("router 1"), hold(2), start("router 1")),
@@ -210,46 +187,48 @@ ROUTER_ROWS = (
 )
 
 REDIS_ROWS = (
-    Row(
+    ProcessRow(
         "redis-restarted",
         "Redis is asked to end (SIGTERM) and is back after 2 s",
         (terminate("redis"), hold(2), start("redis")),
         "no Redis for 2 s",
     ),
-    Row(
+    ProcessRow(
         "redis-second-lost",
         "Redis is killed and comes back without its last second",
         (lose_last_second(),),
         "a Redis that is a second behind",
     ),
-    Row(
+    ProcessRow(
         "redis-stopped",
         "Redis hangs (SIGSTOP) for 5 s",
         (stop("redis"), hold(5), resume("redis")),
         "no Redis for 5 s",
     ),
-    Row("redis-flushed", "Redis loses all its data (FLUSHALL)", (flush(),), "an empty Redis"),
-    Row(
+    ProcessRow(
+        "redis-flushed", "Redis loses all its data (FLUSHALL)", (flush(),), "an empty Redis"
+    ),
+    ProcessRow(
         "redis-scripts-lost",
         "Redis forgets its functions and scripts",
         (forget_scripts(),),
         "all",
     ),
-    Row(
+    ProcessRow(
         "redis-failover",
         "Redis is killed and its replica takes over",
         (fail_over(),),
         "the replica",
         options={"replica": True},
     ),
-    Row(
+    ProcessRow(
         "redis-disk-full",
         "the disk that Redis writes its log to is full for 5 s",
         (fill_disk(), hold(5), empty_disk()),
         "a Redis that refuses to write",
         options={"small_disk": True},
     ),
-    Row(
+    ProcessRow(
         "redis-memory-full",
         "Redis has no memory left (maxmemory, noeviction) for 5 s",
         (limit_memory(), hold(5), unlimit_memory()),
@@ -257,7 +236,7 @@ REDIS_ROWS = (
     ),
 )
 
-ROLLING = Row(
+ROLLING = ProcessRow(
     "rolling-restart",
     "every process is asked to end and started again, one after the other, Redis too",
     (restart_each("draft *", "verify *", "router *", "redis"),),
@@ -278,6 +257,6 @@ ROWS = (
 )
 
 
-def named(name: str) -> Row | None:
+def named(name: str) -> ProcessRow | None:
     """The row of a name."""
     return next((row for row in ROWS if row.name == name), None)

@@ -116,7 +116,7 @@ async def _load(
     right = await unbroken(cluster.routers, options.matrix.cases())
     async with AsyncClient(cluster.routers) as client:
         text = await structured(client)
-    name = cluster.options.model.name
+    name = cluster.model_name
     users = Users(cluster.routers, cluster.gateways, name, right, text)
     stopping = asyncio.Event()
     tasks = [

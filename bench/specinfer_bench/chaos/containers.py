@@ -1,0 +1,220 @@
+"""The cluster of docker-compose.yml and what can be done to its containers.
+
+It speaks to the engine through the `docker` and `docker-compose` commands. This module knows
+nothing of load or of what should come of a fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specinfer import AsyncClient
+from specinfer.errors import SpecinferError, Unavailable
+from specinfer_bench.chaos.row import Action
+
+HEAL_SECONDS = 180.0
+COMMAND_SECONDS = 300.0
+POLL_SECONDS = 0.5
+NUM_WORKERS = 2
+TIERS = ("draft", "verify")
+WORKER_PORTS = {"draft": 50061, "verify": 50071}
+JOIN_SECONDS = 2.0
+# docker's own words for a network that has been joined already, or was not.
+HARMLESS = ("already exists in network", "is not connected to")
+
+
+async def run(*command: str) -> str:
+    """What a command prints; raises SpecinferError with its errors when it fails."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(COMMAND_SECONDS):
+            output, errors = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise Unavailable(f"{' '.join(command)} does not end") from None
+    if process.returncode:
+        raise SpecinferError(f"{' '.join(command)}: {errors.decode().strip()[-500:]}")
+    return output.decode()
+
+
+@dataclass
+class ContainerCluster:
+    """A compose cluster that can be broken.
+
+    Attributes:
+        project: name of the compose project.
+        routers, gateways: published addresses.
+        model_name: what clients call the model.
+    """
+
+    project: str
+    routers: Sequence[str]
+    gateways: Sequence[str]
+    model_name: str = ""
+    _cut_off: dict[str, list[str]] = field(default_factory=dict)
+
+    async def start(self) -> None:
+        """Bring it up with two workers of each kind, if it is not; raises SpecinferError."""
+        await self.scale(draft=NUM_WORKERS, verify=NUM_WORKERS)
+        await self.heal()
+        async with AsyncClient(self.routers) as client:
+            self.model_name = (await client.capabilities()).model
+
+    async def scale(self, **numbers: int) -> None:
+        """Run so many containers of each service."""
+        flags = [
+            part for name, number in numbers.items() for part in ("--scale", f"{name}={number}")
+        ]
+        up = ("up", "--detach", "--no-build", "--no-recreate", *flags)
+        await run("docker-compose", "--project-name", self.project, *up, "redis", *TIERS, "router")
+
+    async def containers(self, service: str, *, running: bool = True) -> list[str]:
+        """Ids of a service's containers, the first one first."""
+        filters = [f"label=com.docker.compose.project={self.project}"]
+        filters.append(f"label=com.docker.compose.service={service}")
+        flags = [part for one in filters for part in ("--filter", one)]
+        ids = (
+            await run("docker", "ps", "--quiet", *([] if running else ["--all"]), *flags)
+        ).split()
+        if not ids:
+            return []
+        found = json.loads(await run("docker", "inspect", *ids))
+        label = "com.docker.compose.container-number"
+        found.sort(key=lambda one: int(one["Config"]["Labels"][label]))
+        return [one["Id"] for one in found]
+
+    async def first(self, service: str) -> str:
+        """Id of a service's first container; raises Unavailable when there is none."""
+        found = await self.containers(service, running=False)
+        if not found:
+            raise Unavailable(f"no container of {service}")
+        return found[0]
+
+    async def networks(self, container: str) -> list[str]:
+        """Names of the networks that a container is in."""
+        facts = json.loads(await run("docker", "inspect", container))[0]
+        return sorted(facts["NetworkSettings"]["Networks"])
+
+    async def cut_off(self, service: str) -> None:
+        """Take a service's first container out of its networks."""
+        container = await self.first(service)
+        self._cut_off[container] = await self.networks(container)
+        for network in self._cut_off[container]:
+            await run("docker", "network", "disconnect", network, container)
+
+    async def connect(self, service: str) -> None:
+        """Put it back, under the name of its service."""
+        container = await self.first(service)
+        for network in self._cut_off.pop(container, []):
+            await run("docker", "network", "connect", "--alias", service, network, container)
+
+    async def netfilter(self, service: str, *rule: str) -> None:
+        """Change a filter rule in the network of a service's first container; needs root."""
+        container = await self.first(service)
+        facts = json.loads(await run("docker", "inspect", container))[0]
+        enter = ("nsenter", "--target", str(facts["State"]["Pid"]), "--net")
+        await run(*enter, "iptables", *rule)
+
+    async def heal(self) -> None:
+        """Unpause, connect and start everything; wait until the router sees every worker."""
+        for service in ("redis", *TIERS, "router"):
+            for container in await self.containers(service, running=False):
+                facts = json.loads(await run("docker", "inspect", container))[0]["State"]
+                if facts["Paused"]:
+                    await run("docker", "unpause", container)
+                if not facts["Running"]:
+                    await run("docker", "start", container)
+            if self._cut_off:
+                await self.connect(service)
+        await self.scale(draft=NUM_WORKERS, verify=NUM_WORKERS)
+        await self.until(draft=NUM_WORKERS, verify=NUM_WORKERS, seconds=HEAL_SECONDS)
+
+    async def until(self, *, draft: int, verify: int, seconds: float) -> float:
+        """Wait until the router has so many workers; the seconds it took.
+
+        Raises:
+            Unavailable: it has not, in time.
+        """
+        begun = time.monotonic()
+        found = (-1, -1)
+        while found != (draft, verify):
+            if time.monotonic() - begun > seconds:
+                raise Unavailable(f"the router has {found} draft and verify workers")
+            try:
+                async with AsyncClient(self.routers, timeout=5.0) as client:
+                    told = await client.capabilities()
+                found = (told.num_drafters, told.num_verifiers)
+            except SpecinferError:
+                await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS / 5)
+        return time.monotonic() - begun
+
+
+ContainerAction = Action[ContainerCluster]
+
+
+def docker(verb: str, service: str) -> ContainerAction:
+    """`docker VERB` for a service's first container: pause, unpause, kill, start, restart."""
+
+    async def do(cluster: ContainerCluster) -> None:
+        await run("docker", verb, await cluster.first(service))
+
+    return Action(f"docker {verb} {service}", do)
+
+
+def disconnect(service: str) -> ContainerAction:
+    """Take a container out of its networks."""
+    return Action(f"disconnect {service}", lambda cluster: cluster.cut_off(service))
+
+
+def connect(service: str) -> ContainerAction:
+    """Put it back."""
+    return Action(f"connect {service}", lambda cluster: cluster.connect(service))
+
+
+def drop(service: str, *, share: float = 1.0) -> ContainerAction:
+    """Drop a share of the packets that reach a worker's port."""
+    return Action(f"drop for {service}", lambda cluster: _filter(cluster, "-A", service, share))
+
+
+def drop_no_more(service: str, *, share: float = 1.0) -> ContainerAction:
+    """Drop none of them."""
+    return Action(f"pass for {service}", lambda cluster: _filter(cluster, "-D", service, share))
+
+
+async def _filter(cluster: ContainerCluster, verb: str, service: str, share: float) -> None:
+    match = ["-p", "tcp", "--dport", str(WORKER_PORTS[service])]
+    if share < 1.0:
+        match += ["-m", "statistic", "--mode", "random", "--probability", str(share)]
+    await cluster.netfilter(service, verb, "INPUT", *match, "-j", "DROP")
+
+
+def scale_up(service: str, number: int) -> ContainerAction:
+    """Add containers; the router has to use them within seconds after they are healthy."""
+
+    async def do(cluster: ContainerCluster) -> None:
+        numbers = dict.fromkeys(TIERS, NUM_WORKERS) | {service: number}
+        await cluster.scale(**numbers)
+        await _healthy(cluster, service, number)
+        await cluster.until(draft=numbers["draft"], verify=numbers["verify"], seconds=JOIN_SECONDS)
+
+    return Action(f"--scale {service}={number}", do)
+
+
+async def _healthy(cluster: ContainerCluster, service: str, number: int) -> None:
+    deadline = time.monotonic() + HEAL_SECONDS
+    while time.monotonic() < deadline:
+        found = await cluster.containers(service)
+        facts = json.loads(await run("docker", "inspect", *found))
+        states = [one["State"].get("Health", {}).get("Status") for one in facts]
+        if states.count("healthy") == number:
+            return
+        await asyncio.sleep(POLL_SECONDS)
+    raise Unavailable(f"{service} does not become healthy")
