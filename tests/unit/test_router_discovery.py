@@ -97,7 +97,8 @@ async def test_a_drafter_that_comes_later_is_used_and_one_that_dies_is_gone() ->
     async with found_cluster(registry, verifier) as cluster:
         bench = bench_of(cluster, MemoryStore(), await load_tokenizer(cluster, 1000))
         alone = await bench.generate(request_of())
-        assert set(alone.reasons) == {"no_drafter"}
+        assert "no_drafter" in alone.reasons
+        assert "" not in alone.reasons
         await drafter.start()
         registry.put(drafter)
         await until(lambda: cluster.drafters.num_ready == 1, "the drafter joins")
@@ -270,6 +271,7 @@ async def test_when_the_model_is_replaced_a_router_says_so_and_lives() -> None:
         await until(lambda: cluster.verifiers.num_ready == 1, "the old model is back")
         assert (await bench.generate(request_of())).token_ids == continuation(PROMPT, 40, 3)
         bench.router.close()
+    await new.stop()
 
     # A router that is started anew serves the new model, and the old one's sessions are told.
     registry.listed.clear()
