@@ -17,17 +17,20 @@ from typer.testing import CliRunner
 from specinfer.admin import AdminClient
 from specinfer.errors import InvalidCheckpoint, InvalidRequest, NotFound, PermissionDenied
 from specinfer.messages.admin import ClusterStatus, RouterStatus, SessionStatus
+from specinfer.redis_connection import RedisSettings
+from specinfer.sampling import SamplingParams, StopConditions
 from specinfer.server import build_server
 from specinfer_cli.app import app
 from specinfer_cli.memory_plan import plan_memory
 from specinfer_cli.sessions import state
 from specinfer_cli.top import Look, rates, worker_state
-from specinfer_router.admin import Administration, Identity
+from specinfer_router.admin import Administration, Identity, session_status
 from specinfer_router.admin_servicer import SERVICE, add_administration
 from specinfer_router.keys.control import AccessControl
 from specinfer_router.keys.file import KeyFile
 from specinfer_router.servicer import SERVICE as GENERATION
 from specinfer_router.servicer import add_generation
+from specinfer_router.store import RedisStore, SessionRecord, SessionTerms
 from tests.kit.router import Bench, request_of, running_router
 from tests.unit.test_diagnosis import worker
 from tests.unit.test_roles import keys_in
@@ -73,7 +76,7 @@ async def served(access: AccessControl | None = None) -> AsyncIterator[Served]:
 async def test_sessions_are_listed_shown_and_cancelled() -> None:
     async with served() as at:
         ended = await at.bench.generate(request_of(max_tokens=9))
-        async with aclosing(at.bench.router.generate(request_of(max_tokens=500))) as events:
+        async with aclosing(at.bench.router.generate(request_of(max_tokens=400))) as events:
             running = (await anext(events)).session_id  # type: ignore[union-attr]
             found = await at.json("sessions", "list", "--admin", at.address)
             states = {session["session_id"]: session["finish_reason"] for session in found}
@@ -127,7 +130,7 @@ async def test_doctor_has_a_verdict_for_each_line_and_fails_when_one_does() -> N
 
         await at.bench.verifiers[0].stop()
         async with asyncio.timeout(20):
-            while at.bench.cluster.verifiers.num_ready:
+            while at.bench.cluster.verifiers.num_ready:  # noqa: ASYNC110 - no event tells
                 await asyncio.sleep(0)
         broken = await at.run("doctor", *flags)
         assert broken.exit_code == 1
@@ -223,3 +226,27 @@ def test_a_folder_that_is_no_checkpoint_has_no_plan(tmp_path: Path, content: byt
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(InvalidCheckpoint):
         plan_memory(tmp_path, "float32")
+
+
+async def test_sessions_in_redis_are_summed_up_alone_and_together(redis_server: str) -> None:
+    store = RedisStore(RedisSettings(redis_server), holder="router-7", lease_seconds=30.0)
+    terms = SessionTerms(
+        "hash",
+        2,
+        SamplingParams(seed=1),
+        StopConditions(max_tokens=9),
+        request_id="request-7",
+        unattended=True,
+    )
+    await store.create(SessionRecord("summed-up", terms, (1, 2)))
+    await store.commit("summed-up", 0, [3, 4, 5])
+    found = session_status(await store.summary("summed-up"))
+    assert (found.request_id, found.max_tokens, found.unattended) == ("request-7", 9, True)
+    assert (found.num_prompt_tokens, found.num_output_tokens, found.epoch) == (2, 3, 1)
+    assert found.holder == "router-7"
+    assert 20 < found.lease_seconds <= 30
+    listed = [summary.session_id for summary in await store.sessions(1000)]
+    assert "summed-up" in listed
+    with pytest.raises(NotFound):
+        await store.summary("nobody")
+    await store.close()

@@ -115,24 +115,11 @@ class Administration:
 
     async def session(self, session_id: str) -> SessionStatus:
         """One session; raises NotFound."""
-        record = await self._store.load(session_id)
-        return SessionStatus(
-            session_id=session_id,
-            request_id=record.terms.request_id,
-            key_id=record.terms.key_id,
-            model_hash=record.terms.model_hash,
-            num_prompt_tokens=record.terms.num_prompt_tokens,
-            num_output_tokens=len(record.output_ids),
-            max_tokens=record.terms.stop.max_tokens or 0,
-            epoch=record.epoch,
-            owner=record.owner,
-            finish_reason=record.finish_reason,
-            unattended=record.terms.unattended,
-        )
+        return session_status(await self._store.summary(session_id))
 
     async def cancel(self, session_id: str) -> None:
         """End a session for good, wherever it runs and whosever it is; raises NotFound."""
-        await self._store.load(session_id)
+        await self._store.summary(session_id)
         await self._store.finish(session_id, CANCELLED)
 
     async def diagnose(self, callers_clock: float = 0.0) -> list[Finding]:
@@ -169,6 +156,9 @@ def session_status(summary: SessionSummary) -> SessionStatus:
         lease_seconds=summary.lease_seconds,
         ttl_seconds=summary.ttl_seconds,
         finish_reason=summary.finish_reason,
+        request_id=summary.request_id,
+        max_tokens=summary.max_tokens,
+        unattended=summary.unattended,
     )
 
 
@@ -193,11 +183,11 @@ class Counts:
         return round(sum(value for _, value in self._named(name)))
 
     def by(self, name: str, label: str) -> dict[str, int]:
-        """The sums by the values of one label."""
+        """The sums by the values of one label, without those that are 0."""
         sums: dict[str, float] = {}
         for labels, value in self._named(name):
             sums[labels.get(label, "")] = sums.get(labels.get(label, ""), 0.0) + value
-        return {key: round(value) for key, value in sums.items()}
+        return {key: round(value) for key, value in sums.items() if value}
 
     def _named(self, name: str) -> Iterable[tuple[dict[str, str], float]]:
         full = f"specinfer_{name}"

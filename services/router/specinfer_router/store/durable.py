@@ -98,7 +98,10 @@ class DurableStore:
         change = (session_id, epoch, token_ids, finish_reason)
         held, begin = self._copies.held(session_id), time.perf_counter()
         try:
-            reached = await self._ask(lambda: self._shared.commit(*change, owner=owner))
+            # Its patience is the shared store's: one for all commits that go out together.
+            reached = await self._ask(
+                lambda: self._shared.commit(*change, owner=owner), within_patience=False
+            )
         except Unavailable:
             if held is None:
                 raise
@@ -184,6 +187,12 @@ class DurableStore:
             return ()
         return await self._ask(lambda: self._shared.orphans(limit))
 
+    async def summary(self, session_id: str) -> SessionSummary:
+        """Redis's; that of the copy while Redis is away."""
+        if self._outage.is_on:
+            return await self._copies.memory.summary(session_id)
+        return await self._shared.summary(session_id)
+
     async def sessions(self, limit: int) -> Sequence[SessionSummary]:
         """The sessions of all routers; those that run here while Redis is away."""
         if self._outage.is_on:
@@ -232,13 +241,17 @@ class DurableStore:
         await self._copies.close()
         await self._shared.close()
 
-    async def _ask(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    async def _ask(
+        self, call: Callable[[], Awaitable[_Answer]], *, within_patience: bool = True
+    ) -> _Answer:
         """What Redis answers; raises Unavailable, at once while it is known to be away."""
         if self._outage.is_on:
             raise Unavailable(
                 f"Redis has been away for {self._outage.seconds:.1f} s", retry_after=1.0
             )
         try:
+            if not within_patience:
+                return await call()
             return await self._outage.within_patience(call())
         except Unavailable as error:
             self._lose(error)

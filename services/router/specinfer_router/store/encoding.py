@@ -89,4 +89,7 @@ def summary_of(
         holder=holder.decode(),
         lease_seconds=lease_ms / 1000,
         ttl_seconds=ttl_ms / 1000,
+        request_id=terms.request_id,
+        max_tokens=terms.stop.max_tokens or 0,
+        unattended=terms.unattended,
     )

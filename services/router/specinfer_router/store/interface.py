@@ -104,6 +104,9 @@ class SessionSummary:
         holder: id of the router that holds it or did so last.
         lease_seconds: how long that router still counts as alive; 0 when its lease has run out.
         ttl_seconds: how long the session is still kept.
+        request_id: of the request that opened it.
+        max_tokens: longest output that it may have; 0 for as long as the model allows.
+        unattended: whether it runs on without a reader.
     """
 
     session_id: str
@@ -117,6 +120,9 @@ class SessionSummary:
     holder: str
     lease_seconds: float
     ttl_seconds: float
+    request_id: str = ""
+    max_tokens: int = 0
+    unattended: bool = False
 
 
 class Behind(StaleEpoch):
@@ -185,6 +191,10 @@ class SessionStore(Protocol):
 
     async def orphans(self, limit: int) -> Sequence[str]:
         """At most `limit` ids of unattended sessions whose router seems dead; `claim` decides."""
+        ...
+
+    async def summary(self, session_id: str) -> SessionSummary:
+        """What an operator sees of one session; raises NotFound."""
         ...
 
     async def sessions(self, limit: int) -> Sequence[SessionSummary]:

@@ -145,6 +145,10 @@ class MemoryStore:
         """None: a session in memory dies with the router that runs it."""
         return ()
 
+    async def summary(self, session_id: str) -> SessionSummary:
+        """What an operator sees of one session."""
+        return self._summary(self._get(session_id))
+
     async def sessions(self, limit: int) -> Sequence[SessionSummary]:
         """At most `limit` of the sessions kept."""
         self._expire()
@@ -221,6 +225,9 @@ class MemoryStore:
             holder=self._holder,
             lease_seconds=0.0 if record.finish_reason else left,
             ttl_seconds=left,
+            request_id=record.terms.request_id,
+            max_tokens=record.terms.stop.max_tokens or 0,
+            unattended=record.terms.unattended,
         )
 
     def _record(self, entry: _Entry) -> SessionRecord:

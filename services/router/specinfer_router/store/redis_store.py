@@ -70,8 +70,12 @@ class RedisStore:
         holder: str = "",
         ttl_seconds: float = 3600.0,
         lease_seconds: float = 10.0,
+        patience_seconds: float = 1.0,
     ) -> None:
-        """Take down where Redis is; the first command connects. Raises InvalidRequest."""
+        """Take down where Redis is; the first command connects. Raises InvalidRequest.
+
+        A commit that has no answer after `patience_seconds` raises Unavailable.
+        """
         self.holder = holder or uuid.uuid4().hex[:12]
         self.ttl_seconds = ttl_seconds
         self.lease_seconds = lease_seconds
@@ -79,7 +83,7 @@ class RedisStore:
         self._ttl_ms = max(1, round(ttl_seconds * 1000))
         self._lease_ms = max(1, round(lease_seconds * 1000))
         self._redis = settings.connect()
-        self._batch = ScriptBatch(self._redis)
+        self._batch = ScriptBatch(self._redis, patience_seconds=patience_seconds)
         self._scripts = {name: Script(self.script_text(name)) for name in _SCRIPTS}
 
     def script_text(self, name: str) -> str:
@@ -201,6 +205,13 @@ class RedisStore:
             raise _not_found(session_id)
         epoch, finish_reason, packed = found
         return unpack(packed), int(epoch), finish_reason.decode()
+
+    async def summary(self, session_id: str) -> SessionSummary:
+        """What an operator sees of one session."""
+        found = await self._summaries([session_id])
+        if not found:
+            raise _not_found(session_id)
+        return found[0]
 
     async def sessions(self, limit: int) -> Sequence[SessionSummary]:
         """At most `limit` of the sessions kept; it looks through all of Redis's keys."""

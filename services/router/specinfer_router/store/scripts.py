@@ -15,11 +15,13 @@ from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 Argument = str | bytes | int
 
 MAX_PIPELINE = 256
+_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Script:
         digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
         object.__setattr__(self, "sha", digest)
 
+    @property
+    def name(self) -> tuple[bytes, bytes]:
+        """The command that runs it, by its hash."""
+        return b"EVALSHA", self.sha.encode()
+
 
 @dataclass(frozen=True)
 class Call:
@@ -43,10 +50,26 @@ class Call:
     keys: Sequence[str]
     arguments: Sequence[Argument]
 
+    def packed(self) -> bytes:
+        """The command as Redis reads it (RESP), made here because it is made for every round."""
+        parts = [*self.script.name, b"%d" % len(self.keys)]
+        parts += [key.encode() for key in self.keys]
+        for argument in self.arguments:
+            if isinstance(argument, bytes):
+                parts.append(argument)
+            else:
+                parts.append(str(argument).encode())
+        pieces = [b"*%d\r\n" % len(parts)]
+        pieces += [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]
+        return b"".join(pieces)
+
     def command(self, *, by_text: bool = False) -> tuple[Argument, ...]:
         """What is sent."""
         name = ("EVAL", self.script.text) if by_text else ("EVALSHA", self.script.sha)
         return (*name, len(self.keys), *self.keys, *self.arguments)
+
+
+Waiting = tuple[Call, "asyncio.Future[Any]"]
 
 
 async def run_script(client: Redis | RedisCluster, call: Call) -> Any:
@@ -63,6 +86,8 @@ async def run_scripts(client: Redis | RedisCluster, calls: Sequence[Call]) -> li
     Raises:
         RedisError: when none of them could be sent.
     """
+    if not calls:
+        return []
     answers = await _pipeline(client, [call.command() for call in calls])
     lost = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
     if lost:
@@ -89,15 +114,17 @@ async def _pipeline(
 
 
 class ScriptBatch:
-    """Sends the calls that come up in one turn of the event loop as one pipeline.
+    """Sends the calls that come up in one turn of the event loop together.
 
-    While one is under way the next gathers; so a call waits for two pipelines at most. There are
-    as many calls as there are callers that wait, and each of them has one.
+    While some are under way the next gather; so a call waits for two round trips at most. There
+    are as many calls as there are callers that wait, and each of them has one. What takes longer
+    than `patience_seconds` fails as a time-out.
     """
 
-    def __init__(self, client: Redis | RedisCluster) -> None:
+    def __init__(self, client: Redis | RedisCluster, *, patience_seconds: float) -> None:
         self._client = client
-        self._waiting: list[tuple[Call, asyncio.Future[Any]]] = []
+        self._patience_seconds = patience_seconds
+        self._waiting: list[Waiting] = []
         self._sender: asyncio.Task[None] | None = None
 
     async def run(self, call: Call) -> Any:
@@ -114,7 +141,7 @@ class ScriptBatch:
         waiting, self._waiting = self._waiting, []
         if sender is not None:
             sender.cancel()
-        _fail(waiting)
+        _fail(waiting, RedisConnectionError("the connection was given up"))
 
     async def close(self) -> None:
         """Give up, and return when nothing is under way any more."""
@@ -124,36 +151,81 @@ class ScriptBatch:
             await asyncio.wait([sender])
 
     async def _send(self) -> None:
-        sent: list[tuple[Call, asyncio.Future[Any]]] = []
+        sent: list[Waiting] = []
         try:
             while self._waiting:
-                sent, self._waiting = self._waiting[:MAX_PIPELINE], self._waiting[MAX_PIPELINE:]
                 # Whoever has gone needs no answer, and its commit would come too late.
-                sent = [(call, answered) for call, answered in sent if not answered.done()]
-                if sent:
-                    await self._send_together(sent)
+                waiting = [each for each in self._waiting if not each[1].done()]
+                sent, self._waiting = waiting[:MAX_PIPELINE], waiting[MAX_PIPELINE:]
+                await self._send_together(sent)
         finally:
-            _fail(sent)
+            _fail(sent, RedisConnectionError("the connection was given up"))
             # Unless given up: then another one may be on its way already.
             if self._sender is asyncio.current_task():
                 self._sender = None
 
-    async def _send_together(self, sent: Sequence[tuple[Call, asyncio.Future[Any]]]) -> None:
+    async def _send_together(self, sent: list[Waiting]) -> None:
         try:
-            answers = await run_scripts(self._client, [call for call, _ in sent])
+            async with asyncio.timeout(self._patience_seconds):
+                if isinstance(self._client, Redis):
+                    await _answer_one_by_one(self._client, sent)
+                left = [each for each in sent if not each[1].done()]
+                answers = await run_scripts(self._client, [call for call, _ in left])
+            for (_, answered), answer in zip(left, answers, strict=True):
+                _tell(answered, answer)
+        except TimeoutError:
+            _fail(sent, RedisTimeoutError(f"no answer for {self._patience_seconds:g} s"))
         except Exception as error:
             # Whatever it was: each caller waits for an answer of its own.
-            answers = [error] * len(sent)
-        for (_, answered), answer in zip(sent, answers, strict=True):
-            if answered.done():
-                continue
-            if isinstance(answer, Exception):
-                answered.set_exception(answer)
-            else:
-                answered.set_result(answer)
+            _fail(sent, error)
 
 
-def _fail(calls: Sequence[tuple[Call, asyncio.Future[Any]]]) -> None:
+async def _answer_one_by_one(client: Redis, sent: list[Waiting]) -> None:
+    """Send all calls at once, and tell each its answer as soon as it is there.
+
+    A pipeline of the client's would do as well, for twice the time on the event loop and with all
+    answers at the end. Calls whose script Redis has lost are left without an answer.
+    """
+    # The client does not say what its pools hold.
+    pool: Any = client.connection_pool
+    connection = await pool.get_connection()
+
+    async def exchange() -> None:
+        left = [each for each in sent if not each[1].done()]
+        for start in range(0, len(left), _AT_ONCE):
+            # Redis works on the first while the next are still being packed.
+            calls = (call for call, _ in left[start : start + _AT_ONCE])
+            await connection.send_packed_command(b"".join(call.packed() for call in calls))
+        for _, answered in left:
+            try:
+                answer = await connection.read_response()
+            except ResponseError as error:
+                answer = error
+            if not isinstance(answer, NoScriptError):
+                _tell(answered, answer)
+
+    async def reconnect(_: Exception) -> None:
+        await connection.disconnect()
+
+    try:
+        await connection.retry.call_with_retry(exchange, reconnect)
+    except BaseException:
+        # Answers that nobody has read must not be taken for those of the next calls.
+        await connection.disconnect(nowait=True)
+        raise
+    finally:
+        await pool.release(connection)
+
+
+def _tell(answered: asyncio.Future[Any], answer: Any) -> None:
+    if answered.done():
+        return
+    if isinstance(answer, Exception):
+        answered.set_exception(answer)
+    else:
+        answered.set_result(answer)
+
+
+def _fail(calls: Sequence[Waiting], error: Exception) -> None:
     for _, answered in calls:
-        if not answered.done():
-            answered.set_exception(RedisConnectionError("the connection was given up"))
+        _tell(answered, error)
