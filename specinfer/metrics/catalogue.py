@@ -89,7 +89,10 @@ WORKER_STATE = Label("state", ("ready", "draining", "down"))
 MOVE_REASON = Label("reason", ("unavailable", "slow", "not_found", "full", "stale", "internal"))
 OPERATION = Label(
     "operation",
-    ("create", "load", "commit", "finish", "claim", "renew", "restore", "document", "registry"),
+    (
+        *("create", "commit", "claim", "restore", "orphans", "finish", "load", "tail"),
+        *("sessions", "summary", "document", "check"),
+    ),
 )
 ROW_KIND = Label("kind", ("prefill", "root", "guess"))
 BLOCK_STATE = Label("state", ("used", "free", "cached"))

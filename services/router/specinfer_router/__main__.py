@@ -6,8 +6,9 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -16,10 +17,16 @@ from specinfer import __version__
 from specinfer.errors import SpecinferError, Unavailable
 from specinfer.metrics import RouterMetrics
 from specinfer.redis_registry import RedisPrefixes, RedisRegistry
-from specinfer.server import build_server, serve_until_signal
+from specinfer.server import RpcServer, build_server, serve_until_signal
 from specinfer.settings import read_settings
 from specinfer.telemetry import Telemetry, set_up
+from specinfer_router.admin import Administration, Check, Identity
+from specinfer_router.admin_servicer import SERVICE as ADMIN_SERVICE
+from specinfer_router.admin_servicer import add_administration
 from specinfer_router.cluster import Cluster
+from specinfer_router.counted_store import CountedStore
+from specinfer_router.counting import StoreCounts, show_store
+from specinfer_router.diagnosis import certificate_findings, redis_findings
 from specinfer_router.gateway.app import api_routes
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.page import page_routes
@@ -58,6 +65,9 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
             enable_reflection=settings.reflection,
         )
         stack.push_async_callback(server.server.stop, 0)
+        admin = build_admin_server(settings)
+        if admin is not None:
+            stack.push_async_callback(admin.server.stop, 0)
         access = AccessControl(build_key_source(settings))
         stack.push_async_callback(access.close)
         routers: list[Router] = []
@@ -70,6 +80,12 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         routers.append(router)
         add_generation(server, router, access)
         await server.start()
+        if admin is not None:
+            ports = {"router": server.port, "gateway": gateway.port}
+            add_administration(
+                admin, build_administration(settings, router, registry, ports), access
+            )
+            await admin.start()
         log.info("serving", extra={"grpc_port": server.port, "gateway_port": gateway.port})
 
         async def drain() -> None:
@@ -81,6 +97,43 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         # What runs, by gRPC or HTTP, has had its time; the grace is for what was already answered.
         await serve_until_signal(server, grace_seconds=LAST_SECONDS, on_drain=drain)
         await gateway.stop()
+
+
+def build_admin_server(settings: RouterSettings) -> RpcServer | None:
+    """The server of the operators' port, bound, where there is to be one."""
+    if not settings.admin:
+        return None
+    return build_server(
+        settings.admin,
+        [ADMIN_SERVICE],
+        tls=settings.tls,
+        insecure_bind=settings.insecure_bind,
+        enable_reflection=settings.reflection,
+    )
+
+
+def build_administration(
+    settings: RouterSettings,
+    router: Router,
+    registry: CollectorRegistry,
+    ports: Mapping[str, int],
+) -> Administration:
+    """What operators are answered from; `ports` are those whose certificates are looked at."""
+    connection = settings.redis_settings
+    checks: list[Check] = []
+    if connection is not None:
+        checks.append(partial(redis_findings, connection))
+    for name, port in ports.items() if settings.tls is not None else ():
+        address = f"127.0.0.1:{port}"
+        checks.append(
+            partial(certificate_findings, f"certificate of the {name}", address, settings.tls)
+        )
+    return Administration(
+        Identity(settings.router_id, __version__, "" if connection is None else connection.place),
+        router=router,
+        registry=registry,
+        checks=checks,
+    )
 
 
 def build_gateway(
@@ -128,7 +181,8 @@ async def build_router(
     stack: AsyncExitStack,
 ) -> Router:
     """A router with its store and its workers connected; `stack` closes them."""
-    store = build_store(settings)
+    counts = StoreCounts()
+    store = build_store(settings, counts)
     stack.push_async_callback(store.close)
     await store.check()
     cluster = build_cluster(settings, stack)
@@ -141,9 +195,10 @@ async def build_router(
         version=__version__,
         vllm_names=settings.vllm_metrics,
     )
+    show_store(metrics, store, counts)
     router = Router(
         cluster,
-        store=store,
+        store=CountedStore(store, metrics),
         tokenizer=await load_tokenizer(cluster, settings.max_prompt_characters),
         policy=settings.shape_policy(cluster.target.step_costs),
         metrics=metrics,
@@ -175,7 +230,7 @@ def build_cluster(settings: RouterSettings, stack: AsyncExitStack) -> Cluster:
     )
 
 
-def build_store(settings: RouterSettings) -> SessionStore:
+def build_store(settings: RouterSettings, counts: StoreCounts) -> SessionStore:
     """The session store that the settings name; raises InvalidRequest."""
     connection = settings.redis_settings
     if connection is None:
@@ -193,6 +248,7 @@ def build_store(settings: RouterSettings) -> SessionStore:
     return DurableStore(
         shared,
         OutageLimits(settings.redis_outage_seconds, serve_new=settings.redis_outage == SERVE),
+        counts.hooks(),
     )
 
 

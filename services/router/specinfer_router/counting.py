@@ -7,6 +7,7 @@ or HTTP.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from specinfer.metrics import RouterMetrics
@@ -14,8 +15,41 @@ from specinfer_router.admission import Admission
 from specinfer_router.cluster import Cluster
 from specinfer_router.links import WorkerLink
 from specinfer_router.policy import PlainSpeed
+from specinfer_router.store import DurableStore, SessionStore, StoreHooks
 
 _BREAKER_STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
+
+
+@dataclass
+class StoreCounts:
+    """What a store did, from before anybody counts on."""
+
+    num_outages: int = 0
+    outage_seconds: float = 0.0
+    num_restores: int = 0
+
+    def hooks(self) -> StoreHooks:
+        """What the store calls."""
+        return StoreHooks(restored=self._restored, outage_ended=self._outage_ended)
+
+    def _restored(self) -> None:
+        self.num_restores += 1
+
+    def _outage_ended(self, seconds: float) -> None:
+        self.num_outages += 1
+        self.outage_seconds += seconds
+
+
+def show_store(metrics: RouterMetrics, store: SessionStore, counts: StoreCounts) -> None:
+    """Show how the session store fares; one in memory is never away."""
+
+    def away() -> float:
+        return store.away_seconds if isinstance(store, DurableStore) else 0.0
+
+    metrics.watch_one("store_up", lambda: away() == 0.0)
+    metrics.watch_one("store_outages", lambda: counts.num_outages + (away() > 0.0))
+    metrics.watch_one("store_outage_seconds", lambda: counts.outage_seconds + away())
+    metrics.watch_one("store_restores", lambda: counts.num_restores)
 
 
 def show_router(metrics: RouterMetrics, admission: Admission, plain: PlainSpeed) -> None:
