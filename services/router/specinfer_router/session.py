@@ -24,8 +24,7 @@ from specinfer.messages import (
     Usage,
 )
 from specinfer.metrics import RouterMetrics
-from specinfer.telemetry import CLIENT, Span, current_span
-from specinfer.telemetry.generation import round_attributes
+from specinfer.telemetry import CLIENT, Span
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.policy import RoundHistory, TreeShapePolicy, clip
 from specinfer_router.prediction import Prediction
@@ -114,15 +113,13 @@ class Session:
             SpecinferError: the verify tier or the store could not go on.
         """
         end, self.begun = ABANDONED, True
-        span = current_span()
-        rounds = span if span.detailed else span.muted()
-        rounds.adopt()
+        trace = SessionTrace()
         try:
             while self.finished is None:
                 if self._leaving():
                     raise RouterLeaving(LEAVING, retry_after=0.0)
-                with rounds.child("round") as traced:
-                    event = await self._round(traced)
+                with trace.round() as span:
+                    event = await self._round(trace, span)
                 if event is not None and (event.offset >= self._lost_before or self._tell_lost):
                     yield event
             yield self.finished
@@ -134,20 +131,24 @@ class Session:
                 self._metrics.lease_lost()
             raise
         finally:
-            span.adopt()
+            trace.end()
             self._drafter.leave(self.epoch)
             self._verifier.leave(self.epoch)
             if self.finished is None:
                 with suppress(SpecinferError):
                     await self._store.finish(self.session_id, end, owner=self._owner)
 
-    async def _round(self, span: Span) -> TokensEvent | None:
+    async def _round(self, trace: SessionTrace, span: Span) -> TokensEvent | None:
         """Propose, verify, commit; None where the session was cancelled meanwhile."""
         start = time.perf_counter()
-        with span.child("propose", kind=CLIENT):
-            guess = await self._guess()
-        with span.child("verify", kind=CLIENT):
-            checked = await self._verifier.step(self._token_ids, self.epoch, guess.tree)
+        with span.child("propose", kind=CLIENT) as asked:
+            guess = await self._guess(asked.detail_parent)
+            trace.asked_drafter(asked, guess.worker, hedged=guess.hedged)
+        with span.child("verify", kind=CLIENT) as asked:
+            checked = await self._verifier.step(
+                self._token_ids, self.epoch, guess.tree, traceparent=asked.detail_parent
+            )
+            trace.asked_verifier(asked, self._verifier.address)
         kept = self._completion.take(checked.result.token_ids)
         # Committed before anyone sees it: what was shown can always be gone on from.
         with span.child("commit"):
@@ -155,15 +156,16 @@ class Session:
         if self.finished is not None:
             return None
         event = self._advance(guess, checked, kept, start, commit_seconds)
-        if span.recording:
-            span.set(round_attributes(event.round))
+        trace.told(span, event.round)
         if self._num_lost > 0 and kept.finish_reason:
             raise beyond_the_end(self._lost_before, self._num_output_tokens)
         return event
 
-    async def _guess(self) -> Guess:
+    async def _guess(self, traceparent: str) -> Guess:
         """What the drafter guesses, and beside it what the caller predicted."""
-        guess = await self._drafter.propose(self._token_ids, self.epoch, self._shape())
+        guess = await self._drafter.propose(
+            self._token_ids, self.epoch, self._shape(), traceparent=traceparent
+        )
         if self._prediction is None:
             return guess
         asked = self._options

@@ -14,14 +14,24 @@ from specinfer.messages import (
     GenerateEvent,
     GenerateRequest,
     ResumeRequest,
+    RoundFacts,
     Started,
     TokensEvent,
 )
-from specinfer.telemetry import INTERNAL, SERVER, Span, Telemetry, TraceContext, current_span
+from specinfer.telemetry import (
+    INTERNAL,
+    SERVER,
+    AttributeValue,
+    Span,
+    Telemetry,
+    TraceContext,
+    current_span,
+)
 from specinfer.telemetry.generation import (
     finished_attributes,
     operation_of,
     request_attributes,
+    round_attributes,
     started_attributes,
 )
 from specinfer.telemetry.logs import bind_log
@@ -79,3 +89,64 @@ def trace_queue(seconds: float) -> None:
     span = current_span()
     if span.recording:
         span.child("queue", start_ns=now - round(1e9 * seconds)).end(end_ns=now)
+
+
+class SessionTrace:
+    """What a session's rounds add to the current span: spans where it is detailed, else sums."""
+
+    def __init__(self) -> None:
+        self._span = current_span()
+        self._rounds = self._span if self._span.detailed else self._span.muted()
+        self._rounds.adopt()
+        self._drafter = self._verifier = ""
+        self._num_moves = 0
+
+    def round(self) -> Span:
+        """The span of a round, as a block; silence below it where rounds are summed up."""
+        return self._rounds.child("round")
+
+    def asked_drafter(self, span: Span, worker: str, *, hedged: bool) -> None:
+        """Note who guessed.
+
+        Args:
+            span: of asking.
+            worker: address, or "" when nobody answered.
+            hedged: whether a second drafter was asked too.
+        """
+        self._drafter = worker or self._drafter
+        if span.recording:
+            span.set({"specinfer.hedged": hedged, **_place(worker)})
+
+    def asked_verifier(self, span: Span, worker: str) -> None:
+        """Note who verified, and that the session has moved where it is somebody else."""
+        if worker != self._verifier:
+            if self._verifier:
+                self._num_moves += 1
+                self._span.event("moved", {"specinfer.verifier": worker})
+            self._verifier = worker
+        if span.recording:
+            span.set(_place(worker))
+
+    def told(self, span: Span, facts: RoundFacts) -> None:
+        """Note what a round did."""
+        if span.recording:
+            span.set(round_attributes(facts))
+
+    def end(self) -> None:
+        """Sum up; what comes later is the span's own again."""
+        self._span.adopt()
+        if self._span.recording:
+            self._span.set(
+                {
+                    "specinfer.drafter": self._drafter,
+                    "specinfer.verifier": self._verifier,
+                    "specinfer.moves": self._num_moves,
+                }
+            )
+
+
+def _place(address: str) -> dict[str, AttributeValue]:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return {}
+    return {"server.address": host.strip("[]"), "server.port": int(port)}
