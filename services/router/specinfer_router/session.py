@@ -30,6 +30,7 @@ from specinfer_router.policy import RoundHistory, TreeShapePolicy, clip
 from specinfer_router.prediction import Prediction
 from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
 from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
+from specinfer_router.tracing import SessionTrace
 
 LEAVING = "this router is shutting down; another one goes on with the stream"
 
