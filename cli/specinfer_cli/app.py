@@ -47,8 +47,8 @@ def _options(version: _Version = False) -> None:
 
 for _command in (up, generate, chat, explain, lossless, bench):
     app.command()(_command)
-for _command in (top, doctor):
-    app.command(rich_help_panel="For operators")(_command)
+app.command(rich_help_panel="For operators")(top)
+app.command(rich_help_panel="For operators")(doctor)
 app.add_typer(sessions, name="sessions", rich_help_panel="For operators")
 app.add_typer(keys, name="keys", rich_help_panel="For operators")
 for _service in (router, draft, verify):

@@ -47,7 +47,7 @@ class Served:
 
     async def run(self, *arguments: str) -> Result:
         """The command's result; it has an event loop of its own, so it runs in a thread."""
-        return await asyncio.to_thread(CliRunner().invoke, app, list(arguments))
+        return await asyncio.to_thread(lambda: CliRunner().invoke(app, list(arguments)))
 
     async def json(self, *arguments: str) -> Any:
         result = await self.run(*arguments, "--json")
@@ -62,8 +62,6 @@ async def served(access: AccessControl | None = None) -> AsyncIterator[Served]:
         administration = Administration(
             Identity("router-1", "test"),
             router=bench.router,
-            cluster=bench.cluster,
-            store=bench.store,
             registry=bench.registry,
         )
         add_administration(server, administration, access)

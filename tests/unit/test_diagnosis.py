@@ -13,7 +13,7 @@ from specinfer.rpc import TlsSettings
 from specinfer.server import build_server
 from specinfer_router.diagnosis import (
     RedisFacts,
-    certificate_finding,
+    certificate_findings,
     clock_finding,
     cluster_findings,
     judge_redis,
@@ -168,7 +168,7 @@ async def test_a_certificate_that_ends_soon_is_told(certificates: Certificates) 
     tls = TlsSettings(certificates.ca, certificates.server.certificate, certificates.server.key)
     server = build_server("127.0.0.1:0", ["specinfer.v1.Nothing"], tls=tls)
     await server.start()
-    finding = await certificate_finding("certificate", f"127.0.0.1:{server.port}", tls)
+    (finding,) = await certificate_findings("certificate", f"127.0.0.1:{server.port}", tls)
     # The kit's certificates are valid for a day.
     assert finding.verdict == WARNING
     assert "days" in finding.detail
@@ -181,6 +181,7 @@ async def test_a_certificate_of_nobody_we_know_fails(certificates: Certificates)
     server = build_server("127.0.0.1:0", ["specinfer.v1.Nothing"], tls=tls)
     await server.start()
     address = f"127.0.0.1:{server.port}"
-    assert (await certificate_finding("a", address, TlsSettings(certificates.ca))).verdict == FAILED
-    assert (await certificate_finding("a", address, tls)).verdict == WARNING
+    for trusted, verdict in ((TlsSettings(certificates.ca), FAILED), (tls, WARNING)):
+        (finding,) = await certificate_findings("a", address, trusted)
+        assert finding.verdict == verdict
     await server.server.stop(0)

@@ -112,8 +112,6 @@ async def doors(folder: Path) -> AsyncIterator[Doors]:
         administration = Administration(
             Identity("router-1", "test"),
             router=bench.router,
-            cluster=bench.cluster,
-            store=bench.store,
             registry=bench.registry,
         )
         add_administration(server, administration, access)
@@ -134,7 +132,7 @@ async def doors(folder: Path) -> AsyncIterator[Doors]:
 
 def methods() -> dict[str, Any]:
     """Every method of every service in specinfer.v1, by its name."""
-    found = {}
+    found: dict[str, Any] = {}
     for module in pkgutil.iter_modules(specinfer.v1.__path__):
         if module.name.endswith("_pb2"):
             descriptor = importlib.import_module(f"specinfer.v1.{module.name}").DESCRIPTOR
@@ -243,7 +241,8 @@ async def test_workers_that_ask_for_certificates_answer_nobody_without_one(
     for mine in (TlsSettings(ca, known.certificate, known.key), TlsSettings(ca)):
         async with open_channel(address, tls=mine) as channel:
             try:
-                await channel.unary_unary(f"/{name}")(b"", timeout=20)
+                call: Any = channel.unary_unary(f"/{name}")
+                await call(b"", timeout=20)
                 codes.append("OK")
             except grpc.aio.AioRpcError as error:
                 codes.append(error.code().name)

@@ -123,11 +123,12 @@ def build_administration(
     checks: list[Check] = []
     if connection is not None:
         checks.append(partial(redis_findings, connection))
-    for name, port in ports.items() if settings.tls is not None else ():
-        address = f"127.0.0.1:{port}"
-        checks.append(
-            partial(certificate_findings, f"certificate of the {name}", address, settings.tls)
-        )
+    if settings.tls is not None:
+        for name, port in ports.items():
+            address = f"127.0.0.1:{port}"
+            checks.append(
+                partial(certificate_findings, f"certificate of the {name}", address, settings.tls)
+            )
     return Administration(
         Identity(settings.router_id, __version__, "" if connection is None else connection.place),
         router=router,

@@ -13,10 +13,9 @@ from prometheus_client import CollectorRegistry
 
 from specinfer.errors import InvalidRequest, SpecinferError
 from specinfer.messages.admin import ClusterStatus, Finding, RouterStatus, SessionStatus
-from specinfer_router.cluster import Cluster
 from specinfer_router.diagnosis import cluster_findings
 from specinfer_router.router import Router
-from specinfer_router.store import CANCELLED, RESUMABLE, SessionStore, SessionSummary
+from specinfer_router.store import CANCELLED, RESUMABLE, SessionSummary
 
 MAX_SESSIONS = 1000
 
@@ -44,8 +43,6 @@ class Administration:
     Args:
         identity: who the router is.
         router: serves the users.
-        cluster: its workers.
-        store: where sessions live.
         registry: what it has counted.
         checks: what to look at in a diagnosis beside the cluster itself.
     """
@@ -55,15 +52,11 @@ class Administration:
         identity: Identity,
         *,
         router: Router,
-        cluster: Cluster,
-        store: SessionStore,
         registry: CollectorRegistry,
         checks: Sequence[Check] = (),
     ) -> None:
         self._identity = identity
         self._router = router
-        self._cluster = cluster
-        self._store = store
         self._counts = Counts(registry)
         self._checks = tuple(checks)
         self._start = time.monotonic()
@@ -90,7 +83,7 @@ class Administration:
             store=self._identity.store,
             store_ready=await self._store_answers(),
         )
-        return ClusterStatus(status, self._cluster.workers())
+        return ClusterStatus(status, self._router.cluster.workers())
 
     async def sessions(
         self, limit: int, *, key_id: str = "", running_only: bool = False
@@ -104,7 +97,7 @@ class Administration:
         if limit > MAX_SESSIONS:
             raise InvalidRequest(f"at most {MAX_SESSIONS} sessions are listed", field="limit")
         # Those that are left out are looked at too, but not without end.
-        found = await self._store.sessions(MAX_SESSIONS if key_id or running_only else limit)
+        found = await self._router.store.sessions(MAX_SESSIONS if key_id or running_only else limit)
         wanted = (
             summary
             for summary in found
@@ -115,12 +108,12 @@ class Administration:
 
     async def session(self, session_id: str) -> SessionStatus:
         """One session; raises NotFound."""
-        return session_status(await self._store.summary(session_id))
+        return session_status(await self._router.store.summary(session_id))
 
     async def cancel(self, session_id: str) -> None:
         """End a session for good, wherever it runs and whosever it is; raises NotFound."""
-        await self._store.summary(session_id)
-        await self._store.finish(session_id, CANCELLED)
+        await self._router.store.summary(session_id)
+        await self._router.store.finish(session_id, CANCELLED)
 
     async def diagnose(self, callers_clock: float = 0.0) -> list[Finding]:
         """What is wrong with the cluster, or soon will be.
@@ -129,14 +122,14 @@ class Administration:
             callers_clock: the operator's time in seconds since 1970, or 0 to leave it out.
         """
         skew = time.time() - callers_clock if callers_clock else None
-        findings = cluster_findings(self._identity.version, self._cluster.workers(), skew)
+        findings = cluster_findings(self._identity.version, self._router.cluster.workers(), skew)
         for check in self._checks:
             findings.extend(await check())
         return findings
 
     async def _store_answers(self) -> bool:
         try:
-            await self._store.check()
+            await self._router.store.check()
         except SpecinferError:
             return False
         return True

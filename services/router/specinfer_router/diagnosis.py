@@ -269,7 +269,7 @@ def _redis_user(user: str) -> Finding:
     return Finding("redis user", OK, user)
 
 
-async def certificate_finding(check: str, address: str, tls: TlsSettings) -> Finding:
+async def certificate_findings(check: str, address: str, tls: TlsSettings) -> list[Finding]:
     """How long the certificate that `address` shows is still valid.
 
     Args:
@@ -280,16 +280,15 @@ async def certificate_finding(check: str, address: str, tls: TlsSettings) -> Fin
     try:
         ends = await _certificate_end(address, tls)
     except (OSError, ssl.SSLError, ValueError, TimeoutError) as error:
-        return Finding(
-            check, FAILED, f"no TLS connection to {address}: {error}", "see docs/access.md"
-        )
+        return [
+            Finding(check, FAILED, f"no TLS connection to {address}: {error}", "see docs/access.md")
+        ]
     days = (ends - datetime.now(UTC)).total_seconds() / 86400
     detail = f"valid until {ends:%Y-%m-%d %H:%M} UTC, {days:.0f} days"
     if days < CERTIFICATE_DAYS:
-        return Finding(
-            check, WARNING if days > 0 else FAILED, detail, "renew it and restart the process"
-        )
-    return Finding(check, OK, detail)
+        verdict = WARNING if days > 0 else FAILED
+        return [Finding(check, verdict, detail, "renew it and restart the process")]
+    return [Finding(check, OK, detail)]
 
 
 async def _certificate_end(address: str, tls: TlsSettings) -> datetime:

@@ -71,6 +71,7 @@ class Router:
     Attributes:
         tokenizer: the target's tokenizer and chat template.
         store: where sessions and documents live.
+        cluster: the workers.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Router:
         """Put a started cluster, a store and a tokenizer together."""
         self.store = store
         self.tokenizer = tokenizer
-        self._cluster = cluster
+        self.cluster = cluster
         self._metrics = metrics
         self._version = version
         self._limits = limits or RouterLimits()
@@ -122,7 +123,7 @@ class Router:
         """Why new requests would fail now, or ""."""
         if self._admission.draining:
             return "draining"
-        return "" if self._cluster.verifiers.num_ready else "no verify worker is ready"
+        return "" if self.cluster.verifiers.num_ready else "no verify worker is ready"
 
     def most_held(self, caller: Caller) -> int:
         """Requests of a caller that could ever run and wait here together."""
@@ -130,20 +131,20 @@ class Router:
 
     def capabilities(self) -> Capabilities:
         """What this cluster accepts now."""
-        target = self._cluster.target
+        target = self.cluster.target
         return Capabilities(
             model=target.model_name,
             model_hash=target.model_hash,
             tokenizer_hash=target.tokenizer_hash,
             vocab_size=target.vocab_size,
             dtype=target.dtype,
-            max_model_len=self._cluster.max_session_tokens,
+            max_model_len=self.cluster.max_session_tokens,
             max_tree_nodes=self._opener.max_tree_nodes,
             row_invariant=target.row_invariant,
             acceptance_rules=target.acceptance_rules,
             lossless=set(target.acceptance_rules) <= {"match"},
-            num_drafters=self._cluster.drafters.num_ready,
-            num_verifiers=self._cluster.verifiers.num_ready,
+            num_drafters=self.cluster.drafters.num_ready,
+            num_verifiers=self.cluster.verifiers.num_ready,
             chat=self.tokenizer.has_chat_template,
             version=self._version,
             features=(*FEATURES, "tools") if self.tokenizer.takes_tools else FEATURES,

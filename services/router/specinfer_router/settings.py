@@ -19,6 +19,7 @@ from specinfer.settings import setting
 from specinfer.step_curve import StepCurve
 from specinfer.telemetry import TraceSettings
 from specinfer_router.admission import AdmissionLimits
+from specinfer_router.deadlines import StepDeadline
 from specinfer_router.following import FollowLimits
 from specinfer_router.gateway.server import check_origins
 from specinfer_router.opening import SeatLimits
@@ -35,7 +36,7 @@ PROPOSE_STEPS = 4
 KEYS_IN_REDIS = "redis"
 REFUSE, SERVE = "refuse", "serve"
 _POSITIVE = (
-    *("session_seconds", "start_seconds", "stall_seconds", "step_deadline", "max_wait_seconds"),
+    *("session_seconds", "start_seconds", "stall_seconds", "max_wait_seconds"),
     "keep_alive_seconds",
     "lease_seconds",
     *("max_sessions", "max_tree_nodes", "max_streams", "max_prompt_characters"),
@@ -84,7 +85,9 @@ class RouterSettings:
     propose_deadline: float = setting(
         0.0, "seconds to wait for a drafter; 0 takes four measured target steps, at least 0.1"
     )
-    step_deadline: float = setting(120.0, "seconds after which a verify worker counts as lost")
+    step_deadline: float = setting(
+        0.0, "seconds after which a verify worker counts as hung; 0 derives them from its speed"
+    )
     start_seconds: float = setting(120.0, "seconds to wait for a verify worker at start")
     failover_seconds: float = setting(30.0, "seconds a session waits for a verify worker")
     drain_seconds: float = setting(30.0, "seconds that running requests get at shutdown")
@@ -199,7 +202,9 @@ class RouterSettings:
             ),
             max_tree_nodes=self.max_tree_nodes,
             stall_seconds=self.stall_seconds,
-            follow=FollowLimits(still_seconds=self.step_deadline + self.failover_seconds),
+            follow=FollowLimits(
+                still_seconds=StepDeadline(self.step_deadline).most_seconds + self.failover_seconds
+            ),
         )
 
     @property
