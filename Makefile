@@ -8,7 +8,7 @@ KERNEL := .venv/.kernel
 GENERATORS := .venv-protos/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check fmt lint types protos protos-check bench lossless chaos soak clean
+.PHONY: help setup up test check fmt lint types protos protos-check bench lossless chaos soak audit secrets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,7 @@ lint: setup ## ruff, import contracts, sizes, the references of SDK and metrics
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_sizes.py
 	$(BIN)/python tools/generate_api.py --check
+	$(BIN)/python tools/generate_settings.py --check
 	$(BIN)/python tools/generate_metrics.py --check
 
 types: setup ## mypy (strict) and pyright
@@ -75,6 +76,12 @@ chaos: setup ## break a cluster under load; writes docs/chaos.md
 
 soak: setup ## an hour of mixed load; nothing may grow or be left over
 	@$(BIN)/python -m specinfer_bench.chaos.soak $(ARGS)
+
+audit: setup ## known vulnerabilities of the pinned packages; asks PyPI's advisory database
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
+secrets: ## what docker-compose needs before its first start
+	deploy/secrets.sh
 
 clean: ## remove the environments, caches and built files
 	rm -rf .venv .venv-protos .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
