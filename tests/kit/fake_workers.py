@@ -25,6 +25,7 @@ from specinfer.convert import (
 )
 from specinfer.errors import (
     InvalidTree,
+    LeaseLost,
     NotFound,
     ResourceExhausted,
     SpecinferError,
@@ -104,6 +105,7 @@ class FakeWorker:
         frames: (action, session id) of the items of each frame that came.
         gate: cleared, the worker answers nothing until it is set again.
         streams: streams opened so far.
+        slow_actions: kinds of items that it takes `slow_seconds` for.
     """
 
     info: WorkerInfo
@@ -114,6 +116,8 @@ class FakeWorker:
     port: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
+    slow_actions: frozenset[str] = frozenset()
+    slow_seconds: float = 0.0
     _server: grpc.aio.Server | None = None
     _dying: asyncio.Task[None] | None = None
 
@@ -162,6 +166,8 @@ class FakeWorker:
             )
             self.arrived.set()
             await self.gate.wait()
+            if any(item.WhichOneof("action") in self.slow_actions for item in frame.items):
+                await asyncio.sleep(self.slow_seconds)
             yield [result for item in frame.items if (result := await self.answer(item))]
 
     async def wait_for(self, action: str, number: int) -> None:
@@ -188,12 +194,14 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
         break_steps: steps, counted from 1, at which the whole worker dies instead of answering.
         max_step_nodes: larger trees are refused, whatever the info says.
         lie: what to do wrong in results: "tokens", "epoch", "path" or "".
+        lose_at: step, counted from 1, from which on somebody else owns every session.
     """
 
     eos_at: int = 10**9
     break_steps: frozenset[int] = frozenset()
     max_step_nodes: int = 10**9
     lie: str = ""
+    lose_at: int = 10**9
     num_steps: int = 0
     num_rows: list[int] = field(default_factory=list)
     chat_template: str = CHAT_TEMPLATE
@@ -256,6 +264,8 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
 
     def _step(self, item: verify_pb2.VerifyItem) -> VerifyResult:
         self.num_steps += 1
+        if self.num_steps >= self.lose_at:
+            raise LeaseLost("somebody has claimed the session")
         session = self.sessions.get(item.session_id)
         if session is None:
             raise NotFound("no such session")

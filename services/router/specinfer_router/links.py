@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -31,6 +31,8 @@ from specinfer.errors import (
 )
 from specinfer.messages import WorkerInfo, WorkerLoad
 from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
+from specinfer_router.breaker import Breaker, BreakerLimits
+from specinfer_router.hedging import MovingQuantile
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +51,7 @@ class LinkLimits:
         connect_timeout: seconds for one attempt to connect.
         min_backoff: seconds before the first new attempt.
         max_backoff: most seconds between attempts.
-        min_rest: seconds for which a worker that let a round's deadline pass is avoided; doubled
-            each time that it does so again.
-        max_rest: most seconds of that.
+        breaker: when a worker that fails is left alone and for how long.
     """
 
     max_frame_items: int = 256
@@ -60,8 +60,7 @@ class LinkLimits:
     connect_timeout: float = 5.0
     min_backoff: float = 0.05
     max_backoff: float = 2.0
-    min_rest: float = 30.0
-    max_rest: float = 600.0
+    breaker: BreakerLimits = field(default_factory=BreakerLimits)
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,9 @@ class WorkerLink(ABC, Generic[ItemT]):
         generation: connections so far; a worker closes a stream's sessions when the stream ends,
             so that none outlives its generation.
         num_seats: sessions of ours that use this worker.
+        breaker: opens when it fails those who ask it; they tell it so.
+        answer_seconds: how long answers took lately; who asks says so.
+        heard: when the last frame came, by time.monotonic().
         attempted: set after the first attempt to connect, however it went.
     """
 
@@ -111,6 +113,9 @@ class WorkerLink(ABC, Generic[ItemT]):
         self.refusal: SpecinferError | None = None
         self.generation = 0
         self.num_seats = 0
+        self.breaker = Breaker(limits.breaker)
+        self.answer_seconds = MovingQuantile()
+        self.heard = 0.0
         self.attempted = asyncio.Event()
         self._check = check
         self._on_ready = on_ready
@@ -118,15 +123,17 @@ class WorkerLink(ABC, Generic[ItemT]):
         self._channel = open_channel(address, tls=tls)
         self._connected = False
         self._failures = 0
-        self._num_strikes = 0
-        self._rest_until = 0.0
-        self._heard = 0.0
         self._given_up = asyncio.Event()
         self._next_item_id = 1
         self._outbox: deque[ItemT] = deque()
         self._wake = asyncio.Event()
         self._pending: dict[int, _Pending] = {}
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The model that the worker serves, or "" before the first connection."""
+        return self.info.model_name if self.info is not None else ""
 
     @property
     def connected(self) -> bool:
@@ -140,25 +147,21 @@ class WorkerLink(ABC, Generic[ItemT]):
 
     @property
     def trusted(self) -> bool:
-        """False for a worker that let a deadline pass; after its rest one session may try it."""
-        if self._num_strikes == 0:
-            return True
-        return self.num_seats == 0 and time.monotonic() >= self._rest_until
+        """False for a worker that failed lately; after a rest one call may try it."""
+        return self.breaker.allows
 
-    def trust(self) -> None:
-        """Note that the worker did a round."""
-        self._num_strikes = 0
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits there, as far as is known."""
+        return not self._pending and self.load.num_waiting == 0
 
-    def distrust(self, since: float) -> None:
-        """Note that a round asked for at `since`, by time.monotonic(), missed its deadline.
+    def give_up(self) -> None:
+        """Let the stream of a worker that hangs go, and try to connect again.
 
-        A worker that has answered nothing at all since then loses its stream as well: what waits
-        there fails now and goes elsewhere, rather than each item after a deadline of its own.
+        What waits there fails now and goes elsewhere, rather than each item after a deadline of
+        its own.
         """
-        rest = min(self._limits.max_rest, self._limits.min_rest * 2**self._num_strikes)
-        self._num_strikes = min(self._num_strikes + 1, 16)
-        self._rest_until = time.monotonic() + rest
-        if self._heard < since:
+        if self._connected:
             self._connected = False
             self._given_up.set()
 
@@ -277,7 +280,7 @@ class WorkerLink(ABC, Generic[ItemT]):
             if frame is grpc.aio.EOF:
                 raise Unavailable(f"the {self.tier} worker at {self.address} ended the stream")
             self._failures = 0
-            self._heard = time.monotonic()
+            self.heard = time.monotonic()
             self.load = load_from_wire(frame.load)
             for result in frame.results:
                 self._settle(result)

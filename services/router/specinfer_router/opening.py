@@ -19,6 +19,7 @@ from specinfer.telemetry import current_span
 from specinfer_router.checks import check_request, check_token_ids, completion_room
 from specinfer_router.cluster import Cluster
 from specinfer_router.completion import Completion
+from specinfer_router.hedging import HedgeBudget
 from specinfer_router.policy import TreeShapePolicy
 from specinfer_router.replay import Replay
 from specinfer_router.seats import DraftSeat, VerifySeat
@@ -34,12 +35,13 @@ class SeatLimits:
 
     Attributes:
         propose_seconds: a drafter that takes longer is not waited for.
-        step_seconds: a verify worker that takes longer for a round is taken to be lost.
+        step_seconds: a verify worker that takes longer for a round counts as hung; 0 derives it
+            from what its passes cost.
         failover_seconds: how long a session waits for a verify worker when none is ready.
     """
 
     propose_seconds: float = 0.1
-    step_seconds: float = 120.0
+    step_seconds: float = 0.0
     failover_seconds: float = 30.0
 
 
@@ -67,6 +69,7 @@ class SessionOpener:
         self._grammars = grammars
         self._max_tree_nodes = max_tree_nodes
         self._limits = limits
+        self.hedges = HedgeBudget()
 
     @property
     def max_tree_nodes(self) -> int:
@@ -167,7 +170,7 @@ class SessionOpener:
         completion = self.completion(record)
         seat = None
         if record.terms.num_logprobs is not None and offset < len(record.output_ids):
-            seat = self._verify_seat(record, f"{_worker_session_id(record)}.again")
+            seat = self._verify_seat(record, f"{record.session_id}.again")
         session = self._session(record, completion, leaving, offset, whole=whole)
         return session, Replay(record, completion, offset, seat, whole=whole)
 
@@ -228,11 +231,13 @@ class SessionOpener:
     def _draft_seat(self, record: SessionRecord) -> DraftSeat:
         return DraftSeat(
             self._cluster.drafters,
-            _worker_session_id(record),
+            record.session_id,
             record.terms.sampling,
             num_prompt_tokens=record.terms.num_prompt_tokens,
             vocab_size=self._cluster.target.vocab_size,
             deadline_seconds=self._limits.propose_seconds,
+            owner=record.owner,
+            hedges=self.hedges,
             grammar=record.terms.grammar,
         )
 
@@ -240,21 +245,14 @@ class SessionOpener:
         terms = record.terms
         return VerifySeat(
             self._cluster.verifiers,
-            session_id or _worker_session_id(record),
+            session_id or record.session_id,
             terms.sampling,
             num_prompt_tokens=terms.num_prompt_tokens,
             num_logprobs=terms.num_logprobs,
             vocab_size=self._cluster.target.vocab_size,
             grammar=terms.grammar,
             affinity_key=terms.affinity_key,
+            owner=record.owner,
             step_seconds=self._limits.step_seconds,
             failover_seconds=self._limits.failover_seconds,
         )
-
-
-def _worker_session_id(record: SessionRecord) -> str:
-    """What workers call the session: another name for each owner.
-
-    Two owners' runs then never meet at a worker; the store alone decides which of them goes on.
-    """
-    return f"{record.session_id}.{record.owner}" if record.owner else record.session_id

@@ -28,6 +28,8 @@ class WorkerPool(Generic[_Link]):
 
     Attributes:
         given: links to the addresses that the router was started with; they stay.
+        counts: what sessions met here.
+        on_removed: called with the address of a worker that is let go of.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class WorkerPool(Generic[_Link]):
             place: where other workers are found, for people; "" if nowhere.
         """
         self.given = tuple(links)
+        self.counts = TierCounts()
+        self.on_removed: Callable[[str], None] = lambda address: None
         self._links = list(links)
         self._changed = changed
         self._prefixes = prefixes
@@ -73,6 +77,7 @@ class WorkerPool(Generic[_Link]):
     def remove(self, link: _Link) -> None:
         """Let go of a link; sessions that use it may go on doing so."""
         self._links.remove(link)
+        self.on_removed(link.address)
         self._doubted.discard(link)
 
     def doubt(self, link: _Link, *, doubted: bool) -> None:
@@ -230,4 +235,5 @@ def _status(link: WorkerLink[Any], source: str) -> WorkerStatus:
         info=link.info,
         load=link.load,
         num_seats=link.num_seats,
+        breaker=link.breaker.state,
     )

@@ -1,0 +1,70 @@
+"""How long a verify worker may take for a round before it counts as hung.
+
+From what its passes were measured to cost: a fixed number is too short for a large model with a
+long prompt and too long for a small one. This module knows nothing of workers, links or trees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specinfer.step_curve import StepCurve
+
+# Rows of a pass that a round may have to wait for; prompts of others fill it up.
+FULL_PASS_ROWS = 256
+PREFILL_ROWS = 64
+MAX_DOUBLINGS = 16
+
+
+@dataclass(frozen=True)
+class StepDeadline:
+    """Seconds for a round, unless `fixed_seconds` says them.
+
+        floor + factor * cost(rows, prefill) * sessions waiting      doubled with every miss
+
+    Attributes:
+        fixed_seconds: the same for every round; 0 derives them.
+        floor_seconds: for what the measurement does not know: the network, a busy machine.
+        factor: how much slower than measured a worker may be.
+        cap_seconds: most seconds for one wait.
+        grammar_seconds: more for a session that brings a grammar, which is compiled first.
+    """
+
+    fixed_seconds: float = 0.0
+    floor_seconds: float = 2.0
+    factor: float = 8.0
+    cap_seconds: float = 120.0
+    grammar_seconds: float = 10.0
+
+    @property
+    def most_seconds(self) -> float:
+        """Longest that one wait can be."""
+        return self.fixed_seconds or self.cap_seconds
+
+    def seconds(
+        self,
+        costs: StepCurve,
+        *,
+        num_rows: int,
+        num_prefill: int = 0,
+        num_waiting: int = 1,
+        num_misses: int = 0,
+        with_grammar: bool = False,
+    ) -> float:
+        """Seconds for a round.
+
+        Args:
+            costs: what the worker measured of itself.
+            num_rows: nodes of the tree, root included.
+            num_prefill: tokens to be computed before them.
+            num_waiting: sessions that may be served first, ours included.
+            num_misses: waits for the same round that were over already.
+            with_grammar: whether the worker has to compile a grammar first.
+        """
+        if self.fixed_seconds:
+            return self.fixed_seconds
+        cost = costs.at(max(num_rows, FULL_PASS_ROWS))
+        cost += num_prefill * costs.at(PREFILL_ROWS) / PREFILL_ROWS
+        seconds = self.floor_seconds + self.factor * cost * max(1, num_waiting)
+        seconds += self.grammar_seconds if with_grammar else 0.0
+        return min(self.cap_seconds, seconds * 2.0 ** min(num_misses, MAX_DOUBLINGS))

@@ -1,0 +1,413 @@
+"""A session's place in the draft tier, and what happens when a drafter is late, wrong or gone.
+
+A drafter costs guesses at most: no error of it leaves this module, and none of its trees can change
+a token. This module knows nothing of verify workers, text, stores or when a session ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from specinfer.errors import (
+    InvalidRequest,
+    InvalidTree,
+    LeaseLost,
+    SpecinferError,
+    StaleEpoch,
+    Unavailable,
+)
+from specinfer.messages import DraftResult, Grammar, ShapeQuery
+from specinfer.sampling import SamplingParams
+from specinfer.tree import TokenTree
+from specinfer_router.hedging import HedgeBudget
+from specinfer_router.pool import WorkerPool
+from specinfer_router.worker_links import DraftLink
+
+log = logging.getLogger(__name__)
+
+MIN_HEDGE_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What came of asking a drafter.
+
+    Attributes:
+        tree: the tree to verify; the root alone when there is no guess.
+        root_only_reason: why there is none: "disabled", "budget", "no_drafter", "circuit_open",
+            "deadline", "draft_error" or "no_guess"; "" when there is one.
+        seconds: time the round spent on asking.
+        queue_seconds: waiting inside the worker.
+        compute_seconds: the worker's compute.
+        num_draft_nodes: nodes of the tree that the drafter brought, the root included; they come
+            first.
+        draft_depth: depth of the drafter's part of the tree.
+        after_prefill: whether the drafter read the whole session first, which takes its time.
+        hedged: whether a second drafter was asked too.
+        drafter: name of the model that guessed, or "" when nobody answered.
+        worker: address of its worker.
+    """
+
+    tree: TokenTree
+    root_only_reason: str = ""
+    seconds: float = 0.0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    num_draft_nodes: int = 1
+    draft_depth: int = 0
+    after_prefill: bool = False
+    hedged: bool = False
+    drafter: str = ""
+    worker: str = ""
+
+
+@dataclass(eq=False)
+class _Place:
+    """A session at one drafter.
+
+    Attributes:
+        link: to the drafter.
+        generation: the connection that the drafter knows the session by.
+        known_len: tokens it was told of.
+        late: an answer that did not come in time, or None.
+        left: whether it was given up.
+    """
+
+    link: DraftLink
+    generation: int
+    known_len: int = 0
+    late: asyncio.Future[DraftResult] | None = None
+    left: bool = False
+
+    @property
+    def usable(self) -> bool:
+        return self.link.connected and self.link.generation == self.generation
+
+    @property
+    def waiting(self) -> bool:
+        return self.late is not None and not self.late.done()
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """A propose that is on its way; times are of time.monotonic()."""
+
+    place: _Place
+    answer: asyncio.Future[DraftResult]
+    ticket: int | None
+    asked: float
+    after_prefill: bool
+    hedge: bool
+
+    @property
+    def silent(self) -> bool:
+        """Whether the drafter has said nothing at all since."""
+        return self.place.link.heard < self.asked
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What one round asks, of whichever drafter."""
+
+    token_ids: Sequence[int]
+    epoch: int
+    shape: ShapeQuery
+    start: float
+    deadline: float
+    traceparent: str
+
+
+class DraftSeat:
+    """A session's place in the draft tier; it may be empty at any time."""
+
+    def __init__(
+        self,
+        pool: WorkerPool[DraftLink],
+        session_id: str,
+        sampling: SamplingParams,
+        *,
+        num_prompt_tokens: int,
+        vocab_size: int,
+        deadline_seconds: float,
+        grammar: Grammar | None = None,
+        owner: int = 0,
+        hedges: HedgeBudget | None = None,
+    ) -> None:
+        """Take down the session; nothing is sent before the first propose.
+
+        Args:
+            pool: the draft tier.
+            session_id: id of the session.
+            sampling: how the target draws.
+            num_prompt_tokens: tokens of the prompt.
+            vocab_size: tokens the target knows.
+            deadline_seconds: a drafter that takes longer is not waited for.
+            grammar: what the completion has to match, or None.
+            owner: how often the session was claimed.
+            hedges: the router's budget for asking a second drafter, or None for never.
+        """
+        self._pool = pool
+        self._session_id = session_id
+        self._sampling = sampling
+        self._num_prompt_tokens = num_prompt_tokens
+        self._vocab_size = vocab_size
+        self._deadline_seconds = deadline_seconds
+        self._grammar = grammar
+        self._owner = owner
+        self._hedges = hedges
+        self._place: _Place | None = None
+        # Drafters that do not take this session, such as one whose model is too short for it.
+        self._refused: set[str] = set()
+
+    async def propose(
+        self, token_ids: Sequence[int], epoch: int, shape: ShapeQuery, *, traceparent: str = ""
+    ) -> Guess:
+        """A tree below the last token, or the root alone with the reason. Raises nothing of ours.
+
+        A tree that comes after the deadline is dropped, and until it has come that drafter is not
+        asked again: one that hangs costs a session one deadline, not one in each round.
+        """
+        root = TokenTree.root_only(token_ids[-1])
+        if shape.max_nodes == 0:
+            return Guess(root, "budget")
+        reason = self._sit(epoch)
+        if self._place is None or reason:
+            return Guess(root, reason)
+        start, place = time.monotonic(), self._place
+        question = _Question(
+            token_ids, epoch, shape, start, start + self._deadline_seconds, traceparent
+        )
+        asks: list[_Ask] = []
+        try:
+            asks.append(self._ask(place, question))
+            return await self._first_tree(asks, question)
+        except SpecinferError as error:
+            self._fail(place, None, error)
+            return Guess(root, "draft_error", time.monotonic() - start)
+        finally:
+            for ask in asks:
+                ask.place.link.breaker.release(ask.ticket)
+            for each in (place, *(ask.place for ask in asks)):
+                if each is not self._place:
+                    self._leave(each, epoch)
+
+    def leave(self, epoch: int) -> None:
+        """Give the place up and let the worker forget the session."""
+        if self._place is not None:
+            place, self._place = self._place, None
+            self._leave(place, epoch)
+
+    async def _first_tree(self, asks: list[_Ask], question: _Question) -> Guess:
+        """The first usable tree of those who were asked; a second drafter is, after a while."""
+        hedge_at = self._hedge_at(asks[0], question)
+        going = list(asks)
+        while going:
+            limit = question.deadline if hedge_at is None else hedge_at
+            await asyncio.wait(
+                [ask.answer for ask in going],
+                timeout=max(0.0, limit - time.monotonic()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            answered = [ask for ask in going if ask.answer.done()]
+            for ask in answered:
+                going.remove(ask)
+                try:
+                    guess = self._take(ask, question)
+                except SpecinferError as error:
+                    self._fail(ask.place, ask.ticket, error)
+                    continue
+                self._lose(going)
+                return replace(guess, hedged=len(asks) > 1)
+            if not answered and hedge_at is None:
+                return self._miss(going, question, hedged=len(asks) > 1)
+            if hedge_at is not None:
+                hedge_at = None
+                second = self._hedge(asks[0], question) if going else []
+                asks += second
+                going += second
+        seconds = time.monotonic() - question.start
+        root = TokenTree.root_only(question.token_ids[-1])
+        return Guess(root, "draft_error", seconds, hedged=len(asks) > 1)
+
+    def _take(self, ask: _Ask, question: _Question) -> Guess:
+        """Use one's tree and follow who brought it; raises when it is none."""
+        result = ask.answer.result()
+        root = question.token_ids[-1]
+        tree = usable_tree(result, root, question.epoch, question.shape, self._vocab_size)
+        now = time.monotonic()
+        ask.place.link.breaker.succeed(ask.ticket)
+        if not ask.after_prefill:
+            ask.place.link.answer_seconds.observe(now - ask.asked)
+        if ask.hedge and self._hedges is not None:
+            self._hedges.num_wins += 1
+        self._place = ask.place
+        return Guess(
+            tree,
+            "" if tree.num_draft_tokens else "no_guess",
+            now - question.start,
+            result.queue_seconds,
+            result.compute_seconds,
+            num_draft_nodes=len(tree),
+            draft_depth=tree.max_depth,
+            after_prefill=ask.after_prefill,
+            drafter=ask.place.link.name,
+            worker=ask.place.link.address,
+        )
+
+    def _lose(self, going: Sequence[_Ask]) -> None:
+        """Another drafter was faster than these."""
+        for ask in going:
+            # Slower than nearly always, and nobody else was answered either.
+            if ask.silent and not ask.hedge:
+                ask.place.link.breaker.fail(ask.ticket)
+
+    def _miss(self, going: Sequence[_Ask], question: _Question, *, hedged: bool) -> Guess:
+        """Nobody answered in time."""
+        for ask in going:
+            link = ask.place.link
+            # A long prompt takes its time, and a second drafter was not given much.
+            if not ask.hedge and (ask.silent or not ask.after_prefill):
+                link.breaker.fail(ask.ticket)
+            if not ask.after_prefill:
+                link.answer_seconds.observe(self._deadline_seconds)
+        kept = going[0]
+        kept.place.late = kept.answer
+        self._place = kept.place
+        root = TokenTree.root_only(question.token_ids[-1])
+        return Guess(root, "deadline", time.monotonic() - question.start, hedged=hedged)
+
+    def _hedge_at(self, ask: _Ask, question: _Question) -> float | None:
+        """When to ask a second drafter, or None for never."""
+        if self._hedges is None:
+            return None
+        self._hedges.earn()
+        usual = ask.place.link.answer_seconds.value
+        if usual is None or ask.after_prefill or self._pool.num_ready < 2:
+            return None
+        moment = question.start + max(MIN_HEDGE_SECONDS, usual)
+        return moment if moment < question.deadline else None
+
+    def _hedge(self, first: _Ask, question: _Question) -> list[_Ask]:
+        """Ask a second drafter, if one has nothing to do and the budget allows."""
+        link = self._choose(first.place.link)
+        if link is None or not link.idle or self._hedges is None or not self._hedges.spend():
+            return []
+        place = _Place(link, link.generation)
+        link.num_seats += 1
+        try:
+            return [self._ask(place, question, hedge=True)]
+        except SpecinferError as error:
+            log.info("hedging for session %s failed: %s", self._session_id, error.message)
+            self._leave(place, question.epoch)
+            return []
+
+    def _sit(self, epoch: int) -> str:
+        """Have a place at a drafter that may be asked; the reason when there is none."""
+        place = self._place
+        if place is not None and not place.usable:
+            self.leave(epoch)
+            place = None
+        if place is None:
+            link = self._choose(None)
+            if link is None:
+                return self._why_nobody()
+        else:
+            trusted = place.link.trusted
+            if trusted and not place.waiting and not place.link.load.draining:
+                return ""
+            link = self._choose(place.link)
+            if link is None:
+                if place.waiting:
+                    return "deadline"
+                return "" if trusted else "circuit_open"
+            self.leave(epoch)
+        link.num_seats += 1
+        self._place = _Place(link, link.generation)
+        return ""
+
+    def _why_nobody(self) -> str:
+        if not self._pool.num_ready:
+            return "no_drafter"
+        return "draft_error" if self._refused else "circuit_open"
+
+    def _choose(self, avoid: DraftLink | None) -> DraftLink | None:
+        link = self._pool.choose(avoid)
+        if link is None or link is avoid or not link.trusted or link.address in self._refused:
+            return None
+        return link
+
+    def _ask(self, place: _Place, question: _Question, *, hedge: bool = False) -> _Ask:
+        link, token_ids = place.link, question.token_ids
+        ticket, asked = link.breaker.admit(), time.monotonic()
+        after_prefill = place.known_len == 0
+        if after_prefill:
+            link.open(
+                self._session_id,
+                question.epoch,
+                token_ids,
+                self._sampling,
+                self._num_prompt_tokens,
+                grammar=self._grammar,
+                owner=self._owner,
+                traceparent=question.traceparent,
+            )
+            place.known_len = len(token_ids)
+        known_len, place.known_len = place.known_len, len(token_ids)
+        answer = link.propose(
+            self._session_id,
+            question.epoch,
+            known_len,
+            token_ids[known_len:],
+            question.shape,
+            max(0.001, question.deadline - asked),
+            owner=self._owner,
+            traceparent=question.traceparent,
+        )
+        return _Ask(place, answer, ticket, asked, after_prefill, hedge)
+
+    def _fail(self, place: _Place, ticket: int | None, error: SpecinferError) -> None:
+        """Begin anew at the next ask, and tell the breaker when the drafter is to blame."""
+        log.info("drafting for session %s failed: %s", self._session_id, error.message)
+        if isinstance(error, InvalidRequest) and not isinstance(error, InvalidTree):
+            self._refused.add(place.link.address)
+        # A worker that went away is out of the pool at once. A lease that was lost is for the
+        # verify tier and the store to say: a drafter is not believed that much.
+        elif not isinstance(error, Unavailable | LeaseLost):
+            place.link.breaker.fail(ticket)
+        if place is self._place:
+            self._place = None
+
+    def _leave(self, place: _Place, epoch: int) -> None:
+        """Give a place up, once."""
+        if place.left:
+            return
+        place.left = True
+        place.link.num_seats -= 1
+        if place.usable:
+            try:
+                place.link.forget(self._session_id, epoch, owner=self._owner)
+            except SpecinferError as error:
+                log.warning("draft session %s was not closed: %s", self._session_id, error.message)
+
+
+def usable_tree(
+    result: DraftResult, root: int, epoch: int, shape: ShapeQuery, vocab_size: int
+) -> TokenTree:
+    """The drafter's tree when it answers what was asked; raises InvalidTree or StaleEpoch.
+
+    A tree with too many nodes is cut, which is lossless where the target draws every token.
+    """
+    if result.epoch != epoch:
+        raise StaleEpoch(f"a tree for epoch {result.epoch}, asked for {epoch}")
+    tree = result.tree
+    if tree.token_ids[0] != root:
+        raise InvalidTree(f"a tree below token {tree.token_ids[0]}, asked below {root}")
+    tree.check_vocabulary(vocab_size)
+    tree = tree.truncate(shape.max_nodes + 1)
+    if tree.max_depth > shape.max_depth:
+        raise InvalidTree(f"a tree of depth {tree.max_depth}, asked for {shape.max_depth}")
+    return tree

@@ -1,0 +1,333 @@
+"""A session's place in the verify tier, and what happens when its worker fails, hangs or leaves.
+
+A round that fails is run again from the committed tokens, here or elsewhere, and gives the same
+tokens: losing a verifier costs time. This module knows nothing of drafters, text, stores or when a
+session ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from specinfer.errors import (
+    InternalError,
+    InvalidRequest,
+    LeaseLost,
+    NotFound,
+    ResourceExhausted,
+    SpecinferError,
+    StaleEpoch,
+    Unavailable,
+)
+from specinfer.messages import Grammar, VerifyResult
+from specinfer.sampling import SamplingParams
+from specinfer.step_curve import StepCurve
+from specinfer.tree import TokenTree
+from specinfer_router.deadlines import StepDeadline
+from specinfer_router.pool import WorkerPool
+from specinfer_router.worker_links import VerifyLink
+
+log = logging.getLogger(__name__)
+
+MAX_BACKOFF_SECONDS = 1.0
+# How often a session that waits for a hung worker looks for another one.
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A verified round and the time it took, retries included."""
+
+    result: VerifyResult
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What one round asks."""
+
+    token_ids: Sequence[int]
+    epoch: int
+    tree: TokenTree
+    traceparent: str
+
+
+class VerifySeat:
+    """A session's place in the verify tier."""
+
+    def __init__(
+        self,
+        pool: WorkerPool[VerifyLink],
+        session_id: str,
+        sampling: SamplingParams,
+        *,
+        num_prompt_tokens: int,
+        num_logprobs: int | None,
+        vocab_size: int,
+        grammar: Grammar | None = None,
+        affinity_key: str = "",
+        owner: int = 0,
+        max_tries: int = 4,
+        step_seconds: float = 0.0,
+        failover_seconds: float = 30.0,
+    ) -> None:
+        """Take down the session; nothing is sent before the first step.
+
+        Args:
+            pool: the verify tier.
+            session_id: id of the session.
+            sampling: how tokens are drawn.
+            num_prompt_tokens: tokens of the prompt.
+            num_logprobs: most probable tokens to report, or None.
+            vocab_size: tokens the target knows.
+            grammar: what the completion has to match, or None.
+            affinity_key: sessions with the same one share a worker where its load allows.
+            owner: how often the session was claimed.
+            max_tries: workers tried for one round.
+            step_seconds: a worker that takes longer for a round counts as hung; 0 derives it from
+                what the worker's passes cost (`StepDeadline`).
+            failover_seconds: how long to wait for a worker when none is ready.
+        """
+        self._pool = pool
+        self._session_id = session_id
+        self._sampling = sampling
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_logprobs = num_logprobs
+        self._vocab_size = vocab_size
+        self._grammar = grammar
+        self._affinity_key = affinity_key
+        self._owner = owner
+        self._max_tries = max_tries
+        self._deadline = StepDeadline(fixed_seconds=step_seconds)
+        self._failover_seconds = failover_seconds
+        self._link: VerifyLink | None = None
+        self._generation = 0
+        self._curve = StepCurve(())
+        self._num_misses = 0
+
+    @property
+    def address(self) -> str:
+        """Address of the worker, or "" without one."""
+        return self._link.address if self._link is not None else ""
+
+    @property
+    def num_sharing(self) -> int:
+        """Sessions of this router at the same worker, ours included."""
+        return self._link.num_seats if self._link is not None else 1
+
+    async def step(
+        self, token_ids: Sequence[int], epoch: int, tree: TokenTree, *, traceparent: str = ""
+    ) -> Checked:
+        """Have a tree checked. A round that fails is run again from the committed tokens.
+
+        Raises:
+            LeaseLost: somebody else has claimed the session.
+            Unavailable: no worker finished the round within the tries allowed.
+            ResourceExhausted: every worker tried was full.
+            InvalidRequest: the session itself cannot be served.
+        """
+        start = time.perf_counter()
+        failed: VerifyLink | None = None
+        attempt = self._num_misses = 0
+        lost: SpecinferError
+        while True:
+            try:
+                opening = await self._sit(token_ids, epoch, failed, traceparent)
+                result = await self._ask(opening, _Round(token_ids, epoch, tree, traceparent))
+                return Checked(result, time.perf_counter() - start)
+            except LeaseLost:
+                raise
+            except InvalidRequest:
+                # Perhaps the tree, never the root alone: that is what the user asked for.
+                if tree.num_draft_tokens == 0:
+                    raise
+                tree = TokenTree.root_only(token_ids[-1])
+                self.leave(epoch)
+                continue
+            except _TookTooLong as error:
+                failed, lost = self._link, error
+                # Slow is not broken: only the longest wait counts as a try.
+                attempt += error.last
+            except (Unavailable, NotFound, StaleEpoch, ResourceExhausted, InternalError) as error:
+                failed, lost = self._link, error
+                attempt += 1
+            log.warning("round %d of %s failed: %s", epoch, self._session_id, lost.message)
+            if attempt == self._max_tries:
+                raise _last_error(lost) from lost
+            self.leave(epoch)
+            if not isinstance(lost, _TookTooLong):
+                pause = min(MAX_BACKOFF_SECONDS, 0.005 * 4**attempt)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+
+    def leave(self, epoch: int) -> None:
+        """Give the place up and let the worker free the session's KV."""
+        if self._link is None:
+            return
+        self._link.num_seats -= 1
+        if self._link.connected and self._link.generation == self._generation:
+            try:
+                self._link.forget(self._session_id, epoch, owner=self._owner)
+            except SpecinferError as error:
+                log.warning("verify session %s was not closed: %s", self._session_id, error.message)
+        self._link = None
+
+    async def _sit(
+        self,
+        token_ids: Sequence[int],
+        epoch: int,
+        avoid: VerifyLink | None,
+        traceparent: str,
+    ) -> asyncio.Future[None] | None:
+        """Have a place; the future of opening it when it is new. It leaves in the step's frame.
+
+        A worker that drains or was found to fail is left for another one, if there is one.
+        """
+        if self._link is not None:
+            if self._link.connected and self._link.generation == self._generation:
+                leaving = self._link.load.draining or not self._link.trusted
+                if not leaving or self._elsewhere() is None:
+                    return None
+                log.info("session %s moves away from %s", self._session_id, self._link.address)
+                avoid = self._link
+            self.leave(epoch)
+        link = await self._pool.wait(
+            avoid,
+            seconds=self._failover_seconds,
+            affinity_key=self._affinity_key,
+            token_ids=token_ids,
+        )
+        self._link, self._generation = link, link.generation
+        self._curve = StepCurve(link.info.step_costs if link.info is not None else ())
+        link.num_seats += 1
+        return link.open(
+            self._session_id,
+            epoch,
+            token_ids,
+            self._num_prompt_tokens,
+            self._sampling,
+            self._num_logprobs,
+            grammar=self._grammar,
+            owner=self._owner,
+            traceparent=traceparent,
+        )
+
+    def _elsewhere(self) -> VerifyLink | None:
+        """Another worker that is ready and trusted."""
+        link = self._pool.choose(self._link, affinity_key=self._affinity_key)
+        if link is None or link is self._link or not link.trusted:
+            return None
+        return link
+
+    async def _ask(self, opening: asyncio.Future[None] | None, asked: _Round) -> VerifyResult:
+        """The worker's result, checked; tells its breaker how it went."""
+        link = self._link
+        assert link is not None
+        ticket = link.breaker.admit()
+        try:
+            since = time.monotonic()
+            stepping = link.step(
+                self._session_id,
+                asked.epoch,
+                asked.tree,
+                owner=self._owner,
+                traceparent=asked.traceparent,
+            )
+            await self._wait(link, stepping, ticket, since, opening is not None, asked)
+            # Why a session was not taken says more than that the worker does not know it.
+            if opening is not None:
+                await opening
+            result = await stepping
+            check_result(result, asked.tree, asked.epoch, self._vocab_size)
+            link.breaker.succeed(ticket)
+            return result
+        except InternalError:
+            link.breaker.fail(ticket)
+            raise
+        finally:
+            link.breaker.release(ticket)
+
+    async def _wait(
+        self,
+        link: VerifyLink,
+        stepping: asyncio.Future[VerifyResult],
+        ticket: int | None,
+        since: float,
+        opened: bool,
+        asked: _Round,
+    ) -> None:
+        """Wait until the step is answered; past the deadline, for as long as nobody else could.
+
+        Raises:
+            _TookTooLong: the deadline has passed and another worker is there, or none came.
+        """
+        seconds, late = self._seconds(link, opened, asked), False
+        until = since + seconds
+        while True:
+            limit = until - time.monotonic()
+            await asyncio.wait((stepping,), timeout=min(limit, LOOK_SECONDS) if late else limit)
+            if stepping.done():
+                return
+            passed = time.monotonic() >= until
+            # One that has answered nobody since is hung; one that has is slow.
+            silent = link.heard < since
+            if passed:
+                link.breaker.fail(ticket, at_once=silent)
+                self._num_misses += 1
+                late = True
+            last = passed and seconds >= self._deadline.most_seconds
+            if last or (late and self._elsewhere() is not None):
+                if silent:
+                    link.give_up()
+                raise _TookTooLong(link.address, seconds, last=last)
+            if passed:
+                seconds = self._seconds(link, opened, asked)
+                until = time.monotonic() + seconds
+
+    def _seconds(self, link: VerifyLink, opened: bool, asked: _Round) -> float:
+        return self._deadline.seconds(
+            self._curve,
+            num_rows=len(asked.tree),
+            num_prefill=len(asked.token_ids) if opened else 0,
+            num_waiting=max(link.num_seats, link.load.num_waiting),
+            num_misses=self._num_misses,
+            with_grammar=opened and self._grammar is not None,
+        )
+
+
+class _TookTooLong(Unavailable):
+    """A worker let a deadline pass; `last` when no longer wait is allowed."""
+
+    def __init__(self, address: str, seconds: float, *, last: bool) -> None:
+        super().__init__(f"the verify worker at {address} took more than {seconds:g} s for a round")
+        self.last = last
+
+
+def check_result(result: VerifyResult, tree: TokenTree, epoch: int, vocab_size: int) -> None:
+    """Raise InternalError unless the result is one of this tree: a path of it and a tail."""
+    if result.epoch != epoch + 1:
+        raise InternalError(f"a result that leads to epoch {result.epoch}, not {epoch + 1}")
+    if len(result.token_ids) != len(result.accepted) + 1:
+        raise InternalError(f"{len(result.accepted)} accepted, {len(result.token_ids)} tokens")
+    parent = 0
+    for node, token_id in zip(result.accepted, result.token_ids, strict=False):
+        if not parent < node < len(tree) or tree.parents[node] != parent:
+            raise InternalError(f"accepted node {node} is no child of node {parent}")
+        if tree.token_ids[node] != token_id:
+            raise InternalError(f"accepted node {node} carries another token than the result")
+        parent = node
+    if max(result.token_ids) >= vocab_size:
+        raise InternalError(f"a token outside the vocabulary of {vocab_size}")
+
+
+def _last_error(error: SpecinferError) -> SpecinferError:
+    """What the user is told: full stays full, all else is nobody there."""
+    if isinstance(error, ResourceExhausted):
+        return ResourceExhausted(error.message, retry_after=error.retry_after or 1.0)
+    if isinstance(error, Unavailable):
+        return error
+    return Unavailable(f"the verify tier failed a round again and again: {error.message}")
