@@ -63,6 +63,12 @@ class LinkBreaker:
         await asyncio.gather(*links, return_exceptions=True)
         self.num_cut += len(links)
 
+    async def lead_to(self, target: str) -> None:
+        """Cut everything; whoever connects from now on comes out at another address."""
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        await self.cut()
+
     def stall(self) -> None:
         """Read nothing more from the server, so that what it sends piles up."""
         self._flowing.clear()
