@@ -86,7 +86,13 @@ REFUSAL = Label(
 )
 TOKEN_KIND = Label("kind", ("prompt", "generation"))
 WORKER_STATE = Label("state", ("ready", "draining", "down"))
-MOVE_REASON = Label("reason", ("unavailable", "slow", "not_found", "full", "stale", "internal"))
+MOVE_REASON = Label(
+    "reason",
+    (
+        *("draining", "distrusted", "slow", "unavailable", "not_found", "resource_exhausted"),
+        *("stale_epoch", "internal", "invalid_tree", "invalid_request", "lease_lost"),
+    ),
+)
 OPERATION = Label(
     "operation",
     (

@@ -50,6 +50,7 @@ class Breaker:
         self._limits = limits
         self._clock = clock
         self._jitter = jitter
+        self.num_openings = 0
         self._era = 0
         self._num_failures = 0
         self._num_rests = 0
@@ -100,6 +101,7 @@ class Breaker:
             self._probing = False
 
     def _open(self) -> None:
+        self.num_openings += 1
         rest = min(self._limits.max_rest, self._limits.min_rest * 2**self._num_rests)
         self._rest_until = self._clock() + rest * self._jitter()
         self._num_rests = min(self._num_rests + 1, 16)

@@ -13,8 +13,10 @@ from typing import Any
 from specinfer.metrics import RouterMetrics
 from specinfer_router.admission import Admission
 from specinfer_router.cluster import Cluster
+from specinfer_router.hedging import HedgeBudget
 from specinfer_router.links import WorkerLink
 from specinfer_router.policy import PlainSpeed
+from specinfer_router.pool import WorkerPool
 from specinfer_router.store import DurableStore, SessionStore, StoreHooks
 
 _BREAKER_STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
@@ -63,29 +65,45 @@ def show_router(metrics: RouterMetrics, admission: Admission, plain: PlainSpeed)
     metrics.watch_one("plain_round_seconds", lambda: plain.seconds)
 
 
-def show_cluster(metrics: RouterMetrics, cluster: Cluster) -> None:
-    """Show the workers of both tiers, as this router sees them."""
+def show_cluster(metrics: RouterMetrics, cluster: Cluster, hedges: HedgeBudget) -> None:
+    """Show the workers of both tiers, as this router sees them, and second proposals."""
+    tiers: tuple[tuple[str, WorkerPool[Any]], ...]
+    tiers = (("verify", cluster.verifiers), ("draft", cluster.drafters))
 
     def by_worker(read: Callable[[WorkerLink[Any]], float]) -> dict[tuple[str, ...], float]:
-        tiers = (("verify", cluster.verifiers), ("draft", cluster.drafters))
         return {(tier, link.address): read(link) for tier, pool in tiers for link in pool.links}
 
     def by_state() -> dict[tuple[str, ...], float]:
         counts: dict[tuple[str, ...], float] = {
-            (tier, state): 0.0
-            for tier in ("verify", "draft")
-            for state in ("ready", "draining", "down")
+            (tier, state): 0.0 for tier, _ in tiers for state in ("ready", "draining", "down")
         }
-        for tier, pool in (("verify", cluster.verifiers), ("draft", cluster.drafters)):
+        for tier, pool in tiers:
             for link in pool.links:
                 counts[tier, _state(link)] += 1
         return counts
 
+    for _, pool in tiers:
+        pool.on_removed = metrics.worker_left
     metrics.watch("num_workers", by_state)
     metrics.watch("worker_sessions", lambda: by_worker(lambda link: link.num_seats))
     metrics.watch(
         "breaker_state", lambda: by_worker(lambda link: _BREAKER_STATES[link.breaker.state])
     )
+    metrics.watch("breaker_openings", lambda: by_worker(lambda link: link.breaker.num_openings))
+    metrics.watch(
+        "late_trees", lambda: {(link.address,): link.num_late for link in cluster.drafters.links}
+    )
+    metrics.watch(
+        "migrations",
+        lambda: {
+            (tier, reason): count
+            for tier, pool in tiers
+            for reason, count in pool.counts.moves.items()
+        },
+    )
+    metrics.watch_wasted(lambda: cluster.drafters.counts.wasted)
+    metrics.watch_one("hedged_proposes", lambda: hedges.num_hedges)
+    metrics.watch_one("hedge_wins", lambda: hedges.num_wins)
 
 
 def _state(link: WorkerLink[Any]) -> str:

@@ -261,6 +261,7 @@ class DraftSeat:
     def _lose(self, going: Sequence[_Ask]) -> None:
         """Another drafter was faster than these."""
         for ask in going:
+            self._pool.counts.waste(ask.answer, "lost_hedge")
             # Slower than nearly always, and nobody else was answered either.
             if ask.silent and not ask.hedge:
                 ask.place.link.breaker.fail(ask.ticket)
@@ -269,6 +270,8 @@ class DraftSeat:
         """Nobody answered in time."""
         for ask in going:
             link = ask.place.link
+            link.num_late += 1
+            self._pool.counts.waste(ask.answer, "late")
             # A long prompt takes its time, and a second drafter was not given much.
             if not ask.hedge and (ask.silent or not ask.after_prefill):
                 link.breaker.fail(ask.ticket)
@@ -372,6 +375,7 @@ class DraftSeat:
     def _fail(self, place: _Place, ticket: int | None, error: SpecinferError) -> None:
         """Begin anew at the next ask, and tell the breaker when the drafter is to blame."""
         log.info("drafting for session %s failed: %s", self._session_id, error.message)
+        self._pool.counts.moves[error.reason.lower()] += 1
         if isinstance(error, InvalidRequest) and not isinstance(error, InvalidTree):
             self._refused.add(place.link.address)
         # A worker that went away is out of the pool at once. A lease that was lost is for the

@@ -84,6 +84,7 @@ class WorkerLink(ABC, Generic[ItemT]):
         breaker: opens when it fails those who ask it; they tell it so.
         answer_seconds: how long answers took lately; who asks says so.
         heard: when the last frame came, by time.monotonic().
+        num_late: answers that did not come in time.
         attempted: set after the first attempt to connect, however it went.
     """
 
@@ -116,6 +117,7 @@ class WorkerLink(ABC, Generic[ItemT]):
         self.breaker = Breaker(limits.breaker)
         self.answer_seconds = MovingQuantile()
         self.heard = 0.0
+        self.num_late = 0
         self.attempted = asyncio.Event()
         self._check = check
         self._on_ready = on_ready

@@ -6,7 +6,7 @@ This module knows nothing of rounds, trees or text, nor of how workers are found
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
@@ -15,6 +15,7 @@ from specinfer.errors import Mismatch, SpecinferError, Unavailable
 from specinfer.messages import WorkerStatus
 from specinfer_router.links import WorkerLink
 from specinfer_router.prefix_lookup import PrefixLookup
+from specinfer_router.tier_counts import TierCounts
 
 MAX_LOAD_OVER_MEAN = 1.25
 # How long a start waits for workers that it can do without.

@@ -104,7 +104,6 @@ class Router:
         self._handing_over = False
         self._plain = PlainSpeed(cluster.target.step_costs)
         show_router(metrics, self._admission, self._plain)
-        show_cluster(metrics, cluster)
         vocab_size, ends = cluster.target.vocab_size, sorted(tokenizer.eos_token_ids)
         self._grammars = GrammarChecker(GrammarCompiler(tokenizer.tokenizer_json, vocab_size, ends))
         self._opener = SessionOpener(
@@ -117,6 +116,7 @@ class Router:
             max_tree_nodes=self._limits.max_tree_nodes,
             limits=self._limits.seats,
         )
+        show_cluster(metrics, cluster, self._opener.hedges)
 
     @property
     def not_ready_reason(self) -> str:

@@ -159,6 +159,8 @@ class VerifySeat:
             log.warning("round %d of %s failed: %s", epoch, self._session_id, lost.message)
             if attempt == self._max_tries:
                 raise _last_error(lost) from lost
+            slow = isinstance(lost, _TookTooLong)
+            self._pool.counts.moves["slow" if slow else lost.reason.lower()] += 1
             self.leave(epoch)
             if not isinstance(lost, _TookTooLong):
                 pause = min(MAX_BACKOFF_SECONDS, 0.005 * 4**attempt)
@@ -194,6 +196,10 @@ class VerifySeat:
                     return None
                 log.info("session %s moves away from %s", self._session_id, self._link.address)
                 avoid = self._link
+                reason = "draining" if self._link.load.draining else "distrusted"
+                self._pool.counts.moves[reason] += 1
+            else:
+                self._pool.counts.moves["unavailable"] += 1
             self.leave(epoch)
         link = await self._pool.wait(
             avoid,
