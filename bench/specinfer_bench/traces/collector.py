@@ -1,6 +1,6 @@
 """A real OTLP/gRPC receiver that keeps the spans it is sent, and spans put together as trees.
 
-Knows nothing of what sends them.
+Needs the `dev` extra. This module knows nothing of what sends them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class ReceivedSpan:
     Attributes:
         start: nanoseconds after 1970.
         end: nanoseconds after 1970.
+        events: when, name and attributes.
         links: span ids.
     """
 
@@ -37,7 +38,7 @@ class ReceivedSpan:
     start: int
     end: int
     attributes: dict[str, Any]
-    events: tuple[tuple[str, dict[str, Any]], ...]
+    events: tuple[tuple[int, str, dict[str, Any]], ...]
     links: tuple[str, ...]
     failed: bool
 
@@ -121,23 +122,36 @@ def received(request: Any) -> Iterator[ReceivedSpan]:
                     start=span.start_time_unix_nano,
                     end=span.end_time_unix_nano,
                     attributes=_values(span.attributes),
-                    events=tuple((event.name, _values(event.attributes)) for event in span.events),
+                    events=tuple(
+                        (event.time_unix_nano, event.name, _values(event.attributes))
+                        for event in span.events
+                    ),
                     links=tuple(link.span_id.hex() for link in span.links),
                     failed=span.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
                 )
 
 
-def tree_of(spans: Sequence[ReceivedSpan]) -> list[str]:
-    """One line a span, indented below its parent, in the order in which they began."""
+def roots_of(spans: Sequence[ReceivedSpan]) -> list[ReceivedSpan]:
+    """Spans whose parent is not among them, in the order in which they began."""
     known = {span.span_id for span in spans}
+    return _in_order(span for span in spans if span.parent_id not in known)
+
+
+def children_of(parent: ReceivedSpan, spans: Sequence[ReceivedSpan]) -> list[ReceivedSpan]:
+    """The spans below one, in the order in which they began."""
+    return _in_order(span for span in spans if span.parent_id == parent.span_id)
+
+
+def tree_of(spans: Sequence[ReceivedSpan]) -> list[str]:
+    """One line a span: service, name and kind, indented below its parent."""
     lines: list[str] = []
 
     def add(span: ReceivedSpan, depth: int) -> None:
         lines.append("  " * depth + f"{span.service}: {span.name} {span.kind}")
-        for child in _in_order(one for one in spans if one.parent_id == span.span_id):
+        for child in children_of(span, spans):
             add(child, depth + 1)
 
-    for root in _in_order(span for span in spans if span.parent_id not in known):
+    for root in roots_of(spans):
         add(root, 0)
     return lines
 
