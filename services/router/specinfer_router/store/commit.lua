@@ -12,13 +12,16 @@ local expected, mine = tonumber(ARGV[1]), tonumber(ARGV[5])
 if owner > mine or (owner == mine and found[5] ~= ARGV[6]) then
     return -2
 end
-if owner < mine or epoch < expected then
+if owner < mine then
     return -4
 end
 local commit = ARGV[3] .. ':' .. ARGV[2]
 if epoch ~= expected + 1 or found[3] ~= commit then
     if found[2] == 'cancelled' then
         return -3
+    end
+    if epoch < expected then
+        return -4
     end
     if epoch ~= expected or found[2] ~= '' then
         return -5

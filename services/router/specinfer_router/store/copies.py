@@ -134,18 +134,19 @@ class Copies:
             held.known_owner = known_owner
         return record
 
-    def drop(self, session_id: str, owner: int) -> None:
-        """Forget the copy that an owner had."""
+    def drop(self, session_id: str, owner: int) -> bool:
+        """Forget the copy that an owner had; whether there was one."""
         held = self._held.get(session_id)
-        if held is not None and held.owner == owner:
-            del self._held[session_id]
-            self.memory.forget(session_id)
+        if held is None or held.owner != owner:
+            return False
+        del self._held[session_id]
+        self.memory.forget(session_id)
+        return True
 
     def let_go(self, session_id: str, owner: int, error: StaleEpoch | Cancelled) -> None:
         """Forget a copy that its owner lost, or its user ended."""
-        if isinstance(error, LeaseLost):
+        if self.drop(session_id, owner) and isinstance(error, LeaseLost):
             self._hooks.lease_lost()
-        self.drop(session_id, owner)
 
     async def put_back(self, session_id: str) -> None:
         """Restore one session from its copy.
