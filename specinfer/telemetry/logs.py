@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import structlog
 from structlog.types import EventDict
 
-from specinfer.errors import InvalidRequest, SpecinferError
+from specinfer.errors import InternalError, InvalidRequest, SpecinferError
 from specinfer.telemetry.traces import current_span
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -39,6 +39,17 @@ def bind_log(**identities: str) -> None:
     """
     fit = {name: value for name, value in identities.items() if _IDENTITY.fullmatch(value)}
     structlog.contextvars.bind_contextvars(**fit)
+
+
+def loggable(error: SpecinferError) -> str:
+    """What a line may say of an error of ours: its reason, and its message where that is ours too.
+
+    What is said of a request that is at fault may quote it, and an internal error may quote
+    anything.
+    """
+    if isinstance(error, InvalidRequest | InternalError):
+        return error.reason
+    return f"{error.reason}: {error.message[:MAX_VALUE_LENGTH]}"
 
 
 def set_up_logs(service: str, *, level: str, stream: TextIO | None = None) -> None:

@@ -22,6 +22,7 @@ from specinfer.errors import (
 )
 from specinfer.messages import DraftResult, Grammar, ShapeQuery
 from specinfer.sampling import SamplingParams
+from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
 from specinfer_router.hedging import HedgeBudget
 from specinfer_router.pool import WorkerPool
@@ -304,7 +305,7 @@ class DraftSeat:
         try:
             return [self._ask(place, question, hedge=True)]
         except SpecinferError as error:
-            log.info("hedging for session %s failed: %s", self._session_id, error.message)
+            log.info("asking a second drafter failed: %s", loggable(error))
             self._leave(place, question.epoch)
             return []
 
@@ -374,7 +375,7 @@ class DraftSeat:
 
     def _fail(self, place: _Place, ticket: int | None, error: SpecinferError) -> None:
         """Begin anew at the next ask, and tell the breaker when the drafter is to blame."""
-        log.info("drafting for session %s failed: %s", self._session_id, error.message)
+        log.info("the drafter at %s failed: %s", place.link.address, loggable(error))
         self._pool.counts.moves[error.reason.lower()] += 1
         if isinstance(error, InvalidRequest) and not isinstance(error, InvalidTree):
             self._refused.add(place.link.address)
@@ -395,7 +396,7 @@ class DraftSeat:
             try:
                 place.link.forget(self._session_id, epoch, owner=self._owner)
             except SpecinferError as error:
-                log.warning("draft session %s was not closed: %s", self._session_id, error.message)
+                log.warning("a draft session was not closed: %s", loggable(error))
 
 
 def usable_tree(

@@ -37,7 +37,7 @@ from specinfer_router.session import LEAVING, Session, beyond_the_end
 from specinfer_router.store import ABANDONED, CANCELLED, SessionRecord, SessionStore
 from specinfer_router.stream import OpenStreams
 from specinfer_router.tokenizer import ServedTokenizer
-from specinfer_router.tracing import request_span, trace_queue, traced
+from specinfer_router.tracing import request_ended, request_span, trace_queue, traced
 
 log = logging.getLogger(__name__)
 
@@ -288,12 +288,10 @@ class Router:
             error.request_id = error.request_id or entry.request_id
             outcome = error.reason.lower()
             span.fail(error)
-            log.info("request failed", extra={"request_id": error.request_id, "outcome": outcome})
             raise
         finally:
             entry.ended(outcome)
-            span.set({"specinfer.outcome": outcome})
-            span.end()
+            request_ended(span, entry)
             self._metrics.observe_request(outcome, entry.seconds, span)
 
     def _leaving(self, caller: Caller, *, unattended: bool) -> Callable[[], bool]:

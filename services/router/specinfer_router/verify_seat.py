@@ -27,6 +27,8 @@ from specinfer.errors import (
 from specinfer.messages import Grammar, VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.step_curve import StepCurve
+from specinfer.telemetry import current_span
+from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
 from specinfer_router.deadlines import StepDeadline
 from specinfer_router.pool import WorkerPool
@@ -156,7 +158,8 @@ class VerifySeat:
             except (Unavailable, NotFound, StaleEpoch, ResourceExhausted, InternalError) as error:
                 failed, lost = self._link, error
                 attempt += 1
-            log.warning("round %d of %s failed: %s", epoch, self._session_id, lost.message)
+            log.warning("round %d failed: %s", epoch, loggable(lost))
+            current_span().event("round failed", {"error.type": lost.reason})
             if attempt == self._max_tries:
                 raise _last_error(lost) from lost
             slow = isinstance(lost, _TookTooLong)
@@ -175,7 +178,7 @@ class VerifySeat:
             try:
                 self._link.forget(self._session_id, epoch, owner=self._owner)
             except SpecinferError as error:
-                log.warning("verify session %s was not closed: %s", self._session_id, error.message)
+                log.warning("a verify session was not closed: %s", loggable(error))
         self._link = None
 
     async def _sit(
@@ -194,7 +197,7 @@ class VerifySeat:
                 leaving = self._link.load.draining or not self._link.trusted
                 if not leaving or self._elsewhere() is None:
                     return None
-                log.info("session %s moves away from %s", self._session_id, self._link.address)
+                log.info("the session moves away from %s", self._link.address)
                 avoid = self._link
                 reason = "draining" if self._link.load.draining else "distrusted"
                 self._pool.counts.moves[reason] += 1

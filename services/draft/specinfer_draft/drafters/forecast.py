@@ -165,7 +165,7 @@ class DrawForecast:
             mask = grammar.mask_after([*self._output, *path])
         except InvalidRequest as error:
             # The verifier says so to the caller; here it costs the session its guesses.
-            log.info("no guess within the grammar: %s", error.message)
+            log.info("no guess within the grammar: %s", error.reason)
             mask = None
         if mask is None:
             return torch.zeros(self._vocab_size, dtype=torch.bool)
