@@ -5,7 +5,6 @@ What the gRPC servicer and the gateway both call. This module knows nothing of p
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -38,8 +37,6 @@ from specinfer_router.store import ABANDONED, CANCELLED, SessionRecord, SessionS
 from specinfer_router.stream import OpenStreams
 from specinfer_router.tokenizer import ServedTokenizer
 from specinfer_router.tracing import request_ended, request_span, trace_queue, traced
-
-log = logging.getLogger(__name__)
 
 FEATURES = ("detail", "explain", "grammar", "logprobs", "prediction", "priority", "resume")
 
