@@ -47,6 +47,7 @@ class ClusterSettings:
         group: name that workers and routers find each other by in Redis.
         grpc_address: where the router listens; port 0 takes a free one.
         gateway_address: where it answers health and metrics over HTTP.
+        admin_address: where it answers operators, on this machine; "" for nowhere.
         dtype: number format of the target and the drafter.
         keys: file of API keys, "redis" for those in `redis`, or "" to ask for none.
         insecure_bind: let the router listen beyond this machine, without TLS.
@@ -69,6 +70,7 @@ class ClusterSettings:
     group: str = "default"
     grpc_address: str = "127.0.0.1:0"
     gateway_address: str = "127.0.0.1:0"
+    admin_address: str = ""
     keys: str = ""
     insecure_bind: bool = False
     dtype: str = "float32"
@@ -93,6 +95,7 @@ class RunningCluster:
     Attributes:
         router: gRPC address for clients.
         gateway: its HTTP address for health and metrics.
+        admin: its gRPC address for operators, or "".
         verifiers, drafters: gRPC addresses of the workers.
         children: the processes, the router last.
     """
@@ -102,6 +105,7 @@ class RunningCluster:
     verifiers: tuple[str, ...]
     drafters: tuple[str, ...]
     children: tuple[Child, ...]
+    admin: str = ""
 
     def watch(self, interrupted: Callable[[], bool], died: Callable[[Child], None]) -> None:
         """Wait until `interrupted`, and report each child that ends before, once.
@@ -151,6 +155,7 @@ def running_cluster(
     insecure = settings.insecure_bind
     router = claim_address("--grpc", settings.grpc_address, insecure_bind=insecure)
     gateway = claim_address("--gateway", settings.gateway_address, insecure_bind=insecure)
+    admin = claim_address("--admin", settings.admin_address) if settings.admin_address else ""
     if settings.redis is not None:
         reach_redis(settings.redis)
     children: list[Child] = []
@@ -162,6 +167,7 @@ def running_cluster(
             deadline = time.monotonic() + settings.startup_seconds
             wait_healthy(children, deadline, interrupted)
             flags = _router_flags(settings, router, gateway, verifiers, drafters)
+            flags += ["--admin", admin]
             children.append(
                 start_child(
                     "router",
@@ -173,7 +179,7 @@ def running_cluster(
                 )
             )
             wait_healthy(children, deadline, interrupted)
-            yield RunningCluster(router, gateway, verifiers, drafters, tuple(children))
+            yield RunningCluster(router, gateway, verifiers, drafters, tuple(children), admin)
         finally:
             # The router first: its streams need the workers to finish.
             stop_children(children[-1:], settings.grace_seconds)

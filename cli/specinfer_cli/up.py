@@ -15,6 +15,7 @@ from specinfer_cli import arguments
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster, stop_signals
 from specinfer_cli.console import friendly, import_extra, messages, output, print_json
 from specinfer_cli.models import choose_models
+from specinfer_cli.operators import DEFAULT_ADMIN_ADDRESS
 from specinfer_cli.processes import Child
 
 CAPABILITY_TIMEOUT_SECONDS = 20.0
@@ -40,6 +41,12 @@ _Grpc = Annotated[
 ]
 _Gateway = Annotated[
     str, typer.Option("--gateway", metavar="ADDR", help="Where health and metrics are over HTTP.")
+]
+_Admin = Annotated[
+    str,
+    typer.Option(
+        "--admin", metavar="ADDR", help="Where the router answers operators; '' for nowhere."
+    ),
 ]
 _Threads = Annotated[
     int | None,
@@ -80,6 +87,7 @@ def up(
     group: _Group = "default",
     grpc: _Grpc = arguments.DEFAULT_ADDRESS,
     gateway: _Gateway = "127.0.0.1:8000",
+    admin: _Admin = DEFAULT_ADMIN_ADDRESS,
     keys: _Keys = "",
     insecure_bind: _InsecureBind = False,
     dtype: arguments.Dtype = "float32",
@@ -104,6 +112,7 @@ def up(
         group=group,
         grpc_address=grpc,
         gateway_address=gateway,
+        admin_address=admin,
         keys=keys,
         insecure_bind=insecure_bind,
         dtype=dtype,
@@ -131,6 +140,7 @@ def _announce(cluster: RunningCluster, *, json: bool) -> None:
         f"gRPC      {cluster.router}",
         f"health    http://{cluster.gateway}/health/ready",
         f"metrics   http://{cluster.gateway}/metrics",
+        *([f"operators {cluster.admin}"] if cluster.admin else []),
         f"model     {_model_text(capabilities)}",
         f"workers   {workers}",
         "",
@@ -159,6 +169,7 @@ def _facts(cluster: RunningCluster, capabilities: Capabilities | None) -> dict[s
     return {
         "router": cluster.router,
         "gateway": cluster.gateway,
+        "admin": cluster.admin,
         "verifiers": list(cluster.verifiers),
         "drafters": list(cluster.drafters),
         "model": capabilities.model if capabilities else None,

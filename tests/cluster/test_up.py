@@ -38,6 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def up(models: dict[str, Path], *more: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
     """`specinfer up` and what it printed as JSON; killed at the end if it is still there."""
     command = [*COMMAND, "up", "--json", "--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0"]
+    command += ["--admin", "127.0.0.1:0"]
     pair = ["--model", str(models["target"]), "--draft", str(models["draft"])]
     process = subprocess.Popen(
         [*command, *pair, "--threads", "1", *more],
@@ -112,6 +113,7 @@ def test_a_dead_drafter_is_reported_and_missed_by_nobody(models: dict[str, Path]
 
 def test_a_drafter_with_another_vocabulary_is_refused(models: dict[str, Path]) -> None:
     command = [*COMMAND, "up", "--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0"]
+    command += ["--admin", "127.0.0.1:0"]
     done = subprocess.run(
         [*command, "--model", str(models["target"]), "--draft", str(models["other"])],
         capture_output=True,
