@@ -58,6 +58,7 @@ class Service:
     runner: GatedRunner
     engine: DraftEngine
     server: RpcServer
+    channel: grpc.aio.Channel
     stub: Any
     compiler: HeldCompiler
 
@@ -81,7 +82,7 @@ async def served_drafter() -> AsyncIterator[Service]:
     await server.start()
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
         stub = draft_pb2_grpc.DraftServiceStub(channel)
-        yield Service(bench, bench.runner, engine, server, stub, compiler)
+        yield Service(bench, bench.runner, engine, server, channel, stub, compiler)
     bench.runner.gate.set()
     compiler.gate.set()
     await server.drain(0)

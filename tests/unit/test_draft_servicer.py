@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
+import grpc
 import grpc.aio
 import pytest
 from torch import Tensor
@@ -19,6 +21,7 @@ from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer.v1 import draft_pb2, tree_pb2
 from specinfer_draft.engine import DraftEngine
+from specinfer_draft.servicer import SERVICE_NAME
 from specinfer_engine.batch import SequenceRows
 from tests.kit.draft_driver import GREEDY, table_drafter
 from tests.kit.draft_service import (
@@ -262,3 +265,44 @@ async def test_a_session_opened_later_counts_its_output_as_output(service: Servi
         trees.append(draft_result_from_wire(results[2]).tree.token_ids)
     assert trees[0] == fresh.token_ids
     assert trees[0] != trees[1] == trees[2]
+
+
+async def test_a_malformed_frame_ends_its_stream_and_no_other(service: Service) -> None:
+    good = service.stream()
+    await send(good, opening(1))
+    await receive(good, 1)
+    broken = raw_stream(service, b"\xff\xff\xff")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in broken:
+            pass
+    assert caught.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
+    await send(good, proposing(2))
+    assert not (await receive(good, 1))[2].status.code
+
+
+async def test_an_oversized_frame_is_refused(service: Service) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in raw_stream(service, b"\x0a" * (9 << 20)):
+            pass
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    stream = service.stream()
+    await send(stream, opening(1), proposing(2))
+    assert draft_result_from_wire((await receive(stream, 2))[2]).tree == expected(service)
+
+
+async def test_what_a_former_owner_sends_is_refused_on_the_wire(service: Service) -> None:
+    stream = service.stream()
+    claimed, stale = opening(1), proposing(2)
+    claimed.owner = 3
+    await send(stream, claimed, stale)
+    assert (await receive(stream, 2))[2].status.reason == "LEASE_LOST"
+    mine = proposing(3)
+    mine.owner = 3
+    await send(stream, mine)
+    assert not (await receive(stream, 1))[3].status.code
+
+
+def raw_stream(service: Service, frame: bytes) -> Any:
+    """A stream whose only frame is these bytes."""
+    channel: Any = service.channel
+    return channel.stream_stream(f"/{SERVICE_NAME}/Draft")(iter([frame]), timeout=TIMEOUT)
