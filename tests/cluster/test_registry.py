@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import signal
-import subprocess
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -23,7 +22,7 @@ from specinfer.redis_connection import RedisSettings
 from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer_cli.cluster import ClusterSettings, running_cluster
 from specinfer_cli.processes import Child, free_port, start_child, stop_children, wait_healthy
-from tests.conftest import redis_binary
+from tests.kit.redis_servers import RedisServer
 from tests.kit.waiting import until
 
 pytestmark = pytest.mark.timeout(300)
@@ -43,35 +42,11 @@ LONG: GenerateOptions = {
 BEGINNINGS = [[number, *range(3, 322)] for number in (40, 41)]
 
 
-class Redis:
-    """A server of the test's own, which may be killed and started again on its port, empty."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        command = [redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--dir", str(self.folder), "--save", "", "--appendonly", "no"]
-        command += ["--maxmemory-policy", "noeviction"]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        assert any("Ready to accept connections" in line for line in self._process.stdout)
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.communicate()
-
-
 @pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[Redis]:
-    server = Redis(tmp_path)
-    server.start()
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path / "redis", "--maxmemory-policy", "noeviction")
     yield server
-    server.kill()
+    server.stop()
 
 
 def settings_of(tiny_settings: ClusterSettings, url: str, **changes: object) -> ClusterSettings:
@@ -189,7 +164,7 @@ async def test_a_worker_of_another_model_harms_nobody(
 
 
 async def test_a_redis_that_restarts_empty_breaks_nothing(
-    tiny_settings: ClusterSettings, own_redis: Redis
+    tiny_settings: ClusterSettings, own_redis: RedisServer
 ) -> None:
     settings = settings_of(tiny_settings, own_redis.url)
     with running_cluster(settings) as cluster:
@@ -203,7 +178,7 @@ async def test_a_redis_that_restarts_empty_breaks_nothing(
                 async with asyncio.timeout(2.0):
                     while True:
                         assert await num_workers(client) == (1, 1)
-            own_redis.start()
+            own_redis.restart(lose_data=True)
 
             async def all_listed() -> bool:
                 try:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from specinfer import redis_registry
 from specinfer.errors import InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from specinfer.messages import WorkerLoad
 from specinfer.redis_connection import RedisSettings
-from specinfer.redis_registry import RedisRegistry
+from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer.registry import (
     MAX_DOCUMENT_BYTES,
     RegisteredWorker,
@@ -24,7 +25,10 @@ from specinfer.registry import (
     worker_to_json,
 )
 from tests.conftest import free_port
+from tests.kit.redis_servers import RedisServer, acl_file, documented_acl_line, start_cluster
 from tests.kit.waiting import until
+
+SESSIONS = Path(__file__).parents[2] / "docs" / "sessions.md"
 
 WORKER = RegisteredWorker(
     "draft", "draft-1", "10.1.2.3:50061", "abc", "0.1", WorkerLoad(3, 2, 1, draining=True)
@@ -218,6 +222,43 @@ async def test_a_redis_that_is_away_is_unavailable() -> None:
             await registry.workers()
         with pytest.raises(Unavailable):
             await registry.announce(WORKER)
+
+
+async def use_everything(connection: RedisSettings) -> None:
+    """Every command that the registry and the directory have."""
+    registry, directory = RedisRegistry(connection, "g"), RedisPrefixes(connection, "g")
+    other = RegisteredWorker("verify", "verify-1", "host:50071")
+    await registry.announce(WORKER)
+    await registry.announce(other)
+    assert len(await registry.workers()) == 2
+    await registry.withdraw(other)
+    chain = [bytes([number]) * 16 for number in range(8)]
+    assert await directory.publish("verify-1", 0, chain, [])
+    assert await directory.publish("verify-1", 1, [], chain[5:])
+    found = await directory.find(["verify-1", "nobody"], chain)
+    assert [held.num_blocks for held in found] == [5, 0]
+    await directory.forget("verify-1")
+    assert await registry.workers() == [WORKER]
+    await directory.close()
+    await registry.close()
+
+
+async def test_the_documented_rights_suffice(tmp_path: Path) -> None:
+    acl = acl_file(tmp_path / "users.acl", documented_acl_line(SESSIONS), "hunter2")
+    server = RedisServer(tmp_path / "redis", "--aclfile", str(acl))
+    try:
+        await use_everything(RedisSettings(f"redis://specinfer:hunter2@127.0.0.1:{server.port}/0"))
+    finally:
+        server.stop()
+
+
+async def test_a_redis_cluster_keeps_a_group_together(tmp_path: Path) -> None:
+    nodes = start_cluster(tmp_path)
+    try:
+        await use_everything(RedisSettings(nodes[0].url, cluster=True))
+    finally:
+        for node in nodes:
+            node.stop()
 
 
 def test_a_group_is_a_plain_name() -> None:
