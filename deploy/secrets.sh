@@ -12,12 +12,12 @@ secret() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 for name in redis_password grafana_password; do
     [ -s "$folder/$name" ] || secret >"$folder/$name"
 done
-# Redis keeps the password's digest alone. The user may touch our keys and channels and nothing
-# else; without a user a client may ping, which is what the health check does.
+# Redis keeps the password's digest alone. The user's rights are those that docs/sessions.md lists;
+# without a user a client may ping, which is what the health check does.
 digest=$(sha256sum <"$folder/redis_password" | cut -d' ' -f1)
 cat >"$folder/redis_acl.new" <<ACL
 user default on nopass resetkeys resetchannels -@all +ping
-user specinfer on #$digest resetkeys ~specinfer:* resetchannels &specinfer:* -@all +@read +@write +@connection +@scripting +@transaction +@pubsub -@dangerous +info +time +config|get +cluster|slots +cluster|shards +cluster|info +cluster|nodes +cluster|keyslot
+user specinfer on #$digest resetkeys ~specinfer:* resetchannels -@all +ping +hello +auth +info +select +time +scan +eval +evalsha +get +set +del +append +getrange +strlen +exists +pexpire +pttl +hget +hset +hmget +hgetall +hdel +hexists +hstrlen +hincrby +zadd +zrem +zcard +zscore +zrangebyscore +zremrangebyscore +zremrangebyrank +cluster|slots +cluster|shards +cluster|nodes +command +readonly +asking
 ACL
 mv -f "$folder/redis_acl.new" "$folder/redis_acl"
 chmod 444 "$folder"/*

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIERS = ("router", "draft", "verify")
 NUM_STREAMS = 8
 MAX_TOKENS = 192
+NUM_TRIES = 20
 JOIN_SECONDS = 2.0
 PROMPTS = ("Write a function that reverses a list.", "What does textwrap.dedent do?", "def fib(n):")
 
@@ -153,8 +154,17 @@ def check_chat(cluster: Cluster) -> None:
     with Client(cluster.address, timeout=60) as client:
         again = client.chat(PROMPTS[0], max_tokens=32, temperature=0)
     cluster.say(again.text == text, "the SDK, over gRPC, says the same")
-    rounds = again.completion.speculation
-    cluster.say(rounds.num_accepted_tokens > 0, f"guesses were accepted: {rounds}")
+        rounds = again.completion.speculation
+        for _ in range(NUM_TRIES):  # a machine that was just started may be late with its trees
+            if rounds.num_accepted_tokens:
+                break
+            time.sleep(1.0)
+            rounds = client.chat(PROMPTS[0], max_tokens=32, temperature=0).completion.speculation
+    cluster.say(
+        rounds.num_accepted_tokens > 0,
+        f"{rounds.num_accepted_tokens} of {rounds.num_draft_tokens} guesses accepted in "
+        f"{rounds.num_rounds} rounds",
+    )
     command = [
         str(Path(sys.executable).parent / "specinfer"),
         "generate",

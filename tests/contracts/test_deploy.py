@@ -1,6 +1,7 @@
 """The compose file and the Dockerfile agree with each other and with the services' settings."""
 
 import dataclasses
+import hashlib
 import re
 import subprocess
 from importlib import import_module
@@ -98,6 +99,18 @@ def test_the_secrets_that_are_mounted_are_made(tmp_path: Path) -> None:
     assert len(first["redis_password"]) == 48
     subprocess.run([script, str(tmp_path)], check=True, capture_output=True)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == first
+
+
+def test_redis_gives_the_rights_that_the_page_lists(tmp_path: Path) -> None:
+    subprocess.run(
+        [str(ROOT / "deploy/secrets.sh"), str(tmp_path)], check=True, capture_output=True
+    )
+    digest = hashlib.sha256((tmp_path / "redis_password").read_bytes()).hexdigest()
+    page = (ROOT / "docs/sessions.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in page if line.startswith("user specinfer ")]
+    acl = (tmp_path / "redis_acl").read_text().splitlines()
+    assert line.replace(">PASSWORD", f"#{digest}") in acl
+    assert acl[0] == "user default on nopass resetkeys resetchannels -@all +ping"
 
 
 @pytest.mark.parametrize("name", OURS)
