@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
 from specinfer.errors import (
@@ -20,6 +22,7 @@ from specinfer.errors import (
 )
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
+from specinfer.v1 import verify_pb2
 from specinfer_router.cluster import Cluster
 from specinfer_router.links import LinkLimits
 from specinfer_router.worker_links import VerifyLink
@@ -35,9 +38,9 @@ def quiet() -> None:
 
 @asynccontextmanager
 async def linked(
-    limits: LinkLimits = FAST_LINKS, **changes: Any
+    limits: LinkLimits = FAST_LINKS, *, worker: FakeVerifier | None = None, **changes: Any
 ) -> AsyncIterator[tuple[FakeVerifier, VerifyLink]]:
-    worker = FakeVerifier(info_of("verify"), **changes)
+    worker = worker or FakeVerifier(info_of("verify"), **changes)
     await worker.start()
     link = VerifyLink(worker.address, check=lambda info: None, on_ready=quiet, limits=limits)
     link.start()
@@ -97,6 +100,37 @@ async def test_waiting_items_are_bounded() -> None:
         worker.gate.set()
         await asyncio.gather(*waiting)
         await open_on(link, "c")
+
+
+class GarbledVerifier(FakeVerifier):
+    """A verify worker whose next frame is no message."""
+
+    garbled = False
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        super().add_to(server)
+        verify = grpc.stream_stream_rpc_method_handler(
+            self.Verify, verify_pb2.VerifyRequest.FromString, self._bytes
+        )
+        server.add_registered_method_handlers("specinfer.v1.VerifyService", {"Verify": verify})
+
+    def _bytes(self, message: verify_pb2.VerifyResponse) -> bytes:
+        garbled, self.garbled = self.garbled, False
+        return b"\xff" if garbled else message.SerializeToString()
+
+
+async def test_a_frame_that_is_no_message_breaks_the_stream_and_not_the_link() -> None:
+    worker = GarbledVerifier(info_of("verify"))
+    async with linked(worker=worker) as (_, link):
+        await open_on(link, "a")
+        worker.garbled = True
+        with pytest.raises(Unavailable):
+            await step_on(link, "a")
+        while link.generation < 2:
+            link.attempted.clear()
+            await link.attempted.wait()
+        await open_on(link, "b")
+        await step_on(link, "b")
 
 
 async def test_each_item_has_its_own_outcome() -> None:

@@ -230,6 +230,9 @@ class WorkerLink(ABC, Generic[ItemT]):
                 await self._exchange()
             except (grpc.aio.AioRpcError, SpecinferError) as error:
                 self._log_failure(error)
+            except Exception:
+                # Whatever a broken worker made of us, the link to it has to live on.
+                log.exception("the link to the %s worker at %s broke", self.tier, self.address)
             finally:
                 self.attempted.set()
             pause = min(self._limits.max_backoff, self._limits.min_backoff * 2**self._failures)
@@ -281,6 +284,10 @@ class WorkerLink(ABC, Generic[ItemT]):
             frame = cast(Any, await call.read())
             if frame is grpc.aio.EOF:
                 raise Unavailable(f"the {self.tier} worker at {self.address} ended the stream")
+            if frame is None:  # what gRPC makes of bytes that are no message
+                raise InternalError(
+                    f"the {self.tier} worker at {self.address} sent a frame that cannot be read"
+                )
             self._failures = 0
             self.heard = time.monotonic()
             self.load = load_from_wire(frame.load)
