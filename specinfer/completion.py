@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from specinfer.errors import InternalError
+from specinfer.errors import InternalError, Mismatch
 from specinfer.messages import (
     Finished,
     GenerateEvent,
@@ -75,6 +75,9 @@ class CompletionBuilder:
         self.finished: Finished | None = None
         self._offset = offset
         self._announced = False
+        # Text of the tokens that come a second time, while they do.
+        self._repeated: list[str] | None = None
+        self._num_repeated = 0
         self._num_parts = 0
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -94,22 +97,80 @@ class CompletionBuilder:
     def resumed(self) -> None:
         """What comes next belongs to a stream that goes on where the last one broke."""
         self._announced = False
+        self._repeated = None
 
-    def add(self, event: GenerateEvent) -> None:
-        """Take the next event; raises InternalError when it cannot stand here."""
+    def repeated(self) -> None:
+        """What comes next is the same completion once more, from its first token on."""
+        self._announced = False
+        self._repeated, self._num_repeated = [], 0
+
+    def add(self, event: GenerateEvent) -> TokensEvent | None:
+        """Take the next event; returns what of it is new.
+
+        Raises:
+            InternalError: it cannot stand here.
+            Mismatch: what comes a second time is not what came the first time.
+        """
         if self.finished is not None:
             raise InternalError("the server sent an event after the last one")
         if isinstance(event, Started):
-            self._announced = True
-            self._num_parts += 1
-            self.started = self.started or event
-            return
+            self._start(event)
+            return None
         if not self._announced:
             raise InternalError("the server's first event was not Started")
+        if self._repeated is not None:
+            rest = self._after_repeated(self._repeated, event)
+            if rest is None:
+                return None
+            event, self._repeated = rest, None
         if isinstance(event, Finished):
             self.finished = event
-            return
+            return None
         self._add_tokens(event)
+        return event
+
+    def _start(self, started: Started) -> None:
+        self._announced = True
+        self._num_parts += 1
+        if self._repeated is not None and self.started is not None:
+            first = replace(self.started, request_id="", session_id="")
+            if replace(started, request_id="", session_id="") != first:
+                raise _not_the_same(f"{started.model} with another model or prompt")
+            self.started = started
+        self.started = self.started or started
+
+    def _after_repeated(self, texts: list[str], event: GenerateEvent) -> GenerateEvent | None:
+        """The part of an event that did not come before; None where all of it did."""
+        if not isinstance(event, TokensEvent):
+            return self._end_of_repeated(event)
+        if event.offset != self._num_repeated:
+            raise InternalError(f"tokens from {event.offset} on, {self._num_repeated} was due")
+        known = self._token_ids[event.offset : event.offset + len(event.token_ids)]
+        if list(event.token_ids[: len(known)]) != known:
+            raise _not_the_same("other tokens")
+        texts.append(event.text)
+        self._num_repeated += len(event.token_ids)
+        if self._num_repeated < self.num_tokens:
+            return None
+        told, again = "".join(self._text), "".join(texts)
+        if not again.startswith(told):
+            raise _not_the_same("another text")
+        if len(event.token_ids) == len(known) and again == told:
+            self._repeated = None
+            return None
+        return replace(
+            event,
+            offset=self.offset,
+            text=again[len(told) :],
+            token_ids=event.token_ids[len(known) :],
+            num_accepted_tokens=max(0, event.num_accepted_tokens - len(known)),
+            logprobs=event.logprobs[len(known) :],
+        )
+
+    def _end_of_repeated(self, event: GenerateEvent) -> GenerateEvent:
+        if isinstance(event, Finished) and event.reason == "cancelled":
+            return event
+        raise _not_the_same("fewer tokens")
 
     def _add_tokens(self, event: TokensEvent) -> None:
         if event.offset != self.offset:
@@ -145,6 +206,13 @@ class CompletionBuilder:
     def _summary(self, finished: Finished) -> SpeculationSummary:
         # A router counts the rounds since it took the stream over; here are those of all parts.
         return finished.speculation if self._num_parts == 1 else summary_of(self._rounds)
+
+
+def _not_the_same(what: str) -> Mismatch:
+    return Mismatch(
+        f"the store has lost the session, and the answer cannot be made again: {what} came; "
+        "another model may be served now"
+    )
 
 
 def summary_of(rounds: Sequence[RoundFacts]) -> SpeculationSummary:

@@ -41,7 +41,7 @@ from specinfer.messages import (
     ResumeRequest,
 )
 from specinfer.retry import Attempts, RetryPolicy
-from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
+from specinfer.rpc import RESUMES, RESUMES_KEY, TlsSettings, error_from_rpc, open_channel
 from specinfer.v1 import router_pb2, router_pb2_grpc
 
 # A router that has not answered within this is not waited for while there are others.
@@ -139,6 +139,11 @@ class Connection:
         return self._options.addresses[0]
 
     @property
+    def regenerates(self) -> bool:
+        """Whether what the store has lost is asked for anew."""
+        return self._options.retry.regenerate
+
+    @property
     def opened(self) -> bool:
         """Whether any channel was opened."""
         return bool(self._channels)
@@ -189,6 +194,8 @@ class Connection:
         Raises what a token provider raises.
         """
         metadata = (*trace, *await self._metadata(request.request_id))
+        if self._options.retry.hands_over:
+            metadata = (*metadata, (RESUMES_KEY, RESUMES))
         router = await self._pick()
         stub, left = self._stub(router), attempts.remaining()
         if isinstance(request, GenerateRequest):

@@ -15,9 +15,13 @@ from specinfer.errors import (
     InvalidRequest,
     ReaderStalled,
     ResourceExhausted,
+    RouterLeaving,
     SpecinferError,
     Unavailable,
 )
+
+# A router that restarts is asked this often whether it is back.
+HANDOVER_BACKOFF_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class RetryPolicy:
         multiplier: growth of the wait from one attempt to the next, at least 1.
         max_backoff: longest wait in seconds; a server's `retry_after` may be longer.
         jitter: share of each wait that is random, from 0 to 1.
+        handover: seconds for which another router, or the same one restarted, is looked for when a
+            router shuts down, whatever `max_attempts`; 0 does without, and so does a policy that
+            never retries: their streams have to finish before the router ends.
+        regenerate: when the store has lost a stream's session, make the same request again with the
+            same seed and go on after the tokens that are there.
 
     Raises:
         InvalidRequest: naming the field that is out of its range.
@@ -46,6 +55,8 @@ class RetryPolicy:
     multiplier: float = 2.0
     max_backoff: float = 5.0
     jitter: float = 0.2
+    handover: float = 60.0
+    regenerate: bool = True
 
     def __post_init__(self) -> None:
         bounds = {
@@ -54,6 +65,7 @@ class RetryPolicy:
             "multiplier": (self.multiplier, 1, 10),
             "max_backoff": (self.max_backoff, 0, 600),
             "jitter": (self.jitter, 0, 1),
+            "handover": (self.handover, 0, 3600),
         }
         for name, (value, low, high) in bounds.items():
             if not low <= value <= high:
@@ -61,15 +73,25 @@ class RetryPolicy:
                     f"retry.{name} is between {low} and {high}, got {value}", field=f"retry.{name}"
                 )
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether a stream goes on elsewhere when its router shuts down."""
+        return self.max_attempts > 1 and self.handover > 0
+
     def wait_after(
         self, attempt: int, error: SpecinferError, chance: random.Random
     ) -> float | None:
         """Seconds to wait after failed attempt number `attempt` (from 1); None gives up."""
         if attempt >= self.max_attempts or not self.covers(error):
             return None
-        wait = min(self.max_backoff, self.initial_backoff * self.multiplier ** (attempt - 1))
-        wait *= 1.0 + self.jitter * (2.0 * chance.random() - 1.0)
-        return max(wait, error.retry_after or 0.0)
+        return max(self.backoff(attempt, chance), error.retry_after or 0.0)
+
+    def backoff(self, attempt: int, chance: random.Random) -> float:
+        """Seconds to wait after failed attempt number `attempt` (from 1), with jitter."""
+        # Far more attempts than 64 change nothing but overflow.
+        growth = self.multiplier ** min(attempt - 1, 64)
+        wait = min(self.max_backoff, self.initial_backoff * growth)
+        return wait * (1.0 + self.jitter * (2.0 * chance.random() - 1.0))
 
     @staticmethod
     def covers(error: SpecinferError) -> bool:
@@ -94,6 +116,7 @@ class Attempts:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._moves = 0
         self._renewed = False
+        self._handover_ends: float | None = None
 
     def remaining(self) -> float | None:
         """Seconds left for the next call, or None without a deadline; raises DeadlineExceeded."""
@@ -109,6 +132,7 @@ class Attempts:
         self.number = 1
         self._moves = 0
         self._renewed = False
+        self._handover_ends = None
 
     def renew(self) -> bool:
         """Whether a refused token may be replaced: once, until there is progress."""
@@ -121,13 +145,24 @@ class Attempts:
         A wait that would not end before the deadline is not begun: the error says more than a
         timeout would. The `num_others` further routers are asked at once, without a wait.
         """
+        if isinstance(error, RouterLeaving) and self._handover_ends is None:
+            self._handover_ends = time.monotonic() + self._policy.handover
         if isinstance(error, Unavailable) and self._moves < num_others:
             self._moves += 1
             return
-        wait = self._policy.wait_after(self.number, error, self._chance)
+        wait = self._wait_after(error)
         left = None if self._deadline is None else self._deadline - time.monotonic()
         if wait is None or (left is not None and wait >= left):
             raise error
         await asyncio.sleep(wait)
         self.number += 1
         self._moves = 0
+
+    def _wait_after(self, error: SpecinferError) -> float | None:
+        """Seconds to wait after an error; None gives up."""
+        handing_over = self._policy.hands_over and self._handover_ends is not None
+        if not handing_over or not isinstance(error, Unavailable):
+            return self._policy.wait_after(self.number, error, self._chance)
+        assert self._handover_ends is not None
+        wait = min(HANDOVER_BACKOFF_SECONDS, self._policy.backoff(self.number, self._chance))
+        return wait if time.monotonic() + wait < self._handover_ends else None

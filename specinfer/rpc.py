@@ -21,6 +21,8 @@ from specinfer.v1 import tree_pb2
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 ERROR_METADATA_KEY = "specinfer-error-bin"
 MAX_ERROR_TEXT = 512
+# What a caller says of itself who goes on with a stream elsewhere when its router leaves.
+RESUMES_KEY, RESUMES = "specinfer-resumes", "1"
 
 # A server refuses pings that come faster than it permits (`too_many_pings` ends all streams of the
 # connection), so both sides take their numbers from here.

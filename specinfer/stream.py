@@ -7,6 +7,7 @@ its offset. This module knows nothing of channels, credentials or the wire.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -58,6 +59,9 @@ class AsyncCompletionStream:
         self._builder = self._new_builder()
         self._trace = ClientTrace()
         self._break: SpecinferError | None = None
+        # Whether the next call is the same request again, and whether there was one since the last
+        # new token.
+        self._anew = self._lost = False
         self._completion: Completion | None = None
         self._ended = False
 
@@ -153,17 +157,30 @@ class AsyncCompletionStream:
         token = self.resume_token
         if token is None or not self._builder.num_tokens:
             return self._request
+        if self._anew:
+            return self._same_request()
         return ResumeRequest(token.session_id, token.offset, self.request_id)
 
     def _take(self, event: GenerateEvent, attempts: Attempts) -> TokensEvent | None:
-        self._builder.add(event)
+        new = self._builder.add(event)
         if isinstance(event, Started):
             self._trace.started(event)
-        if not isinstance(event, TokensEvent):
+            # From here on there is a session again that can be resumed, whatever is read of it.
+            self._anew = False
+        if new is None:
             return None
         attempts.progress()
         self._break = None
-        return event
+        self._lost = False
+        return new
+
+    def _same_request(self) -> GenerateRequest:
+        """The request with the seed that was in use, which repeats its tokens."""
+        started = self._builder.started
+        assert isinstance(self._request, GenerateRequest)
+        assert started is not None
+        sampling = replace(self._request.sampling, seed=started.seed)
+        return replace(self._request, sampling=sampling, random_seed=False)
 
     async def _go_on_after(
         self, error: SpecinferError, attempts: Attempts, router: int | None
@@ -173,16 +190,34 @@ class AsyncCompletionStream:
         if self._builder.finished is not None:
             self._finish()
             return
+        if self._regenerates(error):
+            self._break = self._break or error
+            self._anew = self._lost = True
+            self._builder.repeated()
+            self._trace.again(error, self._builder.num_tokens)
+            return
         if isinstance(error, NotFound | InternalError) and self._break is not None:
             # What ended the stream says more than that it cannot be resumed.
             raise self._break from error
         self._break = self._break or (error if self._builder.num_tokens else None)
         await self._connection.again(error, attempts, router)
         self._trace.again(error, self._builder.num_tokens)
-        if self._builder.num_tokens:
+        if self._anew:
+            self._builder.repeated()
+        elif self._builder.num_tokens:
             self._builder.resumed()
         else:
             self._builder = self._new_builder()
+
+    def _regenerates(self, error: SpecinferError) -> bool:
+        """Whether the store has lost a session of ours, which can be made again once."""
+        return (
+            isinstance(error, NotFound)
+            and isinstance(self._request, GenerateRequest)
+            and self._builder.num_tokens > 0
+            and not self._lost
+            and self._connection.regenerates
+        )
 
     def _new_builder(self) -> CompletionBuilder:
         request = self._request

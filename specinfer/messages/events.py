@@ -163,6 +163,7 @@ class Started:
         model: served model name.
         seed: the seed in use; sending it again repeats the tokens.
         num_prompt_tokens: tokens of the prompt.
+        model_hash: checkpoint that decides the tokens; the same one repeats them.
     """
 
     request_id: str
@@ -170,6 +171,7 @@ class Started:
     model: str
     seed: int
     num_prompt_tokens: int
+    model_hash: str = ""
 
 
 @dataclass(frozen=True)

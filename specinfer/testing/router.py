@@ -210,9 +210,10 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
     async def resumed_events(self, session_id: str, offset: int) -> AsyncIterator[GenerateEvent]:
         """The events of a session from a token offset on."""
         session = self._store.find(session_id)
-        if offset > session.offset:
+        if offset > len(session.words):
             raise InvalidRequest(
-                f"offset {offset} is beyond the {session.offset} tokens sent", field="offset"
+                f"offset {offset} is beyond the session's {len(session.words)} tokens",
+                field="offset",
             )
         async for event in play(session, offset):
             yield event

@@ -33,6 +33,7 @@ from specinfer.messages import (
 from specinfer.tree import TokenTree
 
 VOCABULARY = 50_000
+MODEL_HASH = "a" * 64
 RANDOM_SEED = 4242
 MAX_SESSIONS = 1000
 ROUND_SECONDS = 0.004
@@ -67,7 +68,7 @@ def fake_capabilities(**changes: Any) -> Capabilities:
     """What the fake says of itself; `changes` are fields of Capabilities."""
     usual = Capabilities(
         model="fake",
-        model_hash="a" * 64,
+        model_hash=MODEL_HASH,
         tokenizer_hash="b" * 64,
         vocab_size=VOCABULARY,
         dtype="float32",
@@ -133,7 +134,7 @@ def open_session(request: GenerateRequest, reply: FakeReply, number: int) -> Fak
     request_id = request.request_id or f"request-{number}"
     prompt = request.prompt or "".join(m.content for m in request.messages or ())
     num_prompt = len(request.token_ids or words_of(prompt))
-    started = Started(request_id, f"session-{request_id}", "fake", seed, num_prompt)
+    started = Started(request_id, f"session-{request_id}", "fake", seed, num_prompt, MODEL_HASH)
     text, stop_match = reply.text, ""
     found = [(text.find(stop), stop) for stop in request.stop.stop if stop in text]
     if found:
@@ -154,8 +155,9 @@ async def play(session: FakeSession, offset: int) -> AsyncIterator[GenerateEvent
     size = session.reply.round_size if session.request.speculation.enabled else 1
     rounds: list[RoundFacts] = []
     while True:
-        await _mishap(session, offset)
-        if offset >= len(session.words):
+        if session.outcome != "cancelled":
+            await _mishap(session, offset)
+        if session.outcome == "cancelled" or offset >= len(session.words):
             break
         if session.reply.delay:
             await asyncio.sleep(session.reply.delay)
@@ -166,8 +168,9 @@ async def play(session: FakeSession, offset: int) -> AsyncIterator[GenerateEvent
         offset = end
         session.offset = max(session.offset, offset)
         yield event
-    session.outcome = session.reply.finish_reason
-    usage = Usage(session.started.num_prompt_tokens, len(session.words), 0)
+    if session.outcome != "cancelled":
+        session.outcome = session.reply.finish_reason
+    usage = Usage(session.started.num_prompt_tokens, offset, 0)
     timings = Timings(0.0, 0.001, ROUND_SECONDS, ROUND_SECONDS * len(rounds))
     yield Finished(session.outcome, session.stop_match, usage, summary_of(rounds), timings)
 
@@ -180,8 +183,6 @@ def _ahead(session: FakeSession, offset: int) -> list[int]:
 
 
 async def _mishap(session: FakeSession, offset: int) -> None:
-    if session.outcome == "cancelled":
-        raise NotFound("the session was cancelled")
     if session.reply.error is not None and offset >= session.reply.error_at:
         raise session.reply.error
     if session.stall is not None and offset >= session.stall:

@@ -577,6 +577,7 @@ class Started(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_HASH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     session_id: _builtins.str
@@ -587,6 +588,8 @@ class Started(_message.Message):
     """Seed in use; sending it again repeats the tokens."""
     num_prompt_tokens: _builtins.int
     """Tokens of the prompt."""
+    model_hash: _builtins.str
+    """Checkpoint that decides the tokens; the same one repeats them."""
     def __init__(
         self,
         *,
@@ -595,10 +598,11 @@ class Started(_message.Message):
         model: _builtins.str = ...,
         seed: _builtins.int = ...,
         num_prompt_tokens: _builtins.int = ...,
+        model_hash: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "model_hash", b"model_hash", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "seed", b"seed", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

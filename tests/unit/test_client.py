@@ -7,6 +7,7 @@ import random
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -214,15 +215,16 @@ async def test_attempts_run_out(client: AsyncClient, router: FakeRouter) -> None
     assert len(router.requests) == FAST.max_attempts
 
 
-async def test_a_stream_that_cannot_be_resumed_is_not_begun_again(
-    client: AsyncClient, router: FakeRouter
+async def test_a_stream_that_cannot_be_resumed_is_not_begun_again_unless_it_may_be(
+    router: FakeRouter,
 ) -> None:
     router.script = failing(Unavailable("gone"), 1, num_tokens=1)
-    stream = client.stream("hello")
-    first = await anext(stream)
-    assert first.token_ids == (0,)
-    with pytest.raises(Unavailable) as caught:
-        await anext(stream)
+    async with AsyncClient(router.address, retry=replace(FAST, regenerate=False)) as client:
+        stream = client.stream("hello")
+        first = await anext(stream)
+        assert first.token_ids == (0,)
+        with pytest.raises(Unavailable) as caught:
+            await anext(stream)
     assert caught.value.request_id == stream.request_id
     assert isinstance(caught.value.__cause__, NotFound)
     assert len(router.requests) == len(router.resumed) == 1

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from specinfer_router.cluster import Cluster
 from specinfer_router.counted_store import CountedStore
 from specinfer_router.counting import StoreCounts, show_store
 from specinfer_router.diagnosis import certificate_findings, redis_findings
+from specinfer_router.drain import LAST_SECONDS, drain
 from specinfer_router.gateway.app import api_routes
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.page import page_routes
+from specinfer_router.gateway.responses_run import BackgroundRuns
 from specinfer_router.gateway.server import Gateway
 from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.keys.control import AccessControl, KeySource
@@ -49,8 +51,6 @@ from specinfer_router.store import (
 from specinfer_router.tokenizer import ServedTokenizer
 
 log = logging.getLogger("specinfer_router")
-
-LAST_SECONDS = 1.0
 
 
 async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
@@ -72,7 +72,8 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         stack.push_async_callback(access.close)
         routers: list[Router] = []
         registry = CollectorRegistry()
-        gateway = build_gateway(settings, access, routers, registry, telemetry)
+        runs = BackgroundRuns()
+        gateway = build_gateway(settings, access, routers, registry, telemetry, runs)
         stack.push_async_callback(gateway.stop)
         await access.start()
         await gateway.start()
@@ -88,14 +89,13 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
             await admin.start()
         log.info("serving", extra={"grpc_port": server.port, "gateway_port": gateway.port})
 
-        async def drain() -> None:
-            await router.drain()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(settings.drain_seconds):
-                    await router.idle()
-
+        limits = settings.drain_limits()
         # What runs, by gRPC or HTTP, has had its time; the grace is for what was already answered.
-        await serve_until_signal(server, grace_seconds=LAST_SECONDS, on_drain=drain)
+        await serve_until_signal(
+            server,
+            grace_seconds=LAST_SECONDS,
+            on_drain=lambda: drain(router, server, runs, limits),
+        )
         await gateway.stop()
 
 
@@ -143,6 +143,7 @@ def build_gateway(
     routers: Sequence[Router],
     registry: CollectorRegistry,
     telemetry: Telemetry,
+    runs: BackgroundRuns,
 ) -> Gateway:
     """The HTTP side of the one router that `routers` holds as soon as there is one."""
 
@@ -156,7 +157,7 @@ def build_gateway(
 
     return Gateway(
         settings.gateway,
-        api_routes(get_router, streams=StreamSettings(settings.keep_alive_seconds)),
+        api_routes(get_router, streams=StreamSettings(settings.keep_alive_seconds), runs=runs),
         open_routes=[*operator_routes(not_ready_reason, registry), *page_routes()],
         authenticate=access.authenticate,
         cors_origins=settings.cors_origin,

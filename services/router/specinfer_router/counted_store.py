@@ -23,6 +23,11 @@ class CountedStore:
         self._store = store
         self._metrics = metrics
 
+    @property
+    def away_seconds(self) -> float:
+        """As the store's."""
+        return self._store.away_seconds
+
     async def create(self, record: SessionRecord) -> None:
         """As the store's."""
         await self._timed("create", self._store.create(record))

@@ -129,6 +129,7 @@ class SessionOpener:
             model=self._cluster.target.model_name,
             seed=record.terms.sampling.seed,
             num_prompt_tokens=record.terms.num_prompt_tokens,
+            model_hash=record.terms.model_hash,
         )
 
     async def open(self, record: SessionRecord, leaving: Callable[[], bool]) -> Session:

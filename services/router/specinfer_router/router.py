@@ -155,8 +155,8 @@ class Router:
     def hand_over(self) -> None:
         """End each session that another router goes on with, after its round, with RouterLeaving.
 
-        These are the ones whose readers resume, and those without a reader. Their place is in a
-        store that outlives this router, or they would be lost.
+        These are the ones whose readers resume, and those without a reader. The others find them
+        in the store; while it is away nothing is handed over.
         """
         self._handing_over = True
 
@@ -294,7 +294,7 @@ class Router:
     def _leaving(self, caller: Caller, *, unattended: bool) -> Callable[[], bool]:
         """What a session asks between two rounds: whether it is to go on elsewhere."""
         movable = caller.resumes or unattended
-        return lambda: movable and self._handing_over
+        return lambda: movable and self._handing_over and not self.store.away_seconds
 
     async def _generated(
         self,

@@ -18,6 +18,7 @@ from specinfer.convert import (
     resume_from_wire,
 )
 from specinfer.errors import SpecinferError
+from specinfer.rpc import RESUMES, RESUMES_KEY
 from specinfer.server import RpcServer
 from specinfer.telemetry import TraceContext
 from specinfer.v1 import router_pb2, router_pb2_grpc
@@ -84,7 +85,12 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         metadata = dict(context.invocation_metadata() or ())
         caller = self._access.authenticate(bearer_token(metadata.get("authorization")))
         trace = TraceContext(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
-        return replace(caller, seconds_left=context.time_remaining(), trace=trace)
+        return replace(
+            caller,
+            seconds_left=context.time_remaining(),
+            trace=trace,
+            resumes=metadata.get(RESUMES_KEY) == RESUMES,
+        )
 
 
 def add_generation(server: RpcServer, router: Router, access: AccessControl | None = None) -> None:

@@ -20,6 +20,7 @@ from specinfer.step_curve import StepCurve
 from specinfer.telemetry import TraceSettings
 from specinfer_router.admission import AdmissionLimits
 from specinfer_router.deadlines import StepDeadline
+from specinfer_router.drain import DrainLimits
 from specinfer_router.following import FollowLimits
 from specinfer_router.gateway.server import check_origins
 from specinfer_router.opening import SeatLimits
@@ -91,6 +92,9 @@ class RouterSettings:
     start_seconds: float = setting(120.0, "seconds to wait for a verify worker at start")
     failover_seconds: float = setting(30.0, "seconds a session waits for a verify worker")
     drain_seconds: float = setting(30.0, "seconds that running requests get at shutdown")
+    handover_seconds: float = setting(
+        2.0, "seconds at shutdown after which other routers take over what they can"
+    )
     stall_seconds: float = setting(60.0, "a reader that takes nothing for so long is cut off")
     keep_alive_seconds: float = setting(15.0, "silence of an HTTP stream that a comment fills")
     max_streams: int = setting(256, "most requests at once")
@@ -206,6 +210,11 @@ class RouterSettings:
                 still_seconds=StepDeadline(self.step_deadline).most_seconds + self.failover_seconds
             ),
         )
+
+    def drain_limits(self) -> DrainLimits:
+        """How long the router takes to end; what is in memory alone is handed to nobody."""
+        handover = min(self.handover_seconds, self.drain_seconds) if self.redis else None
+        return DrainLimits(self.drain_seconds, handover)
 
     @property
     def traces(self) -> TraceSettings:

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive
 
 from specinfer.errors import Cancelled, InternalError, SpecinferError
+from specinfer.rpc import RESUMES, RESUMES_KEY
 from specinfer_router.access import ANYBODY, Caller
 from specinfer_router.gateway.errors import REQUEST_ID_HEADER, error_response
 
@@ -38,7 +39,11 @@ def request_id_of(request: Request) -> str:
 def caller_of(request: Request) -> Caller:
     """Who calls; ANYBODY where no keys are asked for."""
     caller: Caller = getattr(request.state, "caller", ANYBODY)
-    return replace(caller, trace=getattr(request.state, "trace", caller.trace))
+    return replace(
+        caller,
+        trace=getattr(request.state, "trace", caller.trace),
+        resumes=request.headers.get(RESUMES_KEY) == RESUMES,
+    )
 
 
 def api_route(path: str, handler: Handler, *, methods: tuple[str, ...] = ("POST",)) -> Route:

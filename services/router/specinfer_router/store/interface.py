@@ -136,6 +136,11 @@ class SessionStore(Protocol):
     again with the same arguments: the second call changes nothing that matters.
     """
 
+    @property
+    def away_seconds(self) -> float:
+        """How long it could not be reached, and what runs here has been in memory alone; or 0."""
+        ...
+
     async def create(self, record: SessionRecord) -> None:
         """Keep a new session at epoch 0.
 

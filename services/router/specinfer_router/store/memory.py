@@ -66,6 +66,11 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self._running) + len(self._finished)
 
+    @property
+    def away_seconds(self) -> float:
+        """Memory is never away."""
+        return 0.0
+
     async def create(self, record: SessionRecord) -> None:
         """Keep a new session at epoch 0."""
         self._expire()

@@ -91,6 +91,11 @@ class RedisStore:
         folder = resources.files("specinfer_router.store")
         return folder.joinpath(f"{name}.lua").read_text(encoding="utf-8")
 
+    @property
+    def away_seconds(self) -> float:
+        """What runs here waits for Redis, and is never in memory alone."""
+        return 0.0
+
     async def create(self, record: SessionRecord) -> None:
         """Keep a new session at epoch 0."""
         unattended = record.terms.unattended
