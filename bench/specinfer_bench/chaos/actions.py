@@ -48,10 +48,11 @@ def terminate(name: str) -> ProcessAction:
 
 
 def start(name: str) -> ProcessAction:
-    """Start them again and wait until they serve."""
+    """Start them again, without waiting until they serve."""
 
     async def run(cluster: ChaosCluster) -> None:
-        await asyncio.gather(*(process.start() for process in cluster.matching(name)))
+        for process in cluster.matching(name):
+            process.launch()
 
     return Action(f"start {name}", run)
 

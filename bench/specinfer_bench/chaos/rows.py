@@ -81,13 +81,13 @@ USUAL = ProcessRow("as-usual", "nothing", (hold(5),), "all")
 DRAFT_ROWS = (
     ProcessRow(
         "draft-killed",
-        "a draft worker is killed and is back after 3 s",
+        "a draft worker is killed and started again after 3 s",
         (kill("draft 1"), hold(3), start("draft 1")),
         "the other draft worker",
     ),
     ProcessRow(
         "drafts-killed",
-        "all draft workers are killed and are back after 3 s",
+        "all draft workers are killed and started again after 3 s",
         (kill("draft *"), hold(3), start("draft *")),
         "no draft worker",
     ),
@@ -105,7 +105,7 @@ DRAFT_ROWS = (
     ),
     ProcessRow(
         "draft-terminated",
-        "a draft worker is asked to end (SIGTERM) and is back after 3 s",
+        "a draft worker is asked to end (SIGTERM) and started again after 3 s",
         (terminate("draft 1"), hold(3), start("draft 1")),
         "the other draft worker",
     ),
@@ -114,7 +114,7 @@ DRAFT_ROWS = (
 VERIFY_ROWS = (
     ProcessRow(
         "verify-killed",
-        "a verify worker is killed and is back after 3 s",
+        "a verify worker is killed and started again after 3 s",
         (kill("verify 1"), hold(3), start("verify 1")),
         "the other verify worker",
     ),
@@ -126,13 +126,13 @@ VERIFY_ROWS = (
     ),
     ProcessRow(
         "verify-terminated",
-        "a verify worker is asked to end (SIGTERM) and is back after 3 s",
+        "a verify worker is asked to end (SIGTERM) and started again after 3 s",
         (terminate("verify 1"), hold(3), start("verify 1")),
         "the other verify worker",
     ),
     ProcessRow(
         "verifies-killed",
-        "all verify workers are killed and are back at once",
+        "all verify workers are killed and started again at once",
         (kill("verify *"), start("verify *")),
         "no verify worker for as long as they take to start",
     ),
@@ -148,7 +148,7 @@ VERIFY_ROWS = (
 ROUTER_ROWS = (
     ProcessRow(
         "router-killed",
-        "a router is killed and is back after 3 s",
+        "a router is killed and started again after 3 s",
         (kill("router 1"), hold(3), start("router 1")),
         "the other router",
     ),
@@ -160,7 +160,7 @@ ROUTER_ROWS = (
     ),
     ProcessRow(
         "router-terminated",
-        "a router is asked to end (SIGTERM) and is back after 3 s",
+        "a router is asked to end (SIGTERM) and started again after 3 s",
         (terminate("router 1"), hold(3), start("router 1")),
         "the other router",
     ),
@@ -189,7 +189,7 @@ ROUTER_ROWS = (
 REDIS_ROWS = (
     ProcessRow(
         "redis-restarted",
-        "Redis is asked to end (SIGTERM) and is back after 2 s",
+        "Redis is asked to end (SIGTERM) and started again after 2 s",
         (terminate("redis"), hold(2), start("redis")),
         "no Redis for 2 s",
     ),
