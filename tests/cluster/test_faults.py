@@ -38,6 +38,11 @@ LONG: GenerateOptions = {
 OTHER: GenerateOptions = {**LONG, "token_ids": [7, 80, 33], "seed": 12}
 
 
+# Many streams at once, each with a seed of its own.
+NUM_STREAMS = 16
+SHORTER: GenerateOptions = {**LONG, "max_tokens": 200}
+
+
 @pytest.fixture
 def cluster(tiny_settings: ClusterSettings) -> Iterator[RunningCluster]:
     settings = dataclasses.replace(tiny_settings, num_verifiers=2)
@@ -111,6 +116,80 @@ async def test_killing_a_verifier_costs_time_and_no_token(cluster: RunningCluste
         assert [run.token_ids for run in broken] == [run.token_ids for run in unbroken]
         assert [run.text for run in broken] == [run.text for run in unbroken]
         assert (await client.generate(**LONG)).token_ids == unbroken[0].token_ids
+
+
+async def unbroken_runs(client: AsyncClient) -> list[tuple[int, ...]]:
+    """What each of the streams says when nothing happens."""
+    runs = await asyncio.gather(
+        *(client.generate(**{**SHORTER, "seed": seed}) for seed in range(NUM_STREAMS))
+    )
+    return [run.token_ids for run in runs]
+
+
+class Streams:
+    """Many streams at once, read to their ends in the background.
+
+    Attributes:
+        begun: set once every stream has had tokens.
+    """
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._num_begun = 0
+        self.begun = asyncio.Event()
+        self._reading = asyncio.gather(*(self._read(seed) for seed in range(NUM_STREAMS)))
+
+    async def token_ids(self) -> list[tuple[int, ...]]:
+        """What each of them said."""
+        return [run.token_ids for run in await self._reading]
+
+    async def _read(self, seed: int) -> Completion:
+        async with self._client.stream(**{**SHORTER, "seed": seed}) as stream:
+            await first_tokens(stream)
+            self._num_begun += 1
+            if self._num_begun == NUM_STREAMS:
+                self.begun.set()
+            return await rest_of(stream)
+
+
+async def test_a_hung_drafter_costs_guesses_and_no_token(cluster: RunningCluster) -> None:
+    async with AsyncClient(cluster.router) as client:
+        unbroken = await unbroken_runs(client)
+        streams = Streams(client)
+        await streams.begun.wait()
+        with suspended([child(cluster, "draft 1")]):
+            assert await streams.token_ids() == unbroken
+        # It comes back into use by itself.
+        async with asyncio.timeout(60):
+            while not (await client.generate(**SHORTER)).speculation.num_accepted_tokens:
+                pass
+
+
+async def test_streams_of_a_hung_verifier_go_on_elsewhere(cluster: RunningCluster) -> None:
+    async with AsyncClient(cluster.router) as client:
+        unbroken = await unbroken_runs(client)
+        streams = Streams(client)
+        await streams.begun.wait()
+        with suspended([child(cluster, "verify 1")]):
+            # Within the block: nobody waits for the one that hangs.
+            assert await streams.token_ids() == unbroken
+            await wait_for(client, lambda told: told.num_verifiers == 1)
+        await wait_for(client, lambda told: told.num_verifiers == 2)
+        # The other one hangs now, so what is said next is said by the one that came back.
+        with suspended([child(cluster, "verify 2")]):
+            assert (await client.generate(**{**SHORTER, "seed": 0})).token_ids == unbroken[0]
+
+
+async def test_streams_leave_a_draining_verifier(cluster: RunningCluster) -> None:
+    leaving = child(cluster, "verify 1")
+    async with AsyncClient(cluster.router) as client:
+        unbroken = await unbroken_runs(client)
+        streams = Streams(client)
+        await streams.begun.wait()
+        leaving.process.terminate()
+        assert await streams.token_ids() == unbroken
+        assert await asyncio.to_thread(leaving.process.wait, 60) == 0
+        assert (await client.generate(**{**SHORTER, "seed": 3})).token_ids == unbroken[3]
 
 
 async def test_sessions_are_kept_in_redis(
