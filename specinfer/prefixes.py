@@ -37,20 +37,25 @@ def hash_block(previous: bytes, token_ids: Sequence[int], key: bytes) -> bytes:
     Keyed 128-bit BLAKE2b, so neither a crafted prompt nor another model's tokens meet a block that
     is not theirs.
     """
-    digest = hashlib.blake2b(previous, digest_size=HASH_BYTES, key=key)
-    digest.update(array("q", token_ids).tobytes())
-    return digest.digest()
+    return _hash(previous, array("q", token_ids), key)
 
 
 def hash_chain(token_ids: Sequence[int], block_size: int, key: bytes) -> list[bytes]:
     """Hashes of the full blocks at the beginning of `token_ids`, at most MAX_CHAIN_BLOCKS."""
+    num_blocks = min(len(token_ids) // block_size, MAX_CHAIN_BLOCKS)
+    tokens = memoryview(array("q", token_ids[: num_blocks * block_size]))
     chain: list[bytes] = []
     previous = b""
-    ends = range(block_size, len(token_ids) + 1, block_size)
-    for end in itertools.islice(ends, MAX_CHAIN_BLOCKS):
-        previous = hash_block(previous, token_ids[end - block_size : end], key)
+    for start in range(0, len(tokens), block_size):
+        previous = _hash(previous, tokens[start : start + block_size], key)
         chain.append(previous)
     return chain
+
+
+def _hash(previous: bytes, tokens: array[int] | memoryview[int], key: bytes) -> bytes:
+    digest = hashlib.blake2b(previous, digest_size=HASH_BYTES, key=key)
+    digest.update(tokens)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
