@@ -45,6 +45,8 @@ def find_prebuilt(
 def build_all(folder: Path | None = None) -> tuple[Path, ...]:
     """Compile every level of this architecture. Raises BuildError."""
     compiler, made = find_compiler(), []
+    # Unlike a user's cache: whoever runs the image's process reads what its builder wrote.
+    (folder or PREBUILT_FOLDER).mkdir(parents=True, exist_ok=True, mode=0o755)
     for level in LEVELS.get(platform.machine(), {}):
         path = (folder or PREBUILT_FOLDER) / _file_name(level)
         compile_library(compiler, _options(level), path)

@@ -1,6 +1,7 @@
 """Portable libraries: the highest level a processor has, never one of other sources, same bits."""
 
 import platform
+import stat
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_a_processor_gets_the_highest_level_that_it_has(
     v4, v3 = build_all(folder)
     levels = LEVELS["x86_64"]
     assert "x86-64-v4" in v4.name
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o005 == 0o005, "an image's user reads them"
     assert find_prebuilt(folder, levels["x86-64-v4"] | {"sse"}) == v4
     assert find_prebuilt(folder, levels["x86-64-v3"]) == v3
     assert find_prebuilt(folder, levels["x86-64-v4"] - {"avx512vl"}) == v3
