@@ -187,7 +187,7 @@ async def go_wrong(client: AsyncClient, http: httpx.AsyncClient) -> None:
         {"max_tokens": 10**6},
     ):
         with pytest.raises(SpecinferError):
-            await client.generate(f"{MARKER} " * 3, **options)  # type: ignore[arg-type]
+            await client.generate(f"{MARKER} " * 3, **options)
     with pytest.raises(SpecinferError):
         await client.generate(f"{MARKER} " * 5000)
     with pytest.raises(SpecinferError):

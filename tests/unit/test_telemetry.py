@@ -184,7 +184,7 @@ async def test_a_generator_closed_by_another_task_leaves_its_span_alone(
             yield 2
 
     generator = generate()
-    await asyncio.create_task(anext(generator))  # type: ignore[arg-type]
+    await asyncio.create_task(anext(generator))
     with telemetry.span("outer") as outer:
         await generator.aclose()
         assert current_span() is outer
