@@ -80,7 +80,8 @@ async def test_metrics_that_cannot_be_read_prove_nothing() -> None:
 def server(redis_server: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_server) as client:
         yield client
-        client.delete("specinfer:{planted}:session", "specinfer:planted")
+        names = ("planted", "{planted}:session", "{workers:planted}:verify")
+        client.delete(*(f"specinfer:{name}" for name in names))
 
 
 async def test_a_planted_key_is_found(redis_server: str, server: redis.Redis) -> None:
@@ -88,7 +89,8 @@ async def test_a_planted_key_is_found(redis_server: str, server: redis.Redis) ->
     assert port is not None
     server.set("specinfer:planted", "1", ex=60)
     server.set("specinfer:{planted}:session", "1")
+    server.set("specinfer:{workers:planted}:verify", "1", ex=60)
     assert "specinfer:{planted}:session" in await session_keys(port)
     assert "specinfer:{planted}:session" in await immortal_keys(port)
     assert "specinfer:planted" not in await immortal_keys(port)
-    assert "specinfer:planted" not in await session_keys(port)
+    assert "specinfer:{workers:planted}:verify" not in await session_keys(port)

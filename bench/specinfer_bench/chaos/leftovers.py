@@ -18,6 +18,7 @@ from specinfer_bench.chaos import redis as servers
 
 TIMEOUT_SECONDS = 5.0
 PREFIX = "specinfer_"
+WORKERS = "specinfer:{workers:"
 # What has to be 0 when nobody asks for anything, and the label value that is meant, if any.
 GAUGES = (
     ("num_requests_running", None),
@@ -111,7 +112,8 @@ async def immortal_keys(port: int) -> list[str]:
 
 
 async def session_keys(port: int) -> list[str]:
-    """The keys of a Redis that belong to a session or a document of one."""
+    """The keys of a Redis that belong to sessions, requests or what is kept of them."""
     async with servers.client(port) as redis:
         keys = [key.decode() async for key in redis.scan_iter(match="specinfer:*")]
-    return [key for key in keys if "{" in key or ":document:" in key]
+    # The list of workers lasts as long as there are any.
+    return [key for key in keys if not key.startswith(WORKERS)]
