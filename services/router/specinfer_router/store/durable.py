@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from contextvars import Context
 from functools import partial
 from typing import TypeVar
 
@@ -326,7 +327,8 @@ class DurableStore:
 
     def _keep_leases(self, record: SessionRecord) -> None:
         if record.terms.unattended and self._keeper is None:
-            self._keeper = asyncio.create_task(self._renew_leases())
+            # It outlives the request that happens to start it, and is none of its trace.
+            self._keeper = asyncio.create_task(self._renew_leases(), context=Context())
 
     async def _renew_leases(self) -> None:
         """Renew the leases of unattended sessions, whose rounds may take longer than a lease."""

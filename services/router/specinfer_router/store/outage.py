@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -86,7 +87,8 @@ class Outage:
             return
         log.warning("the session store is away", extra={"error": error.message})
         self._since = time.monotonic()
-        self._prober = asyncio.create_task(self._probe())
+        # It outlives the request that happens to start it, and is none of its trace.
+        self._prober = asyncio.create_task(self._probe(), context=Context())
 
     async def within_patience(self, call: Awaitable[_Answer]) -> _Answer:
         """What the store answers; raises Unavailable also when it takes too long."""
