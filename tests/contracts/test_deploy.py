@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from specinfer import probe
 from tests.kit.deploy import SERVICES_OF_OURS, TIERS, settings_fields, settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +21,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, Any] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "deploy/docker/Dockerfile").read_text(encoding="utf-8")
 OURS = {name: tier for tier in TIERS for name in (tier, f"{tier}-gpu")}
+PROBE = Path(probe.__file__).relative_to(ROOT)
 PROFILES = {
     "gpu": {"router-gpu", "draft-gpu", "verify-gpu"},
     "observability": {"prometheus", "alertmanager", "grafana", "collector"},
@@ -124,10 +128,9 @@ def test_services_have_time_to_drain(name: str) -> None:
 def test_probe_asks_where_the_service_listens(name: str) -> None:
     service, of = SERVICES[name], SERVICES_OF_OURS[OURS[name]]
     assert service["environment"][of.variable] == f"0.0.0.0:{of.port}"
-    assert service["healthcheck"]["test"] == [
-        *("CMD", "python", "-m", "specinfer.probe", f"127.0.0.1:{of.port}")
-    ]
-    assert f'CMD ["python", "-m", "specinfer.probe", "127.0.0.1:{of.port}"]' in DOCKERFILE
+    command = ["CMD", "python", "-IS", f"/opt/specinfer/{PROBE}", f"127.0.0.1:{of.port}"]
+    assert service["healthcheck"]["test"] == command
+    assert f"CMD {json.dumps(command[1:])}" in DOCKERFILE
     assert service["environment"][of.metrics_variable] == f"0.0.0.0:{of.metrics_port}"
 
 
@@ -212,3 +215,11 @@ def test_the_page_of_settings_is_what_the_classes_say() -> None:
     for tier in TIERS:
         for item in dataclasses.fields(settings_of(tier)):
             assert f"`SPECINFER_{tier.upper()}_{item.name.upper()}`" in text
+
+
+def test_the_probe_needs_nothing_that_is_installed() -> None:
+    """It is run by its path, isolated: a package or a module of ours would not be found."""
+    command = [sys.executable, "-IS", str(ROOT / PROBE), "127.0.0.1:1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "refused" in done.stderr

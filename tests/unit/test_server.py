@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specinfer.errors import InternalError, InvalidRequest, ResourceExhausted
 from specinfer.probe import main
-from specinfer.rpc import error_from_rpc, open_channel
+from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
 from specinfer.server import (
     LIVENESS,
     READINESS,
@@ -23,6 +24,7 @@ from specinfer.server import (
     serve_until_signal,
 )
 from specinfer.v1 import router_pb2, router_pb2_grpc
+from tests.kit.certificates import make_certificates
 
 SERVICE = "specinfer.v1.GenerationService"
 
@@ -140,11 +142,25 @@ async def test_the_container_probe_asks_the_health_service(
     assert await probe("--service", LIVENESS) == 0
 
 
+async def test_the_container_probe_speaks_tls(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = make_certificates(tmp_path)
+    tls = TlsSettings(made.ca, made.server.certificate, made.server.key)
+    built = build_server("127.0.0.1:0", [SERVICE], tls=tls)
+    await built.start()
+    address = [f"127.0.0.1:{built.port}", "--tls-ca", str(made.ca)]
+    ours = ["--tls-certificate", str(made.client.certificate), "--tls-key", str(made.client.key)]
+    assert await asyncio.to_thread(main, [*address, *ours]) == 0
+    assert await asyncio.to_thread(main, address) == 1, "the server asks for a certificate"
+    await built.drain(0)
+
+
 def test_the_container_probe_fails_where_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["127.0.0.1:1", "--timeout", "1"]) == 1
-    assert "127.0.0.1:1: UNAVAILABLE" in capsys.readouterr().err
+    assert "127.0.0.1:1: [Errno 111]" in capsys.readouterr().err
     assert main(["127.0.0.1:1", "--tls-ca", "/nowhere/ca.pem"]) == 1
-    assert "/nowhere/ca.pem" in capsys.readouterr().err
+    assert "No such file" in capsys.readouterr().err
 
 
 async def test_a_port_in_use_is_said(server: RpcServer) -> None:
