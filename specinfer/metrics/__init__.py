@@ -4,7 +4,7 @@
 is what a scrape gets. This package knows nothing of how sessions or workers run.
 """
 
-from specinfer.metrics.exposition import MetricsServer, expose
+from specinfer.metrics.exposition import MetricsServer, expose, expose_aside
 from specinfer.metrics.router_metrics import RouterMetrics
 from specinfer.metrics.worker_metrics import DraftMetrics, VerifyMetrics, WorkerMetrics
 
@@ -15,4 +15,5 @@ __all__ = [
     "VerifyMetrics",
     "WorkerMetrics",
     "expose",
+    "expose_aside",
 ]

@@ -105,8 +105,12 @@ class Watched(Collector):
 
     def collect(self) -> Iterator[Shown]:
         """All of them, as they are now."""
+        return (shown for _, shown in self.shown())
+
+    def shown(self) -> Iterator[tuple[Metric, Shown]]:
+        """All of them, as they are now, beside their entries in the catalogue."""
         for metric, read in self._reads.values():
-            yield self._shown(metric, read())
+            yield metric, self._shown(metric, read())
 
     def _shown(self, metric: Metric, numbers: Mapping[tuple[str, ...], float]) -> Shown:
         names = [*self._fixed, *(label.name for label in metric.labels)]
@@ -173,14 +177,15 @@ class Instruments:
             if any(item.name == label for item in _BY_NAME[name].labels):
                 family.forget(label, value)
 
-    def shown(self) -> Iterator[tuple[Metric, Shown]]:
-        """What is shown now, beside its entries in the catalogue."""
+    def known_to_vllm(self) -> Iterator[tuple[Metric, Shown]]:
+        """What is shown now and has a name at vLLM, beside its entry in the catalogue."""
         for name, made in self._made.items():
-            for shown in made.collect():
-                yield _BY_NAME[name], shown
-        by_family = {metric.family: metric for metric in CATALOGUE}
-        for shown in self._watched.collect():
-            yield by_family[shown.name], shown
+            if _BY_NAME[name].vllm:
+                for shown in made.collect():
+                    yield _BY_NAME[name], shown
+        for metric, shown in self._watched.shown():
+            if metric.vllm:
+                yield metric, shown
 
     def _family(self, name: str, kind: Kind) -> Family[Any]:
         if name in self._families:

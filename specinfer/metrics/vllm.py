@@ -37,9 +37,8 @@ class VllmAliases(Collector):
 
     def collect(self) -> Iterator[Shown]:
         """The aliases, as their originals are now."""
-        for metric, shown in self._instruments.shown():
-            if metric.vllm:
-                yield _alias(metric, shown)
+        for metric, shown in self._instruments.known_to_vllm():
+            yield _alias(metric, shown)
 
 
 def _alias(metric: Metric, shown: Shown) -> Shown:

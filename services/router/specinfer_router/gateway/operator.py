@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from specinfer.metrics import expose
+from specinfer.metrics import expose_aside
 
 
 def operator_routes(
@@ -35,7 +35,7 @@ def operator_routes(
         return JSONResponse({"status": "ready"})
 
     async def metrics(request: Request) -> Response:
-        body, content_type = expose(registry, request.headers.get("accept"))
+        body, content_type = await expose_aside(registry, request.headers.get("accept"))
         return Response(body, headers={"content-type": content_type})
 
     return [
