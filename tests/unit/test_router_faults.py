@@ -132,6 +132,7 @@ async def test_a_second_drafter_is_asked_when_the_first_is_slower_than_usual() -
             for _ in range(32):
                 link.answer_seconds.observe(0.01)
         tokens: list[int] = []
+        first = drafters[0]
         async with aclosing(bench.router.generate(request_of(max_tokens=200))) as events:
             async for event in events:
                 if isinstance(event, TokensEvent):
@@ -169,6 +170,7 @@ async def test_a_session_leaves_a_draining_verifier_for_another_between_two_roun
     workers = [FakeVerifier(info_of(name)) for name in "ab"]
     async with running_router(verifiers=workers, drafters=[]) as bench:
         tokens: list[int] = []
+        left = workers[0]
         async with aclosing(bench.router.generate(request_of())) as events:
             async for event in events:
                 if isinstance(event, TokensEvent):

@@ -17,13 +17,13 @@ from specinfer.errors import (
     InvalidTree,
     LeaseLost,
     SpecinferError,
-    StaleEpoch,
     Unavailable,
 )
 from specinfer.messages import DraftResult, Grammar, ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
+from specinfer_router.guess import Guess, usable_tree
 from specinfer_router.hedging import HedgeBudget
 from specinfer_router.pool import WorkerPool
 from specinfer_router.worker_links import DraftLink
@@ -31,39 +31,6 @@ from specinfer_router.worker_links import DraftLink
 log = logging.getLogger(__name__)
 
 MIN_HEDGE_SECONDS = 0.005
-
-
-@dataclass(frozen=True)
-class Guess:
-    """What came of asking a drafter.
-
-    Attributes:
-        tree: the tree to verify; the root alone when there is no guess.
-        root_only_reason: why there is none: "disabled", "budget", "no_drafter", "circuit_open",
-            "deadline", "draft_error" or "no_guess"; "" when there is one.
-        seconds: time the round spent on asking.
-        queue_seconds: waiting inside the worker.
-        compute_seconds: the worker's compute.
-        num_draft_nodes: nodes of the tree that the drafter brought, the root included; they come
-            first.
-        draft_depth: depth of the drafter's part of the tree.
-        after_prefill: whether the drafter read the whole session first, which takes its time.
-        hedged: whether a second drafter was asked too.
-        drafter: name of the model that guessed, or "" when nobody answered.
-        worker: address of its worker.
-    """
-
-    tree: TokenTree
-    root_only_reason: str = ""
-    seconds: float = 0.0
-    queue_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    num_draft_nodes: int = 1
-    draft_depth: int = 0
-    after_prefill: bool = False
-    hedged: bool = False
-    drafter: str = ""
-    worker: str = ""
 
 
 @dataclass(eq=False)
@@ -397,22 +364,3 @@ class DraftSeat:
                 place.link.forget(self._session_id, epoch, owner=self._owner)
             except SpecinferError as error:
                 log.warning("a draft session was not closed: %s", loggable(error))
-
-
-def usable_tree(
-    result: DraftResult, root: int, epoch: int, shape: ShapeQuery, vocab_size: int
-) -> TokenTree:
-    """The drafter's tree when it answers what was asked; raises InvalidTree or StaleEpoch.
-
-    A tree with too many nodes is cut, which is lossless where the target draws every token.
-    """
-    if result.epoch != epoch:
-        raise StaleEpoch(f"a tree for epoch {result.epoch}, asked for {epoch}")
-    tree = result.tree
-    if tree.token_ids[0] != root:
-        raise InvalidTree(f"a tree below token {tree.token_ids[0]}, asked below {root}")
-    tree.check_vocabulary(vocab_size)
-    tree = tree.truncate(shape.max_nodes + 1)
-    if tree.max_depth > shape.max_depth:
-        raise InvalidTree(f"a tree of depth {tree.max_depth}, asked for {shape.max_depth}")
-    return tree

@@ -3,7 +3,8 @@
 This module knows nothing of either; it names what the session's loop uses of them.
 """
 
-from specinfer_router.draft_seat import DraftSeat, Guess, usable_tree
+from specinfer_router.draft_seat import DraftSeat
+from specinfer_router.guess import Guess, usable_tree
 from specinfer_router.verify_seat import Checked, VerifySeat, check_result
 
 __all__ = ["Checked", "DraftSeat", "Guess", "VerifySeat", "check_result", "usable_tree"]
