@@ -11,7 +11,7 @@ import inspect
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -36,6 +36,7 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 # Long enough for the answers that a failure gave to what was pending.
 FAILED_GRACE_SECONDS = 1.0
+READINESS_SECONDS = 1.0
 _LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 # Three questions that whoever runs us asks the health service, and when each is answered SERVING.
 # "" and the names of the services are answered as readiness is.
@@ -87,6 +88,25 @@ class RpcServer:
 def on_loopback(address: str) -> bool:
     """Whether a server at `address` can be reached from this machine alone."""
     return address.startswith(_LOOPBACK)
+
+
+@asynccontextmanager
+async def reporting_readiness(
+    server: RpcServer, is_ready: Callable[[], bool]
+) -> AsyncIterator[None]:
+    """Within the block the server's readiness follows `is_ready`, asked every second."""
+
+    async def follow() -> None:
+        while True:
+            await asyncio.sleep(READINESS_SECONDS)
+            await server.set_serving(is_ready())
+
+    task = asyncio.create_task(follow())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def build_server(

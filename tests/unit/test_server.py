@@ -21,10 +21,12 @@ from specinfer.server import (
     STARTUP,
     RpcServer,
     build_server,
+    reporting_readiness,
     serve_until_signal,
 )
 from specinfer.v1 import router_pb2, router_pb2_grpc
 from tests.kit.certificates import make_certificates
+from tests.kit.waiting import until
 
 SERVICE = "specinfer.v1.GenerationService"
 
@@ -124,6 +126,22 @@ async def test_the_three_probes_mean_three_things(server: RpcServer) -> None:
     assert await health_of(server) == {STARTUP: True, READINESS: False, LIVENESS: True}
     await server.set_failed()
     assert await health_of(server) == {STARTUP: True, READINESS: False, LIVENESS: False}
+
+
+async def test_readiness_follows_what_is_served(
+    server: RpcServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specinfer.server.READINESS_SECONDS", 0.01)
+    ready = [False]
+    async with reporting_readiness(server, lambda: ready[0]):
+        for wanted in (False, True):
+            ready[0] = wanted
+
+            async def told(wanted: bool = wanted) -> bool:
+                return (await health_of(server))[READINESS] is wanted
+
+            await until(told, f"readiness {wanted}")
+    assert (await health_of(server))[LIVENESS]
 
 
 async def test_the_container_probe_asks_the_health_service(

@@ -17,7 +17,12 @@ from specinfer import __version__
 from specinfer.errors import SpecinferError, Unavailable
 from specinfer.metrics import RouterMetrics
 from specinfer.redis_registry import RedisPrefixes, RedisRegistry
-from specinfer.server import RpcServer, build_server, serve_until_signal
+from specinfer.server import (
+    RpcServer,
+    build_server,
+    reporting_readiness,
+    serve_until_signal,
+)
 from specinfer.settings import read_settings
 from specinfer.telemetry import Telemetry, set_up
 from specinfer_router.admin import Administration, Check, Identity
@@ -81,6 +86,9 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         routers.append(router)
         add_generation(server, router, access)
         await server.start()
+        await stack.enter_async_context(
+            reporting_readiness(server, lambda: not router.not_ready_reason)
+        )
         if admin is not None:
             ports = {"router": server.port, "gateway": gateway.port}
             add_administration(
