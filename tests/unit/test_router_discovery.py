@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from specinfer.errors import Mismatch, Unavailable
 from specinfer.messages import Finished, ResumeRequest, ShapeQuery, Started
 from specinfer.metrics import RouterMetrics
+from specinfer.registry import RegisteredWorker
 from specinfer_router import discovery
 from specinfer_router.__main__ import load_tokenizer
 from specinfer_router.cluster import Cluster
@@ -123,6 +124,28 @@ async def test_the_known_workers_stay_while_the_registry_is_away(
         registry.away = False
         await looked(registry)
         assert cluster.verifiers.num_ready == 1
+
+
+async def test_a_fault_while_following_does_not_end_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Faulty(FakeRegistry):
+        faults = 0
+
+        async def workers(self) -> Sequence[RegisteredWorker]:
+            listed = await super().workers()
+            if self.faults:
+                self.faults -= 1
+                raise ZeroDivisionError
+            return listed
+
+    registry, late = Faulty(), FakeDrafter(info_of("late"))
+    async with found_cluster(registry, FakeVerifier(info_of("verify"))) as cluster:
+        registry.faults = 2
+        await until(lambda: registry.faults == 0, "it has failed")
+        await late.start()
+        registry.put(late)
+        await until(lambda: cluster.drafters.num_ready == 1, "the drafter joins")
+        assert caplog.text.count("following the list of workers failed") == 2
+        await late.stop()
 
 
 async def test_a_connected_worker_stays_when_the_registry_has_lost_everything() -> None:

@@ -159,5 +159,9 @@ class Discovery:
 
     async def _run(self) -> None:
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception:
+                # A fault of ours is not to end the search for as long as the router lives.
+                log.exception("following the list of workers failed")
             await asyncio.sleep(LOOK_SECONDS * random.uniform(0.8, 1.0))
