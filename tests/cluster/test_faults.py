@@ -118,11 +118,14 @@ async def test_killing_a_verifier_costs_time_and_no_token(cluster: RunningCluste
         assert (await client.generate(**LONG)).token_ids == unbroken[0].token_ids
 
 
+def seeded(seed: int) -> GenerateOptions:
+    """The options of one of many streams."""
+    return {**SHORTER, "seed": seed}
+
+
 async def unbroken_runs(client: AsyncClient) -> list[tuple[int, ...]]:
     """What each of the streams says when nothing happens."""
-    runs = await asyncio.gather(
-        *(client.generate(**{**SHORTER, "seed": seed}) for seed in range(NUM_STREAMS))
-    )
+    runs = await asyncio.gather(*(client.generate(**seeded(seed)) for seed in range(NUM_STREAMS)))
     return [run.token_ids for run in runs]
 
 
@@ -144,7 +147,7 @@ class Streams:
         return [run.token_ids for run in await self._reading]
 
     async def _read(self, seed: int) -> Completion:
-        async with self._client.stream(**{**SHORTER, "seed": seed}) as stream:
+        async with self._client.stream(**seeded(seed)) as stream:
             await first_tokens(stream)
             self._num_begun += 1
             if self._num_begun == NUM_STREAMS:
@@ -177,7 +180,7 @@ async def test_streams_of_a_hung_verifier_go_on_elsewhere(cluster: RunningCluste
         await wait_for(client, lambda told: told.num_verifiers == 2)
         # The other one hangs now, so what is said next is said by the one that came back.
         with suspended([child(cluster, "verify 2")]):
-            assert (await client.generate(**{**SHORTER, "seed": 0})).token_ids == unbroken[0]
+            assert (await client.generate(**seeded(0))).token_ids == unbroken[0]
 
 
 async def test_streams_leave_a_draining_verifier(cluster: RunningCluster) -> None:
@@ -189,7 +192,7 @@ async def test_streams_leave_a_draining_verifier(cluster: RunningCluster) -> Non
         leaving.process.terminate()
         assert await streams.token_ids() == unbroken
         assert await asyncio.to_thread(leaving.process.wait, 60) == 0
-        assert (await client.generate(**{**SHORTER, "seed": 3})).token_ids == unbroken[3]
+        assert (await client.generate(**seeded(3))).token_ids == unbroken[3]
 
 
 async def test_sessions_are_kept_in_redis(
