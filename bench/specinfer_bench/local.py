@@ -37,7 +37,9 @@ from specinfer_bench.options import BenchOptions
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.settings import Settings as DraftSettings
 from specinfer_draft.worker import build_worker as build_drafter
+from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.cluster import Cluster
+from specinfer_router.hedging import MovingQuantile
 from specinfer_router.pool import WorkerPool
 from specinfer_router.router import Router
 from specinfer_router.settings import RouterSettings
@@ -57,18 +59,21 @@ class LocalLink:
     connected = True
     ready = True
     trusted = True
+    idle = True
     generation = 1
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
         self.load = WorkerLoad()
+        self.name = info.model_name
         self.num_seats = 0
+        self.num_late = 0
+        self.heard = 0.0
+        self.breaker = Breaker(BreakerLimits())
+        self.answer_seconds = MovingQuantile()
 
-    def trust(self) -> None:
-        """Nothing to note: there is no other worker to go to."""
-
-    def distrust(self, since: float) -> None:
-        """See trust."""
+    def give_up(self) -> None:
+        """There is no other worker to go to."""
 
 
 class LocalDraftLink(LocalLink):
@@ -86,6 +91,8 @@ class LocalDraftLink(LocalLink):
         sampling: SamplingParams,
         num_prompt_tokens: int,
         grammar: None = None,
+        owner: int = 0,
+        traceparent: str = "",
     ) -> asyncio.Future[None]:
         """See DraftLink.open; the benchmark asks for no grammar."""
         return asyncio.wrap_future(
@@ -100,6 +107,8 @@ class LocalDraftLink(LocalLink):
         new_token_ids: Sequence[int],
         shape: ShapeQuery,
         deadline_seconds: float,
+        owner: int = 0,
+        traceparent: str = "",
     ) -> asyncio.Future[DraftResult]:
         """See DraftLink.propose."""
         return asyncio.wrap_future(
@@ -108,7 +117,7 @@ class LocalDraftLink(LocalLink):
             )
         )
 
-    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, owner: int = 0) -> asyncio.Future[None]:
         """See DraftLink.forget."""
         return asyncio.wrap_future(self._engine.close(session_id))
 
@@ -129,6 +138,8 @@ class LocalVerifyLink(LocalLink):
         sampling: SamplingParams,
         num_logprobs: int | None,
         grammar: None = None,
+        owner: int = 0,
+        traceparent: str = "",
     ) -> asyncio.Future[None]:
         """See VerifyLink.open; the benchmark asks for no grammar."""
         return asyncio.wrap_future(
@@ -137,11 +148,18 @@ class LocalVerifyLink(LocalLink):
             )
         )
 
-    def step(self, session_id: str, epoch: int, tree: TokenTree) -> asyncio.Future[VerifyResult]:
+    def step(
+        self,
+        session_id: str,
+        epoch: int,
+        tree: TokenTree,
+        owner: int = 0,
+        traceparent: str = "",
+    ) -> asyncio.Future[VerifyResult]:
         """See VerifyLink.step."""
         return asyncio.wrap_future(self._engine.step(session_id, epoch, tree))
 
-    def forget(self, session_id: str, epoch: int) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, owner: int = 0) -> asyncio.Future[None]:
         """See VerifyLink.forget."""
         return asyncio.wrap_future(self._engine.close(session_id))
 
