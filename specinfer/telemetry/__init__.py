@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TextIO
 
+from specinfer.telemetry.export import set_up_tracing
 from specinfer.telemetry.traces import (
     CLIENT,
     INTERNAL,
@@ -20,7 +21,6 @@ from specinfer.telemetry.traces import (
     TraceContext,
     TraceSettings,
     current_span,
-    set_up_tracing,
 )
 
 __all__ = (

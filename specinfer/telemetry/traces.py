@@ -24,10 +24,6 @@ Attributes = Mapping[str, AttributeValue]
 INTERNAL, SERVER, CLIENT = "INTERNAL", "SERVER", "CLIENT"
 # Key of our entry in W3C tracestate; "rounds" asks for the rounds of this trace as spans.
 STATE_KEY, STATE_ROUNDS = "specinfer", "rounds"
-MAX_EVENTS = 64
-MAX_QUEUED_SPANS = 8192
-SEND_MILLIS = 1000
-EXPORT_SECONDS = 5
 FLUSH_SECONDS = 2.0
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
@@ -120,7 +116,7 @@ class Span:
         """Add or replace attributes."""
 
     def event(self, name: str, attributes: Attributes | None = None) -> None:
-        """Note a moment; past MAX_EVENTS the oldest go."""
+        """Note a moment; of too many the oldest go."""
 
     def fail(self, error: BaseException) -> None:
         """Note what went wrong, by its kind and never its text, which may quote a prompt."""
@@ -180,7 +176,7 @@ class _RecordedSpan(Span):
 
     recording = traced = True
 
-    def __init__(self, library: _Library, span: Any, *, detailed: bool) -> None:
+    def __init__(self, library: Library, span: Any, *, detailed: bool) -> None:
         context = span.get_span_context()
         self.trace_id = f"{context.trace_id:032x}"
         self.span_id = f"{context.span_id:016x}"
@@ -225,7 +221,7 @@ class _RecordedSpan(Span):
         self._span.set_attributes(attributes)
 
     def event(self, name: str, attributes: Attributes | None = None) -> None:
-        """Note a moment; past MAX_EVENTS the oldest go."""
+        """Note a moment; of too many the oldest go."""
         self._span.add_event(name, attributes)
 
     def fail(self, error: BaseException) -> None:
@@ -268,7 +264,7 @@ def _recorded(spans: Sequence[Span]) -> list[_RecordedSpan]:
 
 
 @dataclass(frozen=True)
-class _Library:
+class Library:
     """OpenTelemetry, where it is installed and asked for.
 
     Attributes:
@@ -288,7 +284,7 @@ class _Library:
 class Telemetry:
     """What `set_up` made of a process's traces; nothing is recorded without an endpoint."""
 
-    library: _Library | None = None
+    library: Library | None = None
     provider: Any = None
     exporter: Any = None
     rounds: float = 0.0
@@ -357,54 +353,3 @@ def _remote(parent: TraceContext) -> Span:
 def _in_share(trace_id: int, share: float) -> bool:
     """Whether a trace is among a share of all; equal at every process that is asked."""
     return (trace_id & 0xFFFFFFFFFFFFFFFF) < share * 2**64
-
-
-def set_up_tracing(service: str, settings: TraceSettings, *, instance: str = "") -> Telemetry:
-    """Spans of a service to the collector that `settings` name.
-
-    Nothing waits for the collector: what does not fit into the bounded queue is dropped.
-
-    Raises:
-        InvalidRequest: OpenTelemetry is not installed.
-    """
-    try:
-        library = _load(service, settings, instance)
-    except ImportError as error:
-        raise InvalidRequest(
-            "tracing needs the package opentelemetry-exporter-otlp-proto-grpc; "
-            "install it or leave the endpoint out",
-            field="otlp_endpoint",
-        ) from error
-    return library
-
-
-def _load(service: str, settings: TraceSettings, instance: str) -> Telemetry:
-    from opentelemetry import trace
-    from opentelemetry.context import Context
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import SpanLimits, TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    about = {"service.name": service, "service.namespace": "specinfer"}
-    if instance:
-        about["service.instance.id"] = instance
-    provider = TracerProvider(
-        sampler=ParentBasedTraceIdRatio(settings.ratio),
-        resource=Resource.create(about),
-        span_limits=SpanLimits(max_events=MAX_EVENTS),
-        shutdown_on_exit=False,
-    )
-    # TLS is what https:// says; certificates and headers come from OpenTelemetry's own variables.
-    exporter = OTLPSpanExporter(endpoint=settings.endpoint, timeout=EXPORT_SECONDS)
-    provider.add_span_processor(
-        BatchSpanProcessor(
-            exporter, max_queue_size=MAX_QUEUED_SPANS, schedule_delay_millis=SEND_MILLIS
-        )
-    )
-    library = _Library(
-        trace, Context(), TraceContextTextMapPropagator(), provider.get_tracer("specinfer")
-    )
-    return Telemetry(library, provider, exporter, settings.rounds)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,12 +20,8 @@ import pytest
 from specinfer import AsyncClient, Completion
 from specinfer.errors import SpecinferError
 from specinfer.messages import Grammar, SpeculationOptions
-from specinfer_bench.traces.cluster import (
-    traced_application,
-    traced_cluster,
-)
+from specinfer_bench.traces.cluster import Models, traced_application, traced_cluster
 from specinfer_bench.traces.collector import ReceivedSpan, children_of, roots_of
-from specinfer_cli.cluster import ClusterSettings
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -78,42 +75,41 @@ class Seen:
 
     def sdk_trace(self) -> list[ReceivedSpan]:
         return self.trace(
-            next(s.trace_id for s in self.spans if s.attributes.get("gen_ai.request.model") == "m1")
+            next(
+                s.trace_id
+                for s in self.spans
+                if s.attributes.get("gen_ai.request.model") == "target"
+            )
         )
 
 
 @pytest.fixture(scope="module")
-def seen(
-    tiny_settings: ClusterSettings,
-    redis_server: str,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Seen:
+def seen(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("logs")
-    settings = dataclasses.replace(
-        tiny_settings, name="m1", redis=redis_server, group="tracing", logs=folder
-    )
     with pytest.MonkeyPatch.context() as patch:
-        for tier in ("ROUTER", "DRAFT", "VERIFY"):
-            patch.setenv(f"SPECINFER_{tier}_LOG_LEVEL", "debug")
-        # However busy the machine is, each round waits for its tree.
-        patch.setenv("SPECINFER_ROUTER_PROPOSE_DEADLINE", "60")
         patch.setattr("opentelemetry.trace._TRACER_PROVIDER", None)
         patch.setattr("opentelemetry.trace._TRACER_PROVIDER_SET_ONCE._done", False)
-        found = asyncio.run(run_all(settings))
-    return dataclasses.replace(
-        found, logs=b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
-    )
+        found = asyncio.run(run_all(Models(*tiny_pair), folder))
+    logs = b"".join(path.read_bytes() for path in sorted(folder.glob("*.log")))
+    return dataclasses.replace(found, logs=logs)
 
 
-async def run_all(settings: ClusterSettings) -> Seen:
+async def run_all(models: Models, folder: Path) -> Seen:
     async with (
-        traced_cluster(settings) as running, AsyncClient(running.cluster.router) as client,
-        httpx.AsyncClient(base_url=f"http://{running.cluster.gateway}", timeout=60) as http,
+        traced_cluster(
+            models,
+            flags=("--log-level", "debug"),
+            # However busy the machine is, each round waits for its tree.
+            router_flags=("--propose-deadline", "60"),
+            logs=folder,
+        ) as running,
+        AsyncClient(running.router) as client,
+        httpx.AsyncClient(base_url=f"http://{running.gateway}", timeout=60) as http,
     ):
         async with traced_application(running.collector):
             reply = await client.generate(
                 messages=[{"role": "user", "content": f"what is a {MARKER}?"}],
-                model="m1",
+                model="target",
                 request_id="request-1",
                 max_tokens=TOKENS,
                 temperature=0,
@@ -136,7 +132,7 @@ async def run_all(settings: ClusterSettings) -> Seen:
 
 
 def chat_body(**changes: Any) -> dict[str, Any]:
-    return {"model": "m1", "messages": [{"role": "user", "content": f"a {MARKER}?"}]} | changes
+    return {"model": "target", "messages": [{"role": "user", "content": f"a {MARKER}?"}]} | changes
 
 
 async def say_the_marker(client: AsyncClient, http: httpx.AsyncClient) -> list[str]:
@@ -236,9 +232,13 @@ def check_rounds(rounds: list[Any]) -> None:
 def test_a_call_of_the_sdk_is_one_trace_down_to_redis(seen: Seen) -> None:
     spans = seen.sdk_trace()
     (root,) = roots_of(spans)
-    assert (root.service, root.name, root.kind) == ("application", "chat m1", "CLIENT")
+    assert (root.service, root.name, root.kind) == ("application", "chat target", "CLIENT")
     (server,) = children_of(root, spans)
-    assert (server.service, server.name, server.kind) == ("specinfer-router", "chat m1", "SERVER")
+    assert (server.service, server.name, server.kind) == (
+        "specinfer-router",
+        "chat target",
+        "SERVER",
+    )
     check_rounds(rounds_in(shape(server, spans)))
     assert {(span.service, span.name.split()[0]) for span in spans if span.kind == "SERVER"} == {
         ("specinfer-router", "chat"),
@@ -255,7 +255,7 @@ def test_a_call_over_http_goes_on_with_the_callers_trace(seen: Seen) -> None:
     assert (root.service, root.kind) == ("specinfer-router", "SERVER")
     assert root.name == "POST /v1/chat/completions"
     (request,) = children_of(root, spans)
-    assert (request.name, request.kind) == ("chat m1", "INTERNAL")
+    assert (request.name, request.kind) == ("chat target", "INTERNAL")
     check_rounds(rounds_in(shape(request, spans)))
     assert {key: root.attributes[key] for key in root.attributes if key != "server.port"} == {
         "http.request.method": "POST",
@@ -286,13 +286,13 @@ def test_the_spans_say_what_the_answer_says(seen: Seen) -> None:
     both = summed_up | {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "specinfer",
-        "gen_ai.request.model": "m1",
+        "gen_ai.request.model": "target",
         "gen_ai.request.max_tokens": TOKENS,
         "gen_ai.request.temperature": 0.0,
         "gen_ai.request.top_p": 1.0,
         "gen_ai.request.seed": done.seed,
         "gen_ai.response.id": done.session_id,
-        "gen_ai.response.model": "m1",
+        "gen_ai.response.model": "target",
         "gen_ai.conversation.id": done.session_id,
         "specinfer.request.id": "request-1",
     }

@@ -24,7 +24,8 @@ from specinfer.telemetry import (
     TraceSettings,
     current_span,
 )
-from specinfer.telemetry.traces import FLUSH_SECONDS, MAX_EVENTS, set_up_tracing
+from specinfer.telemetry.export import MAX_EVENTS, set_up_tracing
+from specinfer.telemetry.traces import FLUSH_SECONDS
 from specinfer.telemetry.work import trace_work
 from specinfer.tree import TokenTree
 from specinfer_bench.traces.collector import Collector, running_collector, tree_of

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from specinfer import AsyncClient
 from specinfer.errors import InvalidRequest, SpecinferError
-from specinfer_bench.traces.cluster import traced_application, traced_cluster
+from specinfer_bench.traces.cluster import Models, traced_application, traced_cluster
 from specinfer_bench.traces.collector import Collector, ReceivedSpan
 from specinfer_bench.traces.cost import measured_cost
 from specinfer_bench.traces.render import rendered_attributes, rendered_tree
-from specinfer_cli.cluster import ClusterSettings
 
 DEMO = Path("models/demo")
 QUESTION = "Name three rivers."
@@ -37,9 +36,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def _trace(settings: ClusterSettings, tokens: int) -> list[ReceivedSpan]:
-    async with traced_cluster(settings) as traced:
-        async with AsyncClient(traced.cluster.router) as client:
+async def _trace(models: Models, tokens: int) -> list[ReceivedSpan]:
+    async with traced_cluster(models) as traced:
+        async with AsyncClient(traced.router) as client:
             # The first request pays for what is built once.
             await client.chat(QUESTION, max_tokens=tokens, temperature=0)
             async with traced_application(traced.collector):
@@ -67,15 +66,14 @@ def written(text: str, mark: str, block: str) -> str:
 def main() -> int:
     """Write the trace, and the cost where it is asked for, into the document."""
     arguments = _arguments()
-    folders = arguments.model.resolve(), arguments.draft.resolve()
-    settings = ClusterSettings(*folders, name="demo")
+    models = Models(arguments.model.resolve(), arguments.draft.resolve())
     try:
         text = arguments.document.read_text(encoding="utf-8")
-        spans = asyncio.run(_trace(settings, arguments.tokens))
+        spans = asyncio.run(_trace(models, arguments.tokens))
         text = written(text, "trace", f"```text\n{rendered_tree(spans)}\n```")
         text = written(text, "attributes", f"```text\n{rendered_attributes(spans)}\n```")
         if arguments.cost:
-            cost = asyncio.run(measured_cost(settings, arguments.cost))
+            cost = asyncio.run(measured_cost(models, arguments.cost))
             text = written(text, "cost", cost)
         arguments.document.write_text(text, encoding="utf-8")
     except (SpecinferError, OSError) as error:

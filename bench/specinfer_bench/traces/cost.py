@@ -14,10 +14,9 @@ from statistics import quantiles
 from specinfer import AsyncClient
 from specinfer.messages import RoundFacts
 from specinfer.telemetry import CLIENT, Telemetry, TraceSettings, current_span
-from specinfer.telemetry.traces import set_up_tracing
+from specinfer.telemetry.export import set_up_tracing
 from specinfer_bench.machine import machine_facts
-from specinfer_bench.traces.cluster import traced_cluster
-from specinfer_cli.cluster import ClusterSettings
+from specinfer_bench.traces.cluster import Models, traced_cluster
 from specinfer_router.tracing import SessionTrace
 
 ROUNDS = 1000
@@ -80,14 +79,14 @@ def _trace_round(trace: SessionTrace, facts: RoundFacts) -> None:
         trace.told(span, facts)
 
 
-async def measured_cost(settings: ClusterSettings, runs: int) -> str:
+async def measured_cost(models: Models, runs: int) -> str:
     """A table of milliseconds a round for each way, over so many turns of one request each."""
     seconds: dict[str, list[float]] = {way.name: [] for way in WAYS}
     async with AsyncExitStack() as stack:
         clients: dict[bool, AsyncClient] = {}
         for traced in (False, True):
-            started = await stack.enter_async_context(traced_cluster(settings, traced=traced))
-            client = AsyncClient(started.cluster.router)
+            started = await stack.enter_async_context(traced_cluster(models, traced=traced))
+            client = AsyncClient(started.router)
             clients[traced] = await stack.enter_async_context(client)
         for turn in range(runs + 1):
             for way in WAYS:
