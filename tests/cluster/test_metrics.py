@@ -34,10 +34,10 @@ pytestmark = pytest.mark.timeout(300)
 PROMPT = "What does textwrap.dedent do, and what is it good for?"
 # What nothing makes move here, and where it is made to.
 STILL = {
-    "breaker_state": "0 is what it should be; tests of the breaker move it",
+    "breaker_state": "no worker fails here; test_router_counts has some that do",
     "breaker_openings": "as breaker_state",
-    "late_trees": "drafters answer in time here; test_router_seats has some that do not",
-    "hedged_proposes": "there is one drafter; test_router_hedging has two",
+    "late_trees": "drafters answer in time here; test_router_counts has one that does not",
+    "hedged_proposes": "there is one drafter; test_router_faults has two",
     "hedge_wins": "as hedged_proposes",
     "migrations": "no worker fails here; test_router_counts has some that do",
     "takeovers": "no router dies here",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,31 @@ def test_a_worker_serves_until_sigterm_and_then_ends_in_order(tmp_path: Path) ->
     finally:
         process.kill()
     assert process.returncode == 0, errors
+
+
+def test_a_worker_shows_its_metrics_where_it_is_told_to(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "target")
+    process = start(
+        *("--address=127.0.0.1:0", "--kv-blocks=64", f"--model={model}"),
+        *("--metrics=127.0.0.1:0", "--vllm-metrics"),
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        lines = (json.loads(line) for line in process.stderr if line.startswith("{"))
+        port = next(line["metrics_port"] for line in lines if "metrics_port" in line)
+        assert "ready on port" in process.stdout.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT) as answer:
+            text = answer.read().decode()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    free = 'specinfer_kv_blocks{model_name="target",state="free",tier="verify"} 64.0'
+    assert free in text
+    assert 'vllm:kv_cache_usage_perc{engine="0",model_name="target"} 0.0' in text
+    assert "process_resident_memory_bytes" in text
 
 
 def test_a_missing_checkpoint_is_one_clear_line(
