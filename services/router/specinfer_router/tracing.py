@@ -5,6 +5,7 @@ This module knows nothing of how requests are served.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -35,6 +36,9 @@ from specinfer.telemetry.generation import (
     started_attributes,
 )
 from specinfer.telemetry.logs import bind_log
+from specinfer_router.request_log import RequestLogEntry
+
+log = logging.getLogger(__name__)
 
 
 def request_span(
@@ -81,6 +85,20 @@ async def traced(
                 span.event("first tokens")
                 waiting = False
             yield event
+
+
+def request_ended(span: Span, entry: RequestLogEntry) -> None:
+    """End a request's span, and write the one line that every request leaves."""
+    span.set({"specinfer.outcome": entry.outcome})
+    span.end()
+    ids = {"request_id": entry.request_id}
+    if entry.session_id:
+        ids["session_id"] = entry.session_id
+    # This is the reader's task, whose span may be another one.
+    if span.trace_id:
+        ids |= {"trace_id": span.trace_id, "span_id": span.span_id}
+    seconds = round(entry.total_seconds, 6)
+    log.info("request ended", extra={**ids, "outcome": entry.outcome, "seconds": seconds})
 
 
 def trace_queue(seconds: float) -> None:
