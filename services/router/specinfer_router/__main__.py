@@ -37,6 +37,7 @@ from specinfer_router.gateway.app import api_routes
 from specinfer_router.gateway.operator import operator_routes
 from specinfer_router.gateway.page import page_routes
 from specinfer_router.gateway.responses_run import BackgroundRuns
+from specinfer_router.gateway.responses_sweep import ResponseSweep
 from specinfer_router.gateway.server import Gateway
 from specinfer_router.gateway.sse import StreamSettings
 from specinfer_router.keys.control import AccessControl, KeySource
@@ -86,6 +87,9 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         routers.append(router)
         add_generation(server, router, access)
         await server.start()
+        sweep = ResponseSweep(router, runs)
+        stack.push_async_callback(sweep.close)
+        sweep.start()
         await stack.enter_async_context(
             reporting_readiness(server, lambda: not router.not_ready_reason)
         )

@@ -148,6 +148,11 @@ class Router:
             plain_round_seconds=self._plain.seconds,
         )
 
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken any more."""
+        return self._admission.draining
+
     async def drain(self) -> None:
         """Take no new request; those in progress go on."""
         self._admission.drain()

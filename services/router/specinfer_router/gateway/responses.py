@@ -45,6 +45,7 @@ from specinfer_router.gateway.responses_run import (
     BackgroundRuns,
     Events,
     cancel_run,
+    up_to_now,
     written,
 )
 from specinfer_router.gateway.responses_store import ResponseStore, StoredResponse
@@ -97,7 +98,7 @@ class ResponseRoutes:
         runner = replace(caller, seconds_left=None) if body.background else caller
         events = written(
             router,
-            router.generate(made.request, runner),
+            router.generate(made.request, runner, unattended=bool(body.background)),
             made.stored,
             plan=made.plan,
             keep=keep if body.stored else None,
@@ -117,9 +118,10 @@ class ResponseRoutes:
     async def retrieve(self, request: Request) -> Response:
         """A stored response, or its events after a sequence number."""
         query = parse_query(request, RetrieveQuery)
-        _, keep, caller = self._parts(request)
+        router, keep, caller = self._parts(request)
         stored = await keep.get(request.path_params["response_id"], caller)
         if query.stream == "false":
+            stored = await up_to_now(router, stored, caller, keep)
             return json_answer(request, stored.response)
         after = query.after(request.headers.get("last-event-id"))
         return self._stream(request, self._followed(stored.response["id"], caller, after))

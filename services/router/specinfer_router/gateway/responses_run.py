@@ -13,8 +13,14 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from specinfer.errors import NotFound, ResourceExhausted, SpecinferError, StaleEpoch
-from specinfer.messages import Finished, GenerateEvent, Started
+from specinfer.errors import (
+    NotFound,
+    ResourceExhausted,
+    RouterLeaving,
+    SpecinferError,
+    StaleEpoch,
+)
+from specinfer.messages import Finished, GenerateEvent, RoundFacts, Started, TokensEvent
 from specinfer_router.access import Caller
 from specinfer_router.gateway.responses_request import ResponseBody, response_plan
 from specinfer_router.gateway.responses_store import (
@@ -25,6 +31,7 @@ from specinfer_router.gateway.responses_store import (
 from specinfer_router.gateway.responses_writer import ResponseWriter
 from specinfer_router.gateway.tools import ToolPlan
 from specinfer_router.router import Router
+from specinfer_router.store.interface import RESUMABLE
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +151,11 @@ class BackgroundRuns:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def num_free(self) -> int:
+        """Responses that there is room for."""
+        return max(0, self._max_runs - len(self._tasks))
+
     async def start(self, events: Events) -> dict[str, Any]:
         """Run a response to its end; returns its first event.
 
@@ -151,7 +163,7 @@ class BackgroundRuns:
             ResourceExhausted: too many run already.
             SpecinferError: the response could not begin.
         """
-        if len(self._tasks) >= self._max_runs:
+        if not self.num_free:
             await events.aclose()
             raise ResourceExhausted(
                 f"{self._max_runs} responses run in the background; try again later",
@@ -184,6 +196,8 @@ async def _run(events: Events, begun: asyncio.Future[dict[str, Any]]) -> None:
     except SpecinferError as error:
         if not begun.done():
             begun.set_exception(error)
+        elif isinstance(error, RouterLeaving):
+            log.info("a response in the background goes on elsewhere")
         else:
             log.warning("a response in the background broke", extra={"reason": error.reason})
     except Exception as error:  # it must reach whoever waits, or the log
@@ -191,6 +205,31 @@ async def _run(events: Events, begun: asyncio.Future[dict[str, Any]]) -> None:
             log.exception("a response in the background failed")
         else:
             begun.set_exception(error)
+
+
+async def up_to_now(
+    router: Router, stored: StoredResponse, caller: Caller, keep: ResponseStore
+) -> StoredResponse:
+    """A response with what there is of its output by now; its end is kept if it has come."""
+    if not stored.running:
+        return stored
+    try:
+        record = await router.store.load(stored.session_id)
+    except NotFound:
+        return stored
+    if record.finish_reason in RESUMABLE:
+        plan = await asyncio.to_thread(_plan, stored, router.tokenizer.chat_template)
+        writer = await _writer(router, stored, plan, after=-1)
+        facts = RoundFacts(record.epoch)
+        await asyncio.to_thread(writer.take, TokensEvent(0, "", record.output_ids, 0, (), facts))
+        return replace(stored, response=writer.so_far())
+    # Whoever ran it has died after its last round, or is about to write this down.
+    last: dict[str, Any] = {}
+    along = router.follow(stored.session_id, 0, caller)
+    async with aclosing(written(router, along, stored, keep=keep)) as events:
+        async for event in events:
+            last = event.get("response", last)
+    return replace(stored, response=last)
 
 
 async def cancel_run(

@@ -90,13 +90,17 @@ class ResponseStore:
         if not _ID.fullmatch(response_id):
             raise missing
         try:
-            text = await self._store.get_document(_name(response_id))
+            stored = await self.read(response_id)
         except NotFound:
             raise missing from None
-        stored = await asyncio.to_thread(_decoded, text)
         if stored.key_id != caller.key_id:
             raise missing
         return stored
+
+    async def read(self, response_id: str) -> StoredResponse:
+        """A response, whoever's it is; raises NotFound."""
+        text = await self._store.get_document(_name(response_id))
+        return await asyncio.to_thread(_decoded, text)
 
     async def delete(self, response_id: str) -> None:
         """Forget a response."""

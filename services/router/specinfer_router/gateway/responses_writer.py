@@ -112,6 +112,11 @@ class ResponseWriter:
                 self._read(self._parser.push(self._detokenizer.push(token_id)))
         return self._taken()
 
+    def so_far(self) -> dict[str, Any]:
+        """The response with its output up to now; nothing can be taken afterwards."""
+        self._close_item("in_progress")
+        return self.response
+
     def finish(self, finished: Finished) -> list[dict[str, Any]]:
         """The last events; `response` is complete afterwards."""
         self._next_number = (self._num_tokens + 1) * STRIDE
