@@ -39,8 +39,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--readers", type=int, default=4, help="readers over HTTP beside them")
     parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--project", default="specinfer", help="compose project, of containers")
-    parser.add_argument("--grpc-port", type=int, default=50051, help="published, of containers")
-    parser.add_argument("--http-port", type=int, default=8000, help="published, of containers")
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--document", type=Path, default=Path("docs/chaos.md"))
     return parser.parse_args()
@@ -62,16 +60,6 @@ def _level() -> str:
     return level
 
 
-async def _containers(arguments: argparse.Namespace) -> ContainerCluster:
-    cluster = ContainerCluster(
-        arguments.project,
-        [f"127.0.0.1:{arguments.grpc_port}"],
-        [f"127.0.0.1:{arguments.http_port}"],
-    )
-    await cluster.start()
-    return cluster
-
-
 async def _results(arguments: argparse.Namespace) -> AsyncIterator[RowResult]:
     options = MatrixOptions(
         ClusterOptions(arguments.model.resolve(), arguments.draft.resolve()),
@@ -85,7 +73,9 @@ async def _results(arguments: argparse.Namespace) -> AsyncIterator[RowResult]:
             yield result
         return
     rows = _chosen(CONTAINER_ROWS, arguments.row)
-    async for result in run_on(await _containers(arguments), rows, options):
+    cluster = ContainerCluster(arguments.project)
+    await cluster.start()
+    async for result in run_on(cluster, rows, options):
         yield result
 
 

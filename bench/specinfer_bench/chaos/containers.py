@@ -23,8 +23,8 @@ NUM_WORKERS = 2
 TIERS = ("draft", "verify")
 WORKER_PORTS = {"draft": 50061, "verify": 50071}
 JOIN_SECONDS = 2.0
-# docker's own words for a network that has been joined already, or was not.
-HARMLESS = ("already exists in network", "is not connected to")
+GRPC_PORT = 50051
+HTTP_PORT = 8000
 
 
 async def run(*command: str) -> str:
@@ -50,19 +50,21 @@ class ContainerCluster:
 
     Attributes:
         project: name of the compose project.
-        routers, gateways: published addresses.
-        model_name: what clients call the model.
+        routers, gateways: published addresses; known once it was started.
+        model_name: what clients call the model; known once it was started.
     """
 
     project: str
-    routers: Sequence[str]
-    gateways: Sequence[str]
+    routers: Sequence[str] = ()
+    gateways: Sequence[str] = ()
     model_name: str = ""
     _cut_off: dict[str, list[str]] = field(default_factory=dict)
 
     async def start(self) -> None:
         """Bring it up with two workers of each kind, if it is not; raises SpecinferError."""
         await self.scale(draft=NUM_WORKERS, verify=NUM_WORKERS)
+        self.routers = [await self.published(GRPC_PORT)]
+        self.gateways = [await self.published(HTTP_PORT)]
         await self.heal()
         async with AsyncClient(self.routers) as client:
             self.model_name = (await client.capabilities()).model
@@ -96,6 +98,10 @@ class ContainerCluster:
         if not found:
             raise Unavailable(f"no container of {service}")
         return found[0]
+
+    async def published(self, port: int) -> str:
+        """Where a port of the router can be reached from here."""
+        return (await run("docker", "port", await self.first("router"), str(port))).split()[0]
 
     async def networks(self, container: str) -> list[str]:
         """Names of the networks that a container is in."""
