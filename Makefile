@@ -8,7 +8,7 @@ KERNEL := .venv/.kernel
 GENERATORS := .venv-protos/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up test check fmt lint types protos protos-check bench lossless chaos soak audit secrets clean
+.PHONY: help setup up test check fmt lint types protos protos-check bench lossless chaos soak audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,9 +79,6 @@ soak: setup ## an hour of mixed load; nothing may grow or be left over
 
 audit: setup ## known vulnerabilities of the pinned packages; asks PyPI's advisory database
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
-
-secrets: ## what docker-compose needs before its first start
-	deploy/secrets.sh
 
 clean: ## remove the environments, caches and built files
 	rm -rf .venv .venv-protos .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -13,7 +13,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 )
-MAX_TARGETS = 14
+MAX_TARGETS = 16
 FIRST_SCREEN_LINES = 45
 TREE_LINE = re.compile(r"^(?P<indent>(?:│? {3})*)[├└]── (?P<name>\S+)")
 
