@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
 from specinfer.errors import InternalError, InvalidRequest, NotFound, Unavailable
-from specinfer.redis_connection import RedisSettings
+from specinfer.redis_connection import RedisSettings, close
 from specinfer_router.access import KeyLimits
 from specinfer_router.keys.record import new_key
 from specinfer_router.keys.redis_keys import RedisKeys
@@ -251,4 +251,4 @@ async def test_a_command_that_redis_does_not_know_is_our_fault(redis_server: str
     client = settings.connect()
     with pytest.raises(InternalError):
         await settings.answer(client.execute_command("NONSENSE"))
-    await client.aclose()
+    await close(client)

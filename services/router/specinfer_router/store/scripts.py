@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -88,13 +89,52 @@ async def run_scripts(client: Redis | RedisCluster, calls: Sequence[Call]) -> li
     """
     if not calls:
         return []
-    answers = await _pipeline(client, [call.command() for call in calls])
+    if isinstance(client, Redis):
+        answers = await _exchange(client, calls)
+    else:
+        answers = await _pipeline(client, [call.command() for call in calls])
     lost = [at for at, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
     if lost:
         again = await _pipeline(client, [calls[at].command(by_text=True) for at in lost])
         for at, answer in zip(lost, again, strict=True):
             answers[at] = answer
     return answers
+
+
+async def _exchange(client: Redis, calls: Sequence[Call]) -> list[Any]:
+    """All calls on one connection, then all answers.
+
+    A pipeline of the client's would do as well, for twice the time on the event loop.
+    """
+    # The client does not say what its pools hold.
+    pool: Any = client.connection_pool
+    connection = await pool.get_connection()
+
+    async def exchange() -> list[Any]:
+        for start in range(0, len(calls), _AT_ONCE):
+            # Redis works on the first while the next are still being packed.
+            some = calls[start : start + _AT_ONCE]
+            await connection.send_packed_command(b"".join(call.packed() for call in some))
+        async with asyncio.timeout(connection.socket_timeout):
+            return [await read() for _ in calls]
+
+    async def read() -> Any:
+        try:
+            return await connection.read_response(timeout=math.inf)
+        except ResponseError as error:
+            return error
+
+    async def reconnect(_: Exception) -> None:
+        await connection.disconnect()
+
+    try:
+        return cast(list[Any], await connection.retry.call_with_retry(exchange, reconnect))
+    except BaseException:
+        # Answers that nobody has read must not be taken for those of the next calls.
+        await connection.disconnect(nowait=True)
+        raise
+    finally:
+        await pool.release(connection)
 
 
 async def _pipeline(
@@ -126,6 +166,8 @@ class ScriptBatch:
         self._patience_seconds = patience_seconds
         self._waiting: list[Waiting] = []
         self._sender: asyncio.Task[None] | None = None
+        # Kept until they have let go of their connections.
+        self._given_up: set[asyncio.Task[None]] = set()
 
     async def run(self, call: Call) -> Any:
         """One call's answer; raises RedisError."""
@@ -141,14 +183,15 @@ class ScriptBatch:
         waiting, self._waiting = self._waiting, []
         if sender is not None:
             sender.cancel()
+            self._given_up.add(sender)
+            sender.add_done_callback(self._given_up.discard)
         _fail(waiting, RedisConnectionError("the connection was given up"))
 
     async def close(self) -> None:
         """Give up, and return when nothing is under way any more."""
-        sender = self._sender
         self.give_up()
-        if sender is not None:
-            await asyncio.wait([sender])
+        if self._given_up:
+            await asyncio.wait(list(self._given_up))
 
     async def _send(self) -> None:
         sent: list[Waiting] = []
@@ -167,54 +210,15 @@ class ScriptBatch:
     async def _send_together(self, sent: list[Waiting]) -> None:
         try:
             async with asyncio.timeout(self._patience_seconds):
-                if isinstance(self._client, Redis):
-                    await _answer_one_by_one(self._client, sent)
-                left = [each for each in sent if not each[1].done()]
-                answers = await run_scripts(self._client, [call for call, _ in left])
-            for (_, answered), answer in zip(left, answers, strict=True):
+                answers = await run_scripts(self._client, [call for call, _ in sent])
+            # All in one turn: what they ask of workers next goes out in one frame again.
+            for (_, answered), answer in zip(sent, answers, strict=True):
                 _tell(answered, answer)
         except TimeoutError:
             _fail(sent, RedisTimeoutError(f"no answer for {self._patience_seconds:g} s"))
         except Exception as error:
             # Whatever it was: each caller waits for an answer of its own.
             _fail(sent, error)
-
-
-async def _answer_one_by_one(client: Redis, sent: list[Waiting]) -> None:
-    """Send all calls at once, and tell each its answer as soon as it is there.
-
-    A pipeline of the client's would do as well, for twice the time on the event loop and with all
-    answers at the end. Calls whose script Redis has lost are left without an answer.
-    """
-    # The client does not say what its pools hold.
-    pool: Any = client.connection_pool
-    connection = await pool.get_connection()
-
-    async def exchange() -> None:
-        left = [each for each in sent if not each[1].done()]
-        for start in range(0, len(left), _AT_ONCE):
-            # Redis works on the first while the next are still being packed.
-            calls = (call for call, _ in left[start : start + _AT_ONCE])
-            await connection.send_packed_command(b"".join(call.packed() for call in calls))
-        for _, answered in left:
-            try:
-                answer = await connection.read_response()
-            except ResponseError as error:
-                answer = error
-            if not isinstance(answer, NoScriptError):
-                _tell(answered, answer)
-
-    async def reconnect(_: Exception) -> None:
-        await connection.disconnect()
-
-    try:
-        await connection.retry.call_with_retry(exchange, reconnect)
-    except BaseException:
-        # Answers that nobody has read must not be taken for those of the next calls.
-        await connection.disconnect(nowait=True)
-        raise
-    finally:
-        await pool.release(connection)
 
 
 def _tell(answered: asyncio.Future[Any], answer: Any) -> None:
