@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class Cluster:
         self.lines.append(f"- {'ok' if good else '**failed**'}: {what}")
         print(self.lines[-1], flush=True)
 
-    def wait(self, what: str, is_so: Callable[[], bool], seconds: float = 180.0) -> float:
+    def wait(self, what: str, is_so: Callable[[], bool], seconds: float = 300.0) -> float:
         """Poll until something is so; returns the seconds it took."""
         begin = time.monotonic()
         while not is_so():
@@ -180,22 +181,34 @@ def check_prometheus(cluster: Cluster) -> None:
     cluster.compose("--profile", "observability", "up", "--detach", "--no-deps", "prometheus")
     cluster.wait("prometheus healthy", lambda: cluster.healthy("prometheus"))
 
-    def ask(query: str) -> list[Any]:
-        path = "/api/v1/query?query=" + urllib.request.quote(query)  # type: ignore[attr-defined]
-        found: list[Any] = cluster.http(path, port="PROMETHEUS_PORT")["data"]["result"]
-        return found
-
     def all_up() -> bool:
-        jobs = [row["metric"]["job"] for row in ask("up == 1")]
+        jobs = [row["metric"]["job"] for row in ask(cluster, "up == 1")]
         return set(TIERS) <= set(jobs) and jobs.count("draft") == 3 and jobs.count("verify") == 2
 
     taken = cluster.wait("every target up", all_up, 60.0)
     targets = sorted(
-        f"{row['metric']['job']} {row['metric']['instance']}" for row in ask("up == 1")
+        f"{row['metric']['job']} {row['metric']['instance']}" for row in ask(cluster, "up == 1")
     )
     cluster.say(True, f"Prometheus scrapes after {taken:.1f} s: {', '.join(targets)}")
     for name in ("specinfer_generation_tokens_total", "specinfer_kv_blocks"):
-        cluster.say(len(ask(name)) > 0, f"`{name}` has {len(ask(name))} series")
+        cluster.say(len(ask(cluster, name)) > 0, f"`{name}` has {len(ask(cluster, name))} series")
+
+
+def ask(cluster: Cluster, query: str) -> list[Any]:
+    """What Prometheus answers to an instant query."""
+    path = "/api/v1/query?" + urllib.parse.urlencode({"query": query})
+    found: list[Any] = cluster.http(path, port="PROMETHEUS_PORT")["data"]["result"]
+    return found
+
+
+def check_use(cluster: Cluster) -> None:
+    """Every drafter that was scaled up has been asked for trees, the killed one before its end."""
+    query = 'max_over_time(specinfer_proposed_tokens_total{job="draft"}[15m]) > 0'
+    cluster.wait("three drafters used", lambda: len(ask(cluster, query)) == 3, 60.0)
+    used = sorted(
+        f"{row['metric']['instance']} {float(row['value'][1]):.0f}" for row in ask(cluster, query)
+    )
+    cluster.say(True, f"tokens guessed by each drafter, as last scraped: {', '.join(used)}")
 
 
 def check_scale(cluster: Cluster) -> None:
@@ -278,6 +291,7 @@ async def try_all(cluster: Cluster, *, build: bool) -> None:
     check_scale(cluster)
     await asyncio.to_thread(check_prometheus, cluster)
     await check_faults(cluster)
+    await asyncio.to_thread(check_use, cluster)
 
 
 def main() -> int:

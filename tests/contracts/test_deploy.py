@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -225,3 +226,17 @@ def test_the_probe_needs_nothing_that_is_installed() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "refused" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("promtool", "check", "config"), "deploy/prometheus/prometheus.yml"),
+        (("amtool", "check-config"), "deploy/alertmanager/alertmanager.yml"),
+    ],
+)
+def test_the_tools_of_prometheus_take_our_files(command: tuple[str, ...], file: str) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run([*command, str(ROOT / file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
