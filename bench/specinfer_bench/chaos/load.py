@@ -106,9 +106,9 @@ class Load:
     def start(self) -> None:
         """Begin with every client at once."""
         for index in range(self._options.num_grpc):
-            self._tasks.append(asyncio.create_task(self._grpc(index)))
+            self._tasks.append(asyncio.create_task(self._grpc(index), name=f"grpc {index}"))
         for index in range(self._options.num_http):
-            self._tasks.append(asyncio.create_task(self._http(index)))
+            self._tasks.append(asyncio.create_task(self._http(index), name=f"http {index}"))
 
     async def flowing(self, seconds: float = FINISH_SECONDS) -> None:
         """Wait until every client has read from a stream that goes on.
@@ -131,10 +131,16 @@ class Load:
         for task in late:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        hung = {task.get_name() for task in late}
         for reading in self.readings:
             if reading.ended is None:
                 reading.ended = time.monotonic()
                 reading.error = reading.error or f"did not end within {seconds:.0f} seconds"
+                hung.discard(reading.client)
+        for reading in reversed(self.readings):
+            if reading.client in hung:
+                hung.remove(reading.client)
+                reading.error = reading.error or "the client did not close"
         for task in self._tasks:
             if not task.cancelled():
                 task.result()
