@@ -111,17 +111,23 @@ async def turn(store: SessionStore, load: Load) -> list[RoundTimes]:
     """The rounds of all sessions on one store."""
     drafters = Tier(load.draft_seconds, load.sessions)
     verifiers = Tier(load.verify_seconds, max(1, load.max_rows // load.tree_nodes))
-    together = (_session(store, load, drafters, verifiers) for _ in range(load.sessions))
+    # All are there before the first round, so that both arms begin in step.
+    records = [await _opened(store, load) for _ in range(load.sessions)]
+    together = (_session(store, each, load, drafters, verifiers) for each in records)
     return [times for rounds in await asyncio.gather(*together) for times in rounds]
 
 
-async def _session(
-    store: SessionStore, load: Load, drafters: Tier, verifiers: Tier
-) -> list[RoundTimes]:
+async def _opened(store: SessionStore, load: Load) -> SessionRecord:
     stop = StopConditions(max_tokens=load.rounds * load.tokens)
     terms = SessionTerms("benchmark", PROMPT_TOKENS, SamplingParams(seed=1), stop)
     record = SessionRecord(uuid.uuid4().hex, terms, tuple(range(PROMPT_TOKENS)))
     await store.create(record)
+    return record
+
+
+async def _session(
+    store: SessionStore, record: SessionRecord, load: Load, drafters: Tier, verifiers: Tier
+) -> list[RoundTimes]:
     found = []
     for epoch in range(load.rounds):
         propose, verify = await drafters.ask(), await verifiers.ask()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -111,7 +112,7 @@ async def test_the_documented_rights_reach_no_further(
     secured: tuple[RedisServer, int, Path],
 ) -> None:
     server, _, _ = secured
-    client = Redis.from_url(f"redis://specinfer:hunter2@127.0.0.1:{server.port}/0")
+    client: Any = Redis.from_url(f"redis://specinfer:hunter2@127.0.0.1:{server.port}/0")
     for command in (
         ("GET", "other"),
         ("SET", "other", "1"),
@@ -248,7 +249,7 @@ async def test_an_old_redis_is_refused(version: str, fits: bool) -> None:
 
 async def test_a_command_that_redis_does_not_know_is_our_fault(redis_server: str) -> None:
     settings = RedisSettings(redis_server)
-    client = settings.connect()
+    client: Any = settings.connect()
     with pytest.raises(InternalError):
         await settings.answer(client.execute_command("NONSENSE"))
     await close(client)
