@@ -139,10 +139,14 @@ class CompletionBuilder:
             self.started = started
         self.started = self.started or started
 
-    def _after_repeated(self, texts: list[str], event: GenerateEvent) -> GenerateEvent | None:
+    def _after_repeated(
+        self, texts: list[str], event: TokensEvent | Finished
+    ) -> TokensEvent | Finished | None:
         """The part of an event that did not come before; None where all of it did."""
-        if not isinstance(event, TokensEvent):
-            return self._end_of_repeated(event)
+        if isinstance(event, Finished):
+            if event.reason == "cancelled":
+                return event
+            raise _not_the_same("fewer tokens")
         if event.offset != self._num_repeated:
             raise InternalError(f"tokens from {event.offset} on, {self._num_repeated} was due")
         known = self._token_ids[event.offset : event.offset + len(event.token_ids)]
@@ -166,11 +170,6 @@ class CompletionBuilder:
             num_accepted_tokens=max(0, event.num_accepted_tokens - len(known)),
             logprobs=event.logprobs[len(known) :],
         )
-
-    def _end_of_repeated(self, event: GenerateEvent) -> GenerateEvent:
-        if isinstance(event, Finished) and event.reason == "cancelled":
-            return event
-        raise _not_the_same("fewer tokens")
 
     def _add_tokens(self, event: TokensEvent) -> None:
         if event.offset != self.offset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ import pytest
 from specinfer import AsyncClient, Client, Completion, RetryPolicy, SpeculationOptions
 from specinfer.errors import Unavailable
 from specinfer.options import GenerateOptions
+from specinfer.redis_connection import RedisSettings
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
 from specinfer_cli.processes import free_port, start_child, stop_children, wait_healthy
+from specinfer_router.store import ABANDONED, RedisStore
 from tests.kit.link_breaker import LinkBreaker, broken_link
 from tests.kit.sse import StreamReader
 
@@ -245,3 +248,46 @@ async def read_from(routers: TwoRouters, last_id: str) -> str:
 
 def http_client(address: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://{address}", timeout=60.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_tokens_that_redis_has_lost_are_made_again(
+    routers: TwoRouters, redis_server: str, temperature: float
+) -> None:
+    options: GenerateOptions = {**OPTIONS, "temperature": temperature, "logprobs": 1}
+    chance = random.Random(3)
+    async with AsyncClient(routers.first.router) as client:
+        whole = await client.generate(**options)
+        stop = whole.text[len(whole.text) // 2 :][:6]
+        stopped = await client.generate(**options, stop=(stop,))
+        for unbroken in (whole, stopped):
+            num_tokens = len(unbroken.token_ids)
+            for _ in range(3):
+                offset = chance.randrange(2, num_tokens)
+                kept = chance.randrange(offset)
+                session_id = await with_loss(redis_server, unbroken, kept)
+                rest = await client.resume(session_id, offset).collect()
+                assert unbroken.token_ids[:offset] + rest.token_ids == unbroken.token_ids
+                assert rest.logprobs == unbroken.logprobs[offset:]
+                assert unbroken.text.endswith(rest.text)
+                again = await client.resume(session_id, 0).collect()
+                assert again.text == unbroken.text
+                assert rest.finish_reason == unbroken.finish_reason
+
+
+async def with_loss(redis_url: str, unbroken: Completion, kept: int) -> str:
+    """A session of the same terms of which Redis has the first tokens alone."""
+    store = RedisStore(RedisSettings(redis_url))
+    record = await store.load(unbroken.session_id)
+    prompt = record.token_ids[: record.terms.num_prompt_tokens]
+    session_id = uuid.uuid4().hex
+    await store.create(
+        dataclasses.replace(
+            record, session_id=session_id, token_ids=prompt, epoch=0, owner=0, finish_reason=""
+        )
+    )
+    if kept:
+        await store.commit(session_id, 0, record.output_ids[:kept])
+    await store.finish(session_id, ABANDONED)
+    await store.close()
+    return session_id

@@ -198,15 +198,16 @@ async def test_one_router_that_restarts_is_waited_for(
     tmp_path: Path,
 ) -> None:
     with running_routers(cluster, redis_server, tmp_path) as routers:
-        default = RetryPolicy()
-        async with AsyncClient(routers.addresses[0], retry=default) as client:
-            async with client.stream(**OPTIONS, seed=1) as stream:
-                await anext(stream)
-                routers.tell(0, signal.SIGTERM)
-                reading = asyncio.create_task(stream.collect())
-                assert await asyncio.to_thread(routers.ended, 0) == 0
-                await asyncio.to_thread(routers.start, 0)
-                joined = await reading
+        async with (
+            AsyncClient(routers.addresses[0]) as client,
+            client.stream(**OPTIONS, seed=1) as stream,
+        ):
+            await anext(stream)
+            routers.tell(0, signal.SIGTERM)
+            reading = asyncio.create_task(stream.collect())
+            assert await asyncio.to_thread(routers.ended, 0) == 0
+            await asyncio.to_thread(routers.start, 0)
+            joined = await reading
         assert (joined.token_ids, joined.text) == (unbroken[1].token_ids, unbroken[1].text)
 
 

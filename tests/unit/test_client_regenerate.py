@@ -33,13 +33,15 @@ class Forgetful(FakeRouter):
 async def read(router: FakeRouter, policy: RetryPolicy = FAST) -> Completion:
     """What a reader gets of a stream; fails unless each token comes once."""
     with router:
-        async with AsyncClient(router.address, timeout=20, retry=policy) as client:
-            async with client.stream("hello", logprobs=1) as stream:
-                offset = 0
-                async for event in stream:
-                    assert event.offset == offset
-                    assert event.token_ids
-                    offset += len(event.token_ids)
+        async with (
+            AsyncClient(router.address, timeout=20, retry=policy) as client,
+            client.stream("hello", logprobs=1) as stream,
+        ):
+            offset = 0
+            async for event in stream:
+                assert event.offset == offset
+                assert event.token_ids
+                offset += len(event.token_ids)
     token = stream.resume_token
     assert token == (stream.completion.session_id, NUM_TOKENS)
     return stream.completion

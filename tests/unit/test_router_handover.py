@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -140,7 +140,9 @@ async def test_a_stream_that_is_handed_over_goes_on_at_its_offset() -> None:
     reply = FakeReply(TEXT, error=RouterLeaving("shutting down"), error_at=7)
 
     class Leaving(FakeRouter):
-        async def resumed_events(self, session_id: str, offset: int):  # type: ignore[no-untyped-def]
+        async def resumed_events(
+            self, session_id: str, offset: int
+        ) -> AsyncIterator[GenerateEvent]:
             self._store.find(session_id).reply = FakeReply(TEXT)
             async for event in super().resumed_events(session_id, offset):
                 yield event

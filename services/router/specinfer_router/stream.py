@@ -43,8 +43,7 @@ class OpenStreams:
         queue: asyncio.Queue[_Event | None] = asyncio.Queue(self._max_events)
         pump = asyncio.create_task(_pump(source, queue, self._stall_seconds))
         self._pumps.add(pump)
-        # One that was cut before it ran has told nobody that it ended.
-        pump.add_done_callback(lambda _: queue.full() or queue.put_nowait(None))
+        pump.add_done_callback(lambda _: _tell_end(queue))
         try:
             while (event := await queue.get()) is not None:
                 yield event
@@ -62,6 +61,12 @@ class OpenStreams:
         self._cut_by = error
         for pump in self._pumps:
             pump.cancel()
+
+
+def _tell_end(queue: asyncio.Queue[_Event | None]) -> None:
+    # A pump that was cut before it ran has told nobody that it ended.
+    if not queue.full():
+        queue.put_nowait(None)
 
 
 async def _pump(
