@@ -18,7 +18,7 @@ from specinfer.v1 import draft_pb2_grpc, verify_pb2_grpc
 from specinfer_draft.servicer import DraftServicer
 from specinfer_draft.settings import Settings as DraftSettings
 from specinfer_draft.worker import build_worker as build_drafter
-from specinfer_router.__main__ import load_tokenizer
+from specinfer_router.building import load_tokenizer
 from specinfer_router.cluster import Cluster
 from specinfer_router.counted_store import CountedStore
 from specinfer_router.counting import StoreCounts, show_store

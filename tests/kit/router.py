@@ -21,7 +21,7 @@ from specinfer.messages import (
 )
 from specinfer.metrics import RouterMetrics
 from specinfer.sampling import SamplingParams, StopConditions
-from specinfer_router.__main__ import load_tokenizer
+from specinfer_router.building import load_tokenizer
 from specinfer_router.cluster import Cluster
 from specinfer_router.links import LinkLimits
 from specinfer_router.opening import SeatLimits

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from specinfer.admin import AdminClient
 from specinfer.errors import InvalidCheckpoint, InvalidRequest, NotFound, PermissionDenied

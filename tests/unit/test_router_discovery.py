@@ -14,7 +14,7 @@ from specinfer.messages import Finished, ResumeRequest, ShapeQuery, Started
 from specinfer.metrics import RouterMetrics
 from specinfer.registry import RegisteredWorker
 from specinfer_router import discovery
-from specinfer_router.__main__ import load_tokenizer
+from specinfer_router.building import load_tokenizer
 from specinfer_router.cluster import Cluster
 from specinfer_router.links import LinkLimits
 from specinfer_router.opening import SeatLimits

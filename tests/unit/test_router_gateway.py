@@ -119,3 +119,8 @@ async def test_binding_wide_needs_a_flag() -> None:
         Gateway("0.0.0.0:0", [])
     gateway = Gateway("0.0.0.0:0", operator_routes(str, CollectorRegistry()), insecure_bind=True)
     await gateway.stop()
+
+
+def test_metrics_with_a_port_of_their_own_are_not_at_the_gateway() -> None:
+    paths = {route.path for route in operator_routes(str, None)}
+    assert paths == {"/health", "/health/live", "/health/ready"}

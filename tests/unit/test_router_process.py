@@ -12,8 +12,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
+from specinfer.admin import AdminClient
 from specinfer.client import AsyncClient
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
@@ -142,6 +144,36 @@ async def test_a_router_serves_and_drains_at_sigterm() -> None:
         async with asyncio.timeout(20):
             assert await process.wait() == 0
         assert not verifier.sessions
+
+
+async def test_operators_and_metrics_have_ports_of_their_own() -> None:
+    async with workers() as (verifier, drafter):
+        process = await start_router(
+            *("--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", "--admin", "127.0.0.1:0"),
+            *("--metrics", "127.0.0.1:0", "--router-id", "router-9"),
+            *("--verify", verifier.address, "--draft", drafter.address),
+        )
+        serving = await line_with(process, "serving")
+        async with AdminClient(f"127.0.0.1:{serving['admin_port']}") as operator:
+            status = await operator.cluster()
+            assert status.router.router_id == "router-9"
+            assert [worker.ready for worker in status.workers] == [True, True]
+            assert {finding.verdict for finding in await operator.diagnose()} <= {"ok", "warning"}
+        async with httpx.AsyncClient(timeout=20) as client:
+            own = await client.get(f"http://127.0.0.1:{serving['metrics_port']}/metrics")
+            assert "specinfer_build_info" in own.text
+            gateway = f"http://127.0.0.1:{serving['gateway_port']}"
+            assert (await client.get(f"{gateway}/metrics")).status_code in (401, 404)
+            assert (await client.get(f"{gateway}/health/ready")).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            assert await process.wait() == 0
+
+
+async def test_an_admin_port_for_all_needs_keys_or_certificates() -> None:
+    flags = ("--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", "--verify", "127.0.0.1:1")
+    text = await refusal(*flags, "--admin", "0.0.0.0:0", "--insecure-bind")
+    assert "--tls-ca" in text
 
 
 async def test_a_port_in_use_is_said_at_once() -> None:

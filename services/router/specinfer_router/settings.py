@@ -50,6 +50,7 @@ class RouterSettings:
 
     grpc: str = setting("127.0.0.1:50051", "address of the gRPC service; port 0 takes a free one")
     gateway: str = setting("127.0.0.1:8000", "address of the HTTP API, health and metrics")
+    metrics: str = setting("", "address of the metrics over HTTP; empty: at --gateway, for anybody")
     vllm_metrics: bool = setting(False, "show metrics under vLLM's names too")
     admin: str = setting(
         "", "address of the operators' gRPC service, for `specinfer top`; empty: none"

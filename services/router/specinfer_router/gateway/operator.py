@@ -16,13 +16,13 @@ from specinfer.metrics import expose_aside
 
 
 def operator_routes(
-    not_ready_reason: Callable[[], str], registry: CollectorRegistry
+    not_ready_reason: Callable[[], str], registry: CollectorRegistry | None
 ) -> list[Route]:
-    """Routes for health checks and metrics.
+    """Routes for health checks and, with a registry, metrics.
 
     Args:
         not_ready_reason: why requests would fail now, or "" when they would not.
-        registry: metrics to show.
+        registry: metrics to show, or None where they have a port of their own.
     """
 
     async def live(request: Request) -> Response:
@@ -35,6 +35,7 @@ def operator_routes(
         return JSONResponse({"status": "ready"})
 
     async def metrics(request: Request) -> Response:
+        assert registry is not None
         body, content_type = await expose_aside(registry, request.headers.get("accept"))
         return Response(body, headers={"content-type": content_type})
 
@@ -43,5 +44,5 @@ def operator_routes(
         Route("/health/ready", ready),
         # Where load generators look before they begin.
         Route("/health", ready),
-        Route("/metrics", metrics),
+        *([Route("/metrics", metrics)] if registry is not None else []),
     ]
