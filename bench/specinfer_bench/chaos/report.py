@@ -124,11 +124,15 @@ def _line(row: Row[Any], result: RowResult) -> str:
         f"{verdict.num_running} / {verdict.num_requests}",
         str(verdict.num_failed),
         str(verdict.num_different),
-        f"{verdict.pause_p50:.2f} s",
-        f"{verdict.pause_p99:.2f} s",
-        f"{verdict.first_p99:.2f} s",
+        # Nobody reads along with a response in the background.
+        *(["-"] * 3 if row.background else _pauses(verdict)),
     )
     return "| " + " | ".join(cells) + " |\n"
+
+
+def _pauses(verdict: Verdict) -> list[str]:
+    pauses = (verdict.pause_p50, verdict.pause_p99, verdict.first_p99)
+    return [f"{seconds:.2f} s" for seconds in pauses]
 
 
 def _result(row: dict[str, Any]) -> RowResult:
