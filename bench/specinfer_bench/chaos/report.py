@@ -30,12 +30,13 @@ routers as targets. Every answer is held against the answer of the same request 
 cluster, token by token, and over HTTP character by character.
 
 - **Streams**: those under way when the fault began, and all that ran at some moment of it.
-- **Failed**: requests that ended with an error for the caller, after the client's own retries.
+- **Failed**: requests that ended with an error for the caller, after the client's own retries: at
+  most 10 attempts without progress, 0.1 s apart at first and 2 s at last.
 - **Different**: answers with a token that the unbroken run does not have there.
 - **Pause**: the longest silence between two events of a stream, from the beginning of the fault
   until a few seconds after its end; the median over the streams, and all but one in a hundred.
 - **First**: the longest wait for the first event among streams that began meanwhile, all but one in
-  a hundred.
+  a hundred; `-` where none began.
 
 The machine was shared with other work, so the times are upper bounds. `as-usual` is the row in
 which nothing is done. Repeat one row with `make chaos ARGS="--row NAME"`; `make chaos` runs all.
@@ -132,7 +133,7 @@ def _line(row: Row[Any], result: RowResult) -> str:
 
 def _pauses(verdict: Verdict) -> list[str]:
     pauses = (verdict.pause_p50, verdict.pause_p99, verdict.first_p99)
-    return [f"{seconds:.2f} s" for seconds in pauses]
+    return [f"{seconds:.2f} s" if seconds else "-" for seconds in pauses]
 
 
 def _result(row: dict[str, Any]) -> RowResult:
