@@ -19,7 +19,7 @@ Made from `specinfer/metrics/catalogue.py` by `python tools/generate_metrics.py`
 
 | process | where |
 |---|---|
-| router | `GET /metrics` on the address of `--metrics`; without that option at `--gateway`, without a key |
+| router | `GET /metrics` on the address of `--metrics`, else of `--gateway`, without a key |
 | draft and verify worker | `GET /metrics` on the address of `--metrics`, off without it |
 
 Prometheus's text format, or OpenMetrics for who asks for it: there the times of first tokens, of

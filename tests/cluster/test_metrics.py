@@ -46,6 +46,7 @@ STILL = {
     "store_outages": "the store is in memory",
     "store_outage_seconds": "the store is in memory",
     "store_restores": "the store is in memory",
+    "store_memory_usage_ratio": "the store is in memory",
     "num_preemptions": "the pool is large enough",
     "fenced_calls": "nobody is fenced off",
     "num_requests_waiting": "0 once all is served",

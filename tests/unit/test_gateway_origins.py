@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from specinfer.telemetry import Telemetry
 from specinfer_router.gateway.middleware import gateway_middleware
 from specinfer_router.keys.control import AccessControl
 
@@ -20,7 +21,11 @@ def application(*, only_loopback: bool = True, allowed: tuple[str, ...] = ()) ->
 
     access = AccessControl(None)
     middleware: list[Middleware] = gateway_middleware(
-        access.authenticate, frozenset(), allowed, only_loopback=only_loopback
+        access.authenticate,
+        frozenset(),
+        allowed,
+        only_loopback=only_loopback,
+        telemetry=Telemetry(),
     )
     return Starlette(routes=[Route("/v1/x", hello, methods=["POST"])], middleware=middleware)
 

@@ -108,7 +108,7 @@ def test_the_largest_entry_fits() -> None:
         "h" * 253 + ":65535",
         '"' * 128,
         '"' * 128,
-        WorkerLoad(*[2**31 - 1] * 3),
+        WorkerLoad(2**31 - 1, 2**31 - 1, 2**31 - 1),
     )
     document = worker_to_json(largest)
     assert len(document) <= MAX_DOCUMENT_BYTES
