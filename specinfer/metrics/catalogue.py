@@ -299,6 +299,11 @@ SURVIVAL = (
     counter("store_outages", "events", "How often the session store stopped answering."),
     counter("store_outage_seconds", "seconds", "Time without the session store."),
     counter("store_restores", "sessions", "Sessions written again after the store lost them."),
+    gauge(
+        "store_memory_usage_ratio",
+        "ratio",
+        "Share of Redis's memory limit in use, or of its machine's memory without a limit.",
+    ),
 )
 
 WORK = (

@@ -44,6 +44,7 @@ from specinfer_router.store import (
     RedisStore,
     SessionStore,
 )
+from specinfer_router.store.redis_memory import RedisMemory
 from specinfer_router.tokenizer import ServedTokenizer
 
 
@@ -155,7 +156,7 @@ async def build_router(
         version=__version__,
         vllm_names=settings.vllm_metrics,
     )
-    show_store(metrics, store, counts)
+    show_store(metrics, store, counts, watch_memory(settings, stack))
     router = Router(
         cluster,
         store=CountedStore(store, metrics),
@@ -168,6 +169,17 @@ async def build_router(
     )
     stack.callback(router.close)
     return router
+
+
+def watch_memory(settings: RouterSettings, stack: AsyncExitStack) -> RedisMemory | None:
+    """What asks Redis now and then how full it is; None without one."""
+    connection = settings.redis_settings
+    if connection is None:
+        return None
+    memory = RedisMemory(connection)
+    stack.push_async_callback(memory.close)
+    memory.start()
+    return memory
 
 
 def build_cluster(settings: RouterSettings, stack: AsyncExitStack) -> Cluster:

@@ -18,6 +18,7 @@ from specinfer_router.links import WorkerLink
 from specinfer_router.policy import PlainSpeed
 from specinfer_router.pool import WorkerPool
 from specinfer_router.store import DurableStore, SessionStore, StoreHooks
+from specinfer_router.store.redis_memory import RedisMemory
 
 _BREAKER_STATES = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
 
@@ -42,8 +43,13 @@ class StoreCounts:
         self.outage_seconds += seconds
 
 
-def show_store(metrics: RouterMetrics, store: SessionStore, counts: StoreCounts) -> None:
-    """Show how the session store fares; one in memory is never away."""
+def show_store(
+    metrics: RouterMetrics,
+    store: SessionStore,
+    counts: StoreCounts,
+    memory: RedisMemory | None = None,
+) -> None:
+    """Show how the session store fares; one in memory is never away, nor full."""
 
     def away() -> float:
         return store.away_seconds if isinstance(store, DurableStore) else 0.0
@@ -52,6 +58,7 @@ def show_store(metrics: RouterMetrics, store: SessionStore, counts: StoreCounts)
     metrics.watch_one("store_outages", lambda: counts.num_outages + (away() > 0.0))
     metrics.watch_one("store_outage_seconds", lambda: counts.outage_seconds + away())
     metrics.watch_one("store_restores", lambda: counts.num_restores)
+    metrics.watch_one("store_memory_usage_ratio", lambda: 0.0 if memory is None else memory.share)
 
 
 def show_router(metrics: RouterMetrics, admission: Admission, plain: PlainSpeed) -> None:

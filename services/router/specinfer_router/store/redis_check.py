@@ -25,7 +25,7 @@ async def check_server(client: Redis | RedisCluster, settings: RedisSettings) ->
         InvalidRequest: it refuses us, is too old, or may evict keys.
     """
     for section in ("server", "memory"):
-        for facts in await _info(client, settings, section):
+        for facts in await server_facts(client, settings, section):
             _check_version(facts, settings.place)
             _check_policy(facts, settings.place)
 
@@ -52,9 +52,15 @@ def _check_policy(facts: dict[str, Any], place: str) -> None:
         )
 
 
-async def _info(
+async def server_facts(
     client: Redis | RedisCluster, settings: RedisSettings, section: str
 ) -> Iterable[dict[str, Any]]:
+    """What every primary says of itself in a section of INFO.
+
+    Raises:
+        Unavailable: Redis cannot be reached.
+        InvalidRequest: it refuses us.
+    """
     everywhere = {"target_nodes": RedisCluster.PRIMARIES}
     where: dict[str, Any] = everywhere if isinstance(client, RedisCluster) else {}
     # The client's methods are typed for its synchronous twin too.
