@@ -44,7 +44,7 @@ fmt: setup ## format Python and protos, sort imports
 	$(BIN)/ruff format .
 	$(BIN)/buf format --write
 
-lint: setup ## ruff, import contracts, sizes, the references of SDK and metrics
+lint: setup ## ruff, import contracts, sizes, the references of SDK and metrics, dashboards
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -52,6 +52,7 @@ lint: setup ## ruff, import contracts, sizes, the references of SDK and metrics
 	$(BIN)/python tools/generate_api.py --check
 	$(BIN)/python tools/generate_settings.py --check
 	$(BIN)/python tools/generate_metrics.py --check
+	$(BIN)/python deploy/grafana/build_dashboards.py --check
 
 types: setup ## mypy (strict) and pyright
 	$(BIN)/mypy
