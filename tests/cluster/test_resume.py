@@ -259,7 +259,8 @@ async def test_tokens_that_redis_has_lost_are_made_again(
     async with AsyncClient(routers.first.router) as client:
         whole = await client.generate(**options)
         stop = whole.text[len(whole.text) // 2 :][:6]
-        stopped = await client.generate(**{**options, "stop": (stop,)})
+        stopping: GenerateOptions = {**options, "stop": (stop,)}
+        stopped = await client.generate(**stopping)
         for unbroken in (whole, stopped):
             num_tokens = len(unbroken.token_ids)
             for _ in range(3):

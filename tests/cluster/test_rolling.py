@@ -88,6 +88,11 @@ class Routers:
         stop_children(list(self._children.values()), grace_seconds=5.0)
 
 
+def seeded(seed: int) -> GenerateOptions:
+    options: GenerateOptions = {**OPTIONS, "seed": seed}
+    return options
+
+
 @pytest.fixture(scope="module")
 def cluster(tiny_settings: ClusterSettings, redis_server: str) -> Iterator[RunningCluster]:
     settings = dataclasses.replace(tiny_settings, name="target", redis=redis_server)
@@ -99,7 +104,7 @@ def cluster(tiny_settings: ClusterSettings, redis_server: str) -> Iterator[Runni
 def unbroken(cluster: RunningCluster) -> dict[int, Completion]:
     """What each seed gives, from a router that nobody ends."""
     with Client(cluster.router) as client:
-        return {seed: client.generate(**{**OPTIONS, "seed": seed}) for seed in range(NUM_STREAMS)}
+        return {seed: client.generate(**seeded(seed)) for seed in range(NUM_STREAMS)}
 
 
 @contextmanager
@@ -113,7 +118,7 @@ def running_routers(cluster: RunningCluster, redis_url: str, folder: Path) -> It
         routers.stop()
 
 
-class ResumeCounter(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
+class ResumeCounter(grpc.aio.UnaryStreamClientInterceptor):
     """Counts how often a client asked for the rest of a stream."""
 
     def __init__(self) -> None:
@@ -161,7 +166,7 @@ class Load:
         interceptors = (self.resumes,)
         async with AsyncClient(self._addresses, retry=PATIENT, interceptors=interceptors) as client:
             while not self._enough.is_set():
-                async with client.stream(**{**OPTIONS, "seed": seed}) as stream:
+                async with client.stream(**seeded(seed)) as stream:
                     async for _ in stream:
                         begun.set()
                 self._compare(stream.completion, self._unbroken[seed])
@@ -200,7 +205,7 @@ async def test_one_router_that_restarts_is_waited_for(
     with running_routers(cluster, redis_server, tmp_path) as routers:
         async with (
             AsyncClient(routers.addresses[0]) as client,
-            client.stream(**{**OPTIONS, "seed": 1}) as stream,
+            client.stream(**seeded(1)) as stream,
         ):
             await anext(stream)
             routers.tell(0, signal.SIGTERM)

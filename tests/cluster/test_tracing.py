@@ -20,6 +20,7 @@ import pytest
 from specinfer import AsyncClient, Completion
 from specinfer.errors import SpecinferError
 from specinfer.messages import Grammar, SpeculationOptions
+from specinfer.options import GenerateOptions
 from specinfer_bench.traces.cluster import Models, traced_application, traced_cluster
 from specinfer_bench.traces.collector import ReceivedSpan, children_of, roots_of
 
@@ -175,13 +176,14 @@ async def say_the_marker(client: AsyncClient, http: httpx.AsyncClient) -> list[s
 
 async def go_wrong(client: AsyncClient, http: httpx.AsyncClient) -> None:
     """Requests that are at fault in each way that quotes what was sent."""
-    for options in (
+    wrong: list[GenerateOptions] = [
         {"grammar": Grammar("regex", f"({MARKER}")},
         {"grammar": Grammar("lark", f'start: "{MARKER}" {MARKER}')},
         {"grammar": Grammar("json_schema", f'{{"type": "{MARKER}"}}')},
         {"model": MARKER},
         {"max_tokens": 10**6},
-    ):
+    ]
+    for options in wrong:
         with pytest.raises(SpecinferError):
             await client.generate(f"{MARKER} " * 3, **options)
     with pytest.raises(SpecinferError):
