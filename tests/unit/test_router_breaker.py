@@ -172,7 +172,12 @@ def test_the_deadline_of_a_round_grows_with_its_work_and_with_those_who_wait() -
     alone = deadline.seconds(CURVE, num_rows=1)
     assert deadline.floor_seconds < alone < 5.0
     assert deadline.seconds(CURVE, num_rows=1, num_prefill=4096) > alone + 8 * 4096 / 64 * 0.03
-    assert deadline.seconds(CURVE, num_rows=1, num_waiting=8) > 2 * alone
+    # Eight roots share a pass; eight trees of 64 nodes fill two, and eight prompts are read in turn.
+    assert deadline.seconds(CURVE, num_rows=1, num_waiting=8) == alone
+    assert deadline.seconds(CURVE, num_rows=64, num_waiting=8) > alone
+    one = deadline.seconds(CURVE, num_rows=1, num_prefill=512)
+    eight = deadline.seconds(CURVE, num_rows=1, num_prefill=512, num_waiting=8)
+    assert eight - alone == pytest.approx(8 * (one - alone))
     assert deadline.seconds(CURVE, num_rows=1, with_grammar=True) >= alone + 10.0
 
 

@@ -20,7 +20,10 @@ MAX_DOUBLINGS = 16
 class StepDeadline:
     """Seconds for a round, unless `fixed_seconds` says them.
 
-        floor + factor * cost(rows, prefill) * sessions waiting      doubled with every miss
+        floor + factor * (passes * cost(full pass) + sessions * cost(prefill)), doubled by each miss
+
+    Trees go before prompts, and sessions share a pass: a round waits for the pass that is under way
+    and for as many as the trees of all sessions fill. Prompts are read one after the other.
 
     Attributes:
         fixed_seconds: the same for every round; 0 derives them.
@@ -63,8 +66,10 @@ class StepDeadline:
         """
         if self.fixed_seconds:
             return self.fixed_seconds
-        cost = costs.at(max(num_rows, FULL_PASS_ROWS))
-        cost += num_prefill * costs.at(PREFILL_ROWS) / PREFILL_ROWS
-        seconds = self.floor_seconds + self.factor * cost * max(1, num_waiting)
+        sessions = max(1, num_waiting)
+        passes = 1 + -(-num_rows * sessions // FULL_PASS_ROWS)
+        cost = passes * costs.at(max(num_rows, FULL_PASS_ROWS))
+        cost += sessions * num_prefill * costs.at(PREFILL_ROWS) / PREFILL_ROWS
+        seconds = self.floor_seconds + self.factor * cost
         seconds += self.grammar_seconds if with_grammar else 0.0
         return min(self.cap_seconds, seconds * 2.0 ** min(num_misses, MAX_DOUBLINGS))
