@@ -29,7 +29,7 @@ _NOW = (
     ),
     replace(
         number(
-            "Failed streams",
+            "Streams that fail",
             Unit.SHARE,
             "Share of streams that ended with an error of ours. Above 0.1 % the month's budget is "
             "being spent too fast: see which outcome it is below.",
