@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from uuid import uuid4
 
 from prometheus_client import CollectorRegistry
 
@@ -106,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arguments=sys.argv[1:] if arguments is None else arguments,
             environment=os.environ,
         )
+        # One name for leases, operators and logs.
+        settings = replace(settings, router_id=settings.router_id or f"router-{uuid4().hex[:12]}")
         telemetry = set_up("specinfer-router", level=settings.log_level, traces=settings.traces)
         asyncio.run(serve(settings, telemetry))
     except SpecinferError as error:

@@ -270,7 +270,8 @@ class WorkerLink(ABC, Generic[ItemT]):
             self._fail_pending()
 
     def _begin(self) -> None:
-        self.load = WorkerLoad()
+        # Until it has answered something, it is taken to be idle.
+        self.load = WorkerLoad(num_free_blocks=self.info.num_blocks if self.info else 0)
         self.generation += 1
         self._outbox.clear()
         self._given_up.clear()
