@@ -12,7 +12,10 @@ from specinfer_bench.chaos.containers import (
     docker,
     drop,
     drop_no_more,
-    scale_up,
+    narrow,
+    narrow_no_more,
+    restart_each,
+    scale,
 )
 from specinfer_bench.chaos.row import Row, hold
 
@@ -54,6 +57,24 @@ def _worker_rows(tier: str) -> tuple[ContainerRow, ...]:
             (drop(tier, share=LOSS), hold(5), drop_no_more(tier, share=LOSS)),
             "all, slowly",
         ),
+        ContainerRow(
+            f"container-{tier}-narrow",
+            f"a {tier} worker's container sends 20 kB/s at most for 5 s",
+            (narrow(tier), hold(5), narrow_no_more(tier)),
+            "all, slowly",
+        ),
+        ContainerRow(
+            f"container-{tier}-scaled",
+            f"a third {tier} worker is added; the router has it within 2 s after it is healthy",
+            (scale(tier, 3),),
+            "all",
+        ),
+        ContainerRow(
+            f"container-{tier}-scaled-back",
+            f"a third {tier} worker is added and taken away again",
+            (scale(tier, 3), hold(2), scale(tier, 2)),
+            "two of them",
+        ),
     )
 
 
@@ -80,9 +101,27 @@ CONTAINER_ROWS = (
         "no Redis for 5 s",
     ),
     ContainerRow(
-        "container-scaled",
-        "a third draft worker is added; the router has it within 2 s after it is healthy",
-        (scale_up("draft", 3),),
-        "all",
+        "container-redis-killed",
+        "the container of Redis is killed and started again after 2 s",
+        (docker("kill", "redis"), hold(2), docker("start", "redis")),
+        "no Redis for 2 s, then one without its last second",
+    ),
+    ContainerRow(
+        "container-router-killed",
+        "the container of the only router is killed and started again at once",
+        (docker("kill", "router"), docker("start", "router"), hold(5)),
+        "no router for as long as it takes to start",
+    ),
+    ContainerRow(
+        "container-router-restarted",
+        "the container of the only router is asked to end and started again",
+        (docker("restart", "router"), hold(5)),
+        "no router for as long as it takes to end and to start",
+    ),
+    ContainerRow(
+        "container-rolling-restart",
+        "every container is restarted, one after the other, the router and Redis too",
+        (restart_each("draft", "verify", "router", "redis"),),
+        "all but one; no router while it restarts",
     ),
 )

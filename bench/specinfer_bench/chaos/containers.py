@@ -59,6 +59,7 @@ class ContainerCluster:
     gateways: Sequence[str] = ()
     model_name: str = ""
     _cut_off: dict[str, list[str]] = field(default_factory=dict)
+    _undo: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
 
     async def start(self) -> None:
         """Bring it up with two workers of each kind, if it is not; raises SpecinferError."""
@@ -121,12 +122,27 @@ class ContainerCluster:
         for network in self._cut_off.pop(container, []):
             await run("docker", "network", "connect", "--alias", service, network, container)
 
-    async def netfilter(self, service: str, *rule: str) -> None:
-        """Change a filter rule in the network of a service's first container; needs root."""
+    async def in_network(self, service: str, command: Sequence[str], undo: Sequence[str]) -> None:
+        """Run a command in the network of a service's first container; needs root.
+
+        Args:
+            service: whose container.
+            command: what is run.
+            undo: what takes it back, at the latest when the cluster is healed.
+        """
         container = await self.first(service)
+        self._undo.add((container, tuple(undo)))
+        await self._enter(container, command)
+
+    async def mend_network(self, service: str, undo: Sequence[str]) -> None:
+        """Take back what was done to the network of a service's first container."""
+        container = await self.first(service)
+        self._undo.discard((container, tuple(undo)))
+        await self._enter(container, undo)
+
+    async def _enter(self, container: str, command: Sequence[str]) -> None:
         facts = json.loads(await run("docker", "inspect", container))[0]
-        enter = ("nsenter", "--target", str(facts["State"]["Pid"]), "--net")
-        await run(*enter, "iptables", *rule)
+        await run("nsenter", "--target", str(facts["State"]["Pid"]), "--net", *command)
 
     async def heal(self) -> None:
         """Unpause, connect and start everything; wait until the router sees every worker."""
@@ -139,6 +155,9 @@ class ContainerCluster:
                     await run("docker", "start", container)
             if self._cut_off:
                 await self.connect(service)
+        while self._undo:
+            container, undo = self._undo.pop()
+            await self._enter(container, undo)
         await self.scale(draft=NUM_WORKERS, verify=NUM_WORKERS)
         await self.until(draft=NUM_WORKERS, verify=NUM_WORKERS, seconds=HEAL_SECONDS)
 
@@ -187,23 +206,48 @@ def connect(service: str) -> ContainerAction:
 
 def drop(service: str, *, share: float = 1.0) -> ContainerAction:
     """Drop a share of the packets that reach a worker's port."""
-    return Action(f"drop for {service}", lambda cluster: _filter(cluster, "-A", service, share))
+    command, undo = _filter(service, share)
+    return Action(f"drop for {service}", lambda cluster: cluster.in_network(service, command, undo))
 
 
 def drop_no_more(service: str, *, share: float = 1.0) -> ContainerAction:
     """Drop none of them."""
-    return Action(f"pass for {service}", lambda cluster: _filter(cluster, "-D", service, share))
+    _, undo = _filter(service, share)
+    return Action(f"pass for {service}", lambda cluster: cluster.mend_network(service, undo))
 
 
-async def _filter(cluster: ContainerCluster, verb: str, service: str, share: float) -> None:
+def _filter(service: str, share: float) -> tuple[list[str], list[str]]:
+    """The commands that begin and end to drop packets."""
     match = ["-p", "tcp", "--dport", str(WORKER_PORTS[service])]
     if share < 1.0:
         match += ["-m", "statistic", "--mode", "random", "--probability", str(share)]
-    await cluster.netfilter(service, verb, "INPUT", *match, "-j", "DROP")
+    rule = ["INPUT", *match, "-j", "DROP"]
+    return ["iptables", "-A", *rule], ["iptables", "-D", *rule]
 
 
-def scale_up(service: str, number: int) -> ContainerAction:
-    """Add containers; the router has to use them within seconds after they are healthy."""
+# A burst holds one packet; what waits longer than the latency is dropped.
+_NARROW = ("root", "tbf", "rate", "160kbit", "burst", "1600", "latency", "400ms")
+
+
+def narrow(service: str) -> ContainerAction:
+    """Let a container send no more than 20 kB/s."""
+    command = ("tc", "qdisc", "add", "dev", "eth0", *_NARROW)
+    return Action(
+        f"narrow {service}", lambda cluster: cluster.in_network(service, command, _wide())
+    )
+
+
+def narrow_no_more(service: str) -> ContainerAction:
+    """Let it send as much as it can."""
+    return Action(f"wide {service}", lambda cluster: cluster.mend_network(service, _wide()))
+
+
+def _wide() -> tuple[str, ...]:
+    return ("tc", "qdisc", "del", "dev", "eth0", "root")
+
+
+def scale(service: str, number: int) -> ContainerAction:
+    """Have so many containers; the router has those that are new within seconds of their health."""
 
     async def do(cluster: ContainerCluster) -> None:
         numbers = dict.fromkeys(TIERS, NUM_WORKERS) | {service: number}
@@ -212,6 +256,20 @@ def scale_up(service: str, number: int) -> ContainerAction:
         await cluster.until(draft=numbers["draft"], verify=numbers["verify"], seconds=JOIN_SECONDS)
 
     return Action(f"--scale {service}={number}", do)
+
+
+def restart_each(*services: str) -> ContainerAction:
+    """Restart one container after the other, each once the router has all workers again."""
+
+    async def do(cluster: ContainerCluster) -> None:
+        for service in services:
+            found = await cluster.containers(service)
+            for container in found:
+                await run("docker", "restart", container)
+                await _healthy(cluster, service, len(found))
+                await cluster.until(draft=NUM_WORKERS, verify=NUM_WORKERS, seconds=HEAL_SECONDS)
+
+    return Action(f"restart each of {', '.join(services)}", do)
 
 
 async def _healthy(cluster: ContainerCluster, service: str, number: int) -> None:
