@@ -68,9 +68,7 @@ class Family(Generic[_Made]):
         self._labels = metric.labels
         self._bounds = tuple(Bound(label) for label in metric.labels)
         self._series: dict[tuple[str, ...], _Made] = {}
-        known = [label.values for label in metric.labels]
-        sizes = list(product(*known))
-        for values in sizes if len(sizes) <= MAX_AT_ZERO else ():
+        for values in _at_zero(metric):
             self.of(*values)
 
     def of(self, *values: str) -> _Made:
@@ -117,7 +115,8 @@ class Watched(Collector):
         kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
         family = kind(metric.family, metric.help, labels=names)
         bounds = [Bound(label) for label in metric.labels]
-        sums: dict[tuple[str, ...], float] = {}
+        begun = _at_zero(metric) if metric.kind is Kind.COUNTER else ()
+        sums: dict[tuple[str, ...], float] = dict.fromkeys(begun, 0.0)
         for values, number in numbers.items():
             bounded = tuple(bound(value) for bound, value in zip(bounds, values, strict=True))
             sums[bounded] = sums.get(bounded, 0.0) + number
@@ -205,6 +204,12 @@ class Instruments:
         if metric.kind not in kinds or self._source not in metric.sources:
             raise KeyError(f"{name} is no {'/'.join(kinds)} of {self._source} in the catalogue")
         return metric
+
+
+def _at_zero(metric: Metric) -> list[tuple[str, ...]]:
+    """The label values of the series that are there before anything happens."""
+    known = list(product(*(label.values for label in metric.labels)))
+    return known if len(known) <= MAX_AT_ZERO else []
 
 
 _BY_NAME = {metric.name: metric for metric in CATALOGUE}

@@ -7,6 +7,7 @@ import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 
@@ -20,7 +21,7 @@ from specinfer.errors import InvalidRequest, SpecinferError, Unavailable
 from specinfer.messages import DraftResult, RoundFacts, StepCost
 from specinfer.metrics import MetricsServer, RouterMetrics, VerifyMetrics, expose, exposition
 from specinfer.metrics.catalogue import CATALOGUE, OUTCOME
-from specinfer.metrics.exposition import MAX_HEAD_BYTES
+from specinfer.metrics.exposition import MAX_CONNECTIONS, MAX_HEAD_BYTES
 from specinfer.metrics.instruments import Bound, Instruments
 from specinfer.metrics.metric import OTHER, Kind, Label, Source
 from specinfer.rpc import TlsSettings
@@ -29,7 +30,6 @@ from specinfer.tree import TokenTree
 from specinfer_router.tier_counts import TierCounts
 from tests.kit.certificates import Certificates
 from tests.kit.fake_workers import info_of
-from tests.kit.waiting import until
 from tools.generate_metrics import TARGET, reference
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -255,22 +255,27 @@ async def test_what_is_no_request_is_let_go(server: MetricsServer) -> None:
         writer.close()
 
 
-async def test_silent_connections_do_not_keep_others_out(
+async def test_silent_connections_do_not_keep_others_out(server: MetricsServer) -> None:
+    """The oldest of them go at once: nobody waits for them to run out of time."""
+    silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(40)]
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+        for _ in range(MAX_CONNECTIONS + 1):
+            assert (await client.get("/metrics")).status_code == 200
+    async with asyncio.timeout(2):
+        with suppress(ConnectionResetError):
+            assert await silent[0][0].read() == b""
+    for _, writer in silent:
+        writer.close()
+
+
+async def test_a_silent_connection_has_seconds(
     server: MetricsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exposition, "CONNECTION_SECONDS", 0.2)
-    silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(40)]
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
-
-        async def answered() -> bool:
-            try:
-                return (await client.get("/metrics")).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        await until(answered, "metrics are shown")
-    for _, writer in silent:
-        writer.close()
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    async with asyncio.timeout(3):
+        assert await reader.read() == b""
+    writer.close()
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "127.0.0.1:99999", ":9100"])
@@ -310,3 +315,14 @@ async def test_guesses_that_come_too_late_are_wasted() -> None:
     answers[2].set_result(DraftResult(1, tree))
     await asyncio.sleep(0)
     assert counts.wasted == {"late": 2, "lost_hedge": 2}
+
+
+def test_counters_that_are_read_begin_at_zero_too() -> None:
+    """Or the first refusal would be no rise."""
+    registry = CollectorRegistry()
+    instruments = Instruments(registry, Source.ROUTER, {"model_name": "m"})
+    instruments.watch("admission_refusals", lambda: {("queue_full",): 2.0})
+    (family,) = [each for each in registry.collect() if each.name.endswith("refusals")]
+    values = {sample.labels["reason"]: sample.value for sample in family.samples}
+    assert values["queue_full"] == 2.0
+    assert values["draining"] == 0.0

@@ -43,12 +43,10 @@ class Query:
     Attributes:
         expression: PromQL with the dashboard's variables in it.
         legend: of its series, with labels as {{label}}.
-        needs: what has to happen before there is a series; "" when there always is one.
     """
 
     expression: str
     legend: str = ""
-    needs: str = ""
 
 
 @dataclass(frozen=True)

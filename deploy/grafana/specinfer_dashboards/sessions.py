@@ -45,7 +45,6 @@ _SESSIONS = (
         Query(
             promql.rate("migrations", by="tier, reason"),
             "{{tier}} {{reason}}",
-            needs="a worker that drains, fails or is left for another",
         ),
     ),
     lines(
