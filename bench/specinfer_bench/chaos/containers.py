@@ -131,8 +131,8 @@ class ContainerCluster:
             undo: what takes it back, at the latest when the cluster is healed.
         """
         container = await self.first(service)
-        self._undo.add((container, tuple(undo)))
         await self._enter(container, command)
+        self._undo.add((container, tuple(undo)))
 
     async def mend_network(self, service: str, undo: Sequence[str]) -> None:
         """Take back what was done to the network of a service's first container."""
@@ -225,25 +225,25 @@ def _filter(service: str, share: float) -> tuple[list[str], list[str]]:
     return ["iptables", "-A", *rule], ["iptables", "-D", *rule]
 
 
-# A burst holds one packet; what waits longer than the latency is dropped.
-_NARROW = ("root", "tbf", "rate", "160kbit", "burst", "1600", "latency", "400ms")
+# A container that was taken out of a network and put back has eth1 in place of eth0.
+_DEVICE = "$(ip -o link show type veth | sed 's/^[0-9]*: //; s/@.*//')"
+_WIDE = ("sh", "-c", f'tc qdisc del dev "{_DEVICE}" root')
+# A burst holds one packet; what would wait longer than the latency is dropped.
+_NARROW = (
+    "sh",
+    "-c",
+    f'tc qdisc add dev "{_DEVICE}" root tbf rate 160kbit burst 1600 latency 400ms',
+)
 
 
 def narrow(service: str) -> ContainerAction:
     """Let a container send no more than 20 kB/s."""
-    command = ("tc", "qdisc", "add", "dev", "eth0", *_NARROW)
-    return Action(
-        f"narrow {service}", lambda cluster: cluster.in_network(service, command, _wide())
-    )
+    return Action(f"narrow {service}", lambda cluster: cluster.in_network(service, _NARROW, _WIDE))
 
 
 def narrow_no_more(service: str) -> ContainerAction:
     """Let it send as much as it can."""
-    return Action(f"wide {service}", lambda cluster: cluster.mend_network(service, _wide()))
-
-
-def _wide() -> tuple[str, ...]:
-    return ("tc", "qdisc", "del", "dev", "eth0", "root")
+    return Action(f"wide {service}", lambda cluster: cluster.mend_network(service, _WIDE))
 
 
 def scale(service: str, number: int) -> ContainerAction:

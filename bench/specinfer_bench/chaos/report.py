@@ -53,7 +53,9 @@ CONTAINERS = """
 
 The same on the cluster of `docker-compose.yml` with two draft workers, two verify workers, one
 router and Redis, the load coming through the published ports: `CHAOS_LEVEL=containers make chaos`.
-It starts what is not there and leaves it running.
+It starts what is not there, from images that are built, and leaves it running. What is done to
+packets is done from this machine with `nsenter`, `iptables` and `tc`, which needs root. There is
+one router, so its rows are those of a cluster that has none for a while.
 
 """
 
