@@ -88,6 +88,8 @@ class MetricsServer:
         self._host = host.strip("[]")
         self._registry = registry
         self._tls = None if tls is None else _tls_context(tls)
+        # In the order of their arrival, as far as they have not sent a request yet.
+        self._waiting: dict[asyncio.StreamWriter, None] = {}
         self._num_connections = 0
         self._server: asyncio.Server | None = None
 
@@ -112,17 +114,33 @@ class MetricsServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._num_connections += 1
         try:
-            if self._num_connections <= MAX_CONNECTIONS:
+            if self._make_room():
+                self._waiting[writer] = None
                 async with asyncio.timeout(CONNECTION_SECONDS):
-                    writer.write(await self._answer(await reader.readuntil(b"\r\n\r\n")))
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    self._waiting.pop(writer, None)
+                    writer.write(await self._answer(head))
                     await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # whoever sends no request in time, or goes away, gets no answer
         finally:
             self._num_connections -= 1
+            self._waiting.pop(writer, None)
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
+
+    def _make_room(self) -> bool:
+        """Whether one more may stay: the oldest that has sent no request goes for it.
+
+        Idle sockets would else keep Prometheus out for as long as somebody opens new ones.
+        """
+        if self._num_connections > MAX_CONNECTIONS and self._waiting:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.transport.abort()
+            return True
+        return self._num_connections <= MAX_CONNECTIONS
 
     async def _answer(self, head: bytes) -> bytes:
         request, *lines = head.decode("latin-1").split("\r\n")
