@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 # top-p looks at this many of the best tokens first and sorts all only where they hold too little.
 _TOP_P_TOKENS = 256
 MAX_NOISE_BYTES = 64 * 1024 * 1024
+# Trees of several hundred sessions; a small vocabulary would else fill the bytes with what is over.
+MAX_NOISE_ROWS = 2048
 
 
 class NoiseCache:
@@ -59,7 +61,7 @@ class NoiseCache:
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._max_rows = max(1, max_bytes // (4 * vocab_size))
+        self._max_rows = max(1, min(MAX_NOISE_ROWS, max_bytes // (4 * vocab_size)))
         self._rows: OrderedDict[tuple[int, float, int], Tensor] = OrderedDict()
 
     def __len__(self) -> int:
