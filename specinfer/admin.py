@@ -16,7 +16,13 @@ import grpc.aio
 from specinfer.convert import cluster_from_wire, finding_from_wire, session_status_from_wire
 from specinfer.credentials import Credentials, check_plain_text
 from specinfer.errors import Unavailable
-from specinfer.messages.admin import ClusterStatus, Finding, SessionStatus
+from specinfer.messages.admin import (
+    CancelOutcome,
+    ClusterStatus,
+    Finding,
+    SessionListing,
+    SessionStatus,
+)
 from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
 from specinfer.v1 import admin_pb2, admin_pb2_grpc
 
@@ -72,7 +78,7 @@ class AdminClient:
 
     async def sessions(
         self, *, limit: int = 100, key_id: str = "", running_only: bool = False
-    ) -> tuple[SessionStatus, ...]:
+    ) -> SessionListing:
         """Sessions that the store keeps, in no order.
 
         Args:
@@ -84,7 +90,8 @@ class AdminClient:
             limit=limit, key_id=key_id, running_only=running_only
         )
         answer = await self._ask(self._stub.ListSessions, message)
-        return tuple(session_status_from_wire(session) for session in answer.sessions)
+        found = tuple(session_status_from_wire(session) for session in answer.sessions)
+        return SessionListing(found, answer.partial_reason)
 
     async def session(self, session_id: str) -> SessionStatus:
         """One session; raises NotFound."""
@@ -92,10 +99,11 @@ class AdminClient:
         answer = await self._ask(self._stub.GetSession, message)
         return session_status_from_wire(answer.session)
 
-    async def cancel(self, session_id: str) -> None:
+    async def cancel(self, session_id: str) -> CancelOutcome:
         """End a session for good, wherever it runs and whosever it is; raises NotFound."""
         message = admin_pb2.CancelSessionRequest(session_id=session_id)
-        await self._ask(self._stub.CancelSession, message)
+        answer = await self._ask(self._stub.CancelSession, message)
+        return CancelOutcome(answer.finish_reason, answer.had_ended)
 
     async def diagnose(self) -> tuple[Finding, ...]:
         """What the router finds wrong, or soon to be, with the cluster."""

@@ -19,11 +19,14 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
-    ClusterDownError,
+    ClusterError,
+    MovedError,
     NoPermissionError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     TimeoutError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -31,14 +34,20 @@ from specinfer.errors import InternalError, InvalidRequest, SpecinferError, Unav
 from specinfer.telemetry import CLIENT, AttributeValue, Span, current_span
 
 _Answer = TypeVar("_Answer")
+# What the client raises. Two of a cluster's errors are none of its RedisErrors.
+FAILURES: tuple[type[Exception], ...] = (RedisError, RedisClusterException, OSError)
 # What passes by itself: no connection, one that broke, a server that loads, lost its place as the
-# primary, or has no majority. Its first member also covers a full connection pool.
+# primary, has no majority, or moves slots; a cluster without any
+# node. The first of them also covers a full connection pool.
 AWAY: tuple[type[Exception], ...] = (
     RedisConnectionError,
     TimeoutError,
     BusyLoadingError,
     ReadOnlyError,
-    ClusterDownError,
+    ClusterError,
+    RedisClusterException,
+    MovedError,
+    TryAgainError,
     OSError,
 )
 # How it answers while its memory or its disk is full, or its replicas are gone.
@@ -144,11 +153,11 @@ class RedisSettings:
         """
         try:
             return await call
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             raise self.error(error) from error
 
-    def error(self, error: RedisError | OSError) -> SpecinferError:
-        """What `answer` raises for a failure of the client's."""
+    def error(self, error: Exception) -> SpecinferError:
+        """What `answer` raises for one of FAILURES."""
         if isinstance(error, (AuthenticationError, NoPermissionError)):
             return InvalidRequest(
                 f"Redis at {self.place} refuses us: {error}; check the user, its password and its "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from specinfer.client import DEFAULT_ADDRESS
+from specinfer.credentials import is_loopback
+from specinfer.errors import InvalidRequest
 from specinfer.messages import SpeculationOptions
 from specinfer.rpc import TlsSettings
 
@@ -43,6 +46,24 @@ TlsCa = Annotated[
         metavar="FILE",
         envvar="SPECINFER_TLS_CA",
         help="Speak TLS, and trust the authorities in this PEM file.",
+    ),
+]
+TlsCertificate = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-certificate",
+        metavar="FILE",
+        envvar="SPECINFER_TLS_CERTIFICATE",
+        help="Our certificate, PEM, for a router that asks for one; with --tls-key.",
+    ),
+]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key",
+        metavar="FILE",
+        envvar="SPECINFER_TLS_KEY",
+        help="Private key of --tls-certificate, PEM.",
     ),
 ]
 AnyRouter = Annotated[
@@ -109,9 +130,41 @@ Timeout = Annotated[float | None, typer.Option("--timeout", help="Seconds for th
 __all__ = ["DEFAULT_ADDRESS", "DTYPES"]
 
 
-def tls_settings(ca: Path | None) -> TlsSettings | None:
-    """TLS that trusts these authorities, or None for plain text."""
-    return None if ca is None else TlsSettings(ca)
+def tls_settings(
+    ca: Path | None, certificate: Path | None = None, key: Path | None = None
+) -> TlsSettings | None:
+    """TLS that trusts these authorities and shows this certificate, or None for plain text.
+
+    Raises:
+        InvalidRequest: a certificate without its key, or a key without its certificate.
+    """
+    if (certificate is None) != (key is None):
+        raise InvalidRequest("--tls-certificate and --tls-key are given together", field="tls")
+    return None if ca is None and certificate is None else TlsSettings(ca, certificate, key)
+
+
+def check_key(addresses: Sequence[str], api_key: str | None, tls: TlsSettings | None) -> None:
+    """Raise InvalidRequest when a key would leave this machine in plain text."""
+    far = [address for address in addresses if not is_loopback(address)]
+    if api_key is not None and tls is None and far:
+        raise InvalidRequest(
+            f"the key would travel to {far[0]} in plain text, where anybody on the way can read "
+            "it; give --tls-ca FILE, or reach the router through a tunnel to 127.0.0.1",
+            field="api_key",
+        )
+
+
+def connection(
+    addresses: Sequence[str],
+    api_key: str | None,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+) -> TlsSettings | None:
+    """TLS of a command's flags; raises InvalidRequest, in words of the flags."""
+    tls = tls_settings(ca, certificate, key)
+    check_key(addresses, api_key, tls)
+    return tls
 
 
 def speculation_options(

@@ -54,6 +54,8 @@ def chat(
     router: arguments.Router = arguments.DEFAULT_ADDRESS,
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
     system: _System = None,
     max_tokens: arguments.MaxTokens = None,
     temperature: arguments.Temperature = 0.0,
@@ -78,7 +80,7 @@ def chat(
         "seed": seed,
         "speculation": arguments.speculation_options(no_speculation, max_nodes, max_depth),
     }
-    tls = arguments.tls_settings(tls_ca)
+    tls = arguments.connection([router], api_key, tls_ca, tls_certificate, tls_key)
     with Client(router, tls=tls, api_key=api_key) as client:
         capabilities = client.capabilities()
         if not capabilities.chat:

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from specinfer.errors import (
     Cancelled,
@@ -69,6 +70,25 @@ def write(text: str) -> None:
     """Write text to stdout as it is, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """The text with control characters made visible: nobody else's words steer a terminal."""
+    return "".join(_picture(char) for char in text)
+
+
+def _picture(char: str) -> str:
+    code = ord(char)
+    if char in "\n\t":
+        return char
+    if code < 32:
+        return chr(0x2400 + code)
+    return "\ufffd" if 127 <= code < 160 else char
+
+
+def plain(text: str, style: str = "") -> Text:
+    """A cell of a table that shows somebody else's words: no markup, no control characters."""
+    return Text(visible(text).replace("\n", " "), style=style)
 
 
 def fail(text: str, *, status: int = 1) -> typer.Exit:

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import json as json_format
 import ssl
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -22,11 +23,11 @@ from rich.text import Text
 
 from specinfer import Client, __version__
 from specinfer.admin import AdminClient
-from specinfer.errors import SpecinferError
+from specinfer.errors import PermissionDenied, SpecinferError, Unauthenticated, Unavailable
 from specinfer.messages.admin import FAILED, OK, SKIPPED, WARNING, Finding
 from specinfer.rpc import TlsSettings
 from specinfer_cli import arguments
-from specinfer_cli.console import friendly, messages, output, print_json
+from specinfer_cli.console import friendly, messages, output, plain, print_json, visible
 from specinfer_cli.memory_plan import plan_memory
 from specinfer_cli.operators import DEFAULT_ADMIN_ADDRESS, Admin
 
@@ -51,15 +52,17 @@ def doctor(
     gateway: _Gateway = DEFAULT_GATEWAY,
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
     model: _Model = None,
     dtype: arguments.Dtype = "bfloat16",
     json: arguments.Json = False,
 ) -> None:
     """Examine a running cluster: a verdict and a remedy for each line; status 1 if one failed."""
-    tls = arguments.tls_settings(tls_ca)
+    tls = arguments.connection([router, admin], api_key, tls_ca, tls_certificate, tls_key)
     findings = [_router_port(router, api_key, tls)]
     if gateway:
-        findings.append(_gateway_port(gateway, tls_ca))
+        findings.append(_gateway_port(gateway, tls))
     findings += asyncio.run(_from_router(admin, api_key, tls))
     if model is not None:
         findings.append(_memory(model, dtype))
@@ -88,12 +91,34 @@ def _router_port(address: str, api_key: str | None, tls: TlsSettings | None) -> 
     return Finding(check, OK, f"serves {found.model}, version {found.version}")
 
 
-def _gateway_port(url: str, tls_ca: Path | None) -> Finding:
+def _gateway_port(url: str, tls: TlsSettings | None) -> Finding:
+    """One deadline for all of it: an answer that trickles in is none."""
+    found: list[Finding] = []
+    # A thread of its own: one that is still reading at the end holds nobody up.
+    thread = threading.Thread(target=lambda: found.append(_ask_gateway(url, tls)), daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    if found:
+        return found[0]
+    detail = f"has not answered within {SECONDS:g} s"
+    return Finding(f"gateway {url}", FAILED, detail, "is that the gateway, and is it overloaded?")
+
+
+def _gateway_context(tls: TlsSettings | None) -> ssl.SSLContext | None:
+    if tls is None:
+        return None
+    context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
+    if tls.certificate is not None:
+        context.load_cert_chain(tls.certificate, tls.key)
+    return context
+
+
+def _ask_gateway(url: str, tls: TlsSettings | None) -> Finding:
     check = f"gateway {url}"
     if not url.startswith(("http://", "https://")):
         return Finding(check, FAILED, "no http address", "give --gateway http://HOST:PORT")
     try:
-        context = ssl.create_default_context(cafile=str(tls_ca)) if tls_ca is not None else None
+        context = _gateway_context(tls)
         with urllib.request.urlopen(
             f"{url.rstrip('/')}/health/ready", timeout=SECONDS, context=context
         ):
@@ -121,11 +146,15 @@ async def _from_router(
         async with AdminClient(address, tls=tls, api_key=api_key, timeout=4 * SECONDS) as client:
             return (Finding(check, OK, "answers"), *await client.diagnose())
     except SpecinferError as error:
-        return (
-            Finding(
-                check, FAILED, error.message, "it listens on the router's own machine: run it there"
-            ),
-        )
+        return (Finding(check, FAILED, error.message, _admin_remedy(error)),)
+
+
+def _admin_remedy(error: SpecinferError) -> str:
+    if isinstance(error, PermissionDenied | Unauthenticated):
+        return "give --api-key one that `specinfer keys create --role operator` made"
+    if isinstance(error, Unavailable):
+        return "give the router --admin, and run this where that address can be reached"
+    return "see the log of the router"
 
 
 def _memory(folder: Path, dtype: str) -> Finding:
@@ -159,11 +188,11 @@ def _show(findings: Sequence[Finding]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for finding in findings:
-        text = Text(finding.detail)
+        text = Text(visible(finding.detail))
         if finding.remedy and finding.verdict != OK:
-            text.append(f"\n-> {finding.remedy}", style="bold")
+            text.append(f"\n-> {visible(finding.remedy)}", style="bold")
         table.add_row(
-            Text(finding.verdict, style=_STYLES[finding.verdict]), Text(finding.check), text
+            Text(finding.verdict, style=_STYLES[finding.verdict]), plain(finding.check), text
         )
     console = output()
     if not console.is_terminal:

@@ -35,11 +35,13 @@ def explain(
     router: arguments.Router = arguments.DEFAULT_ADDRESS,
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
     rounds: _Rounds = DEFAULT_ROUNDS,
     json: arguments.Json = False,
 ) -> None:
     """Tell where the time of a request went: waiting, drafting, verifying, the way, the store."""
-    tls = arguments.tls_settings(tls_ca)
+    tls = arguments.connection([router], api_key, tls_ca, tls_certificate, tls_key)
     with Client(router, tls=tls, api_key=api_key) as client:
         report = client.explain(request_id)
     if json:

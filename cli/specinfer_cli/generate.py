@@ -41,6 +41,8 @@ def generate(
     router: arguments.Router = arguments.DEFAULT_ADDRESS,
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
     raw: _Raw = False,
     system: _System = None,
     max_tokens: arguments.MaxTokens = None,
@@ -69,7 +71,7 @@ def generate(
         "stop": stop or [],
         "speculation": arguments.speculation_options(no_speculation, max_nodes, max_depth),
     }
-    tls = arguments.tls_settings(tls_ca)
+    tls = arguments.connection([router], api_key, tls_ca, tls_certificate, tls_key)
     with Client(router, timeout=timeout, tls=tls, api_key=api_key) as client:
         raw_prompt = choose_input(client, text, options, raw=raw, system=system)
         began = time.perf_counter()

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from specinfer.admin import DEFAULT_ADMIN_ADDRESS, AdminClient
-from specinfer_cli.arguments import tls_settings
+from specinfer.rpc import TlsSettings
 
 _Answer = TypeVar("_Answer")
 
@@ -34,12 +33,11 @@ def ask(
     use: Callable[[AdminClient], Awaitable[_Answer]],
     address: str,
     api_key: str | None,
-    tls_ca: Path | None,
+    tls: TlsSettings | None,
 ) -> _Answer:
     """What one use of the admin port brings; raises SpecinferError."""
 
     async def asked() -> _Answer:
-        tls = tls_settings(tls_ca)
         async with AdminClient(address, tls=tls, api_key=api_key) as client:
             return await use(client)
 

@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from specinfer import RoundDetail, RoundFacts, TokensEvent
+from specinfer_cli.console import visible
 from specinfer_cli.conversation import PlainSpeed
 
 GUESSED = "green"
@@ -96,20 +97,6 @@ def tinted(event: TokensEvent) -> Text:
         guessed = place < event.num_accepted_tokens
         result.append_text(_guessed(token) if guessed else _own(token))
     return result
-
-
-def visible(text: str) -> str:
-    """The text with control characters made visible: a model's output never steers a terminal."""
-    return "".join(_picture(char) for char in text)
-
-
-def _picture(char: str) -> str:
-    code = ord(char)
-    if char in "\n\t":
-        return char
-    if code < 32:
-        return chr(0x2400 + code)
-    return "\ufffd" if 127 <= code < 160 else char
 
 
 def _guessed(token: str) -> Text:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from specinfer.messages.admin import SessionStatus
 from specinfer_cli import arguments
-from specinfer_cli.console import friendly, messages, output, print_json
+from specinfer_cli.console import friendly, messages, output, plain, print_json, visible
 from specinfer_cli.operators import DEFAULT_ADMIN_ADDRESS, Admin, ask
 
 app = typer.Typer(help="List, show and cancel sessions, for operators.", no_args_is_help=True)
@@ -32,43 +32,48 @@ def list_sessions(
     admin: Admin = DEFAULT_ADMIN_ADDRESS,
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
     limit: _Limit = 50,
     key: _KeyId = "",
     running: _Running = False,
     json: arguments.Json = False,
 ) -> None:
     """Show sessions that the store keeps."""
+    tls = arguments.connection([admin], api_key, tls_ca, tls_certificate, tls_key)
     found = ask(
         lambda client: client.sessions(limit=limit, key_id=key, running_only=running),
         admin,
         api_key,
-        tls_ca,
+        tls,
     )
     if json:
-        print_json([dataclasses.asdict(session) for session in found])
+        print_json({**dataclasses.asdict(found), "partial": found.partial})
         return
     table = Table(
         *("session", "key", "state", "tokens", "epoch", "owner", "router", "kept for"),
         box=None,
         pad_edge=False,
     )
-    for session in sorted(found, key=lambda session: session.ttl_seconds, reverse=True):
+    for session in sorted(found.sessions, key=lambda session: session.ttl_seconds, reverse=True):
         table.add_row(
-            session.session_id,
-            session.key_id or "-",
-            state(session),
+            plain(session.session_id),
+            plain(session.key_id or "-"),
+            plain(state(session)),
             f"{session.num_prompt_tokens} + {session.num_output_tokens}",
             str(session.epoch),
             str(session.owner),
-            session.holder or "-",
+            plain(session.holder or "-"),
             f"{session.ttl_seconds:.0f} s",
         )
     console = output()
     if not console.is_terminal:
         console.width = max(console.width, 160)
     console.print(table)
-    if len(found) == limit:
-        messages().print(f"at most {limit} are shown; --limit shows more", style="dim")
+    if found.partial:
+        messages().print(
+            f"not all sessions: {visible(found.partial_reason)}", style="yellow", markup=False
+        )
 
 
 @app.command()
@@ -78,10 +83,13 @@ def show(
     admin: Admin = DEFAULT_ADMIN_ADDRESS,
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
     json: arguments.Json = False,
 ) -> None:
     """Show one session, without its text."""
-    found = ask(lambda client: client.session(session_id), admin, api_key, tls_ca)
+    tls = arguments.connection([admin], api_key, tls_ca, tls_certificate, tls_key)
+    found = ask(lambda client: client.session(session_id), admin, api_key, tls)
     facts = dataclasses.asdict(found)
     if json:
         print_json(facts)
@@ -89,7 +97,8 @@ def show(
     console = output()
     for name, value in ({"state": state(found)} | facts).items():
         text = f"{value:.1f}" if isinstance(value, float) else str(value)
-        console.print(f"{name.replace('_', ' '):<18} {text or '-'}", markup=False, soft_wrap=True)
+        line = f"{name.replace('_', ' '):<18} {visible(text) or '-'}"
+        console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -99,10 +108,14 @@ def cancel(
     admin: Admin = DEFAULT_ADMIN_ADDRESS,
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
 ) -> None:
     """End a session for good; its reader sees it end within a round."""
-    ask(lambda client: client.cancel(session_id), admin, api_key, tls_ca)
-    messages().print(f"session {session_id} is cancelled", markup=False)
+    tls = arguments.connection([admin], api_key, tls_ca, tls_certificate, tls_key)
+    outcome = ask(lambda client: client.cancel(session_id), admin, api_key, tls)
+    stands = f"had already ended ({outcome.finish_reason})" if outcome.had_ended else "is cancelled"
+    messages().print(visible(f"session {session_id} {stands}"), markup=False)
 
 
 def state(session: SessionStatus) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from specinfer import RequestReport, RoundReport
-from specinfer_cli.round_view import visible
+from specinfer_cli.console import visible
 
 BAR_WIDTH = 20
 WIDE_COLUMNS = 120

@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,8 +22,9 @@ from specinfer.admin import AdminClient
 from specinfer.errors import SpecinferError
 from specinfer.messages import WorkerStatus
 from specinfer.messages.admin import ClusterStatus, RouterStatus
+from specinfer.rpc import TlsSettings
 from specinfer_cli import arguments
-from specinfer_cli.console import friendly, output, print_json
+from specinfer_cli.console import friendly, output, plain, print_json
 from specinfer_cli.operators import DEFAULT_ADMIN_ADDRESS
 
 GOOD_OUTCOMES = frozenset({"stop", "length", "cancelled", "client_closed"})
@@ -35,7 +35,7 @@ _Admins = Annotated[
         "--admin",
         metavar="ADDR",
         envvar="SPECINFER_ADMIN",
-        help="Address of a router's admin port; repeat for more routers.",
+        help="Address of a router's admin port; repeat it, or put commas between, for more.",
     ),
 ]
 _Interval = Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")]
@@ -87,24 +87,30 @@ def top(
     admin: _Admins = [DEFAULT_ADMIN_ADDRESS],  # noqa: B006 - typer copies it
     api_key: arguments.ApiKey = None,
     tls_ca: arguments.TlsCa = None,
+    tls_certificate: arguments.TlsCertificate = None,
+    tls_key: arguments.TlsKey = None,
     interval: _Interval = 1.0,
     once: _Once = False,
     json: arguments.Json = False,
 ) -> None:
     """Show routers, workers, speed and acceptance of a running cluster, live."""
-    asyncio.run(_watch(admin, api_key, tls_ca, interval, once=once or json, json=json))
+    addresses = [each.strip() for one in admin for each in one.split(",") if each.strip()]
+    tls = arguments.connection(addresses, api_key, tls_ca, tls_certificate, tls_key)
+    seen = asyncio.run(_watch(addresses, api_key, tls, interval, once=once or json, json=json))
+    if not any(look.status for look in seen):
+        raise typer.Exit(1)
 
 
 async def _watch(
     addresses: Sequence[str],
     api_key: str | None,
-    tls_ca: Path | None,
+    tls: TlsSettings | None,
     interval: float,
     *,
     once: bool,
     json: bool,
-) -> None:
-    tls = arguments.tls_settings(tls_ca)
+) -> Sequence[Look]:
+    """The last look."""
     clients = [AdminClient(address, tls=tls, api_key=api_key) for address in addresses]
     try:
         before = await _look(clients)
@@ -112,7 +118,7 @@ async def _watch(
             await asyncio.sleep(interval)
             now = await _look(clients)
             _print_once(before, now, json)
-            return
+            return now
         with Live(
             picture(before, before), console=output(), screen=True, auto_refresh=False
         ) as live:
@@ -206,13 +212,13 @@ def picture(before: Sequence[Look], now: Sequence[Look]) -> RenderableType:
 
 def _router_row(before: Look, now: Look) -> tuple[str | Text, ...]:
     if now.status is None:
-        return (now.address, "", Text(now.trouble, style="red"))
+        return (plain(now.address), "", plain(now.trouble, "red"))
     router, rate = now.status.router, rates(before, now)
     ready = not router.not_ready_reason
     return (
-        router.router_id,
-        router.model_name,
-        Text(router.not_ready_reason or "ready", style="green" if ready else "red"),
+        plain(router.router_id),
+        plain(router.model_name),
+        plain(router.not_ready_reason or "ready", "green" if ready else "red"),
         str(router.num_running),
         str(router.num_waiting),
         f"{rate.tokens:.0f}",
@@ -220,7 +226,7 @@ def _router_row(before: Look, now: Look) -> tuple[str | Text, ...]:
         _number(rate.acceptance, ".0%"),
         _number(rate.root_only, ".0%"),
         Text(f"{rate.failed:.1f}", style="red" if rate.failed else ""),
-        Text(router.store or "memory", style="" if router.store_ready else "red"),
+        plain(store_state(router), "" if router.store_ready else "red"),
         _duration(router.uptime_seconds),
     )
 
@@ -231,15 +237,24 @@ def _worker_row(worker: WorkerStatus) -> tuple[str | Text, ...]:
     free = worker.load.num_free_blocks / info.num_blocks if info and info.num_blocks else None
     return (
         worker.tier,
-        info.worker_id if info else "-",
-        worker.address,
+        plain(info.worker_id if info else "-"),
+        plain(worker.address),
         Text(word, style=style),
         str(worker.load.num_sessions),
         str(worker.load.num_waiting),
         _number(free if worker.connected else None, ".0%"),
         str(worker.num_seats),
-        info.model_name if info else "-",
+        plain(info.model_name if info else "-"),
     )
+
+
+def store_state(router: RouterStatus) -> str:
+    """Where sessions are kept, and whether that can be reached."""
+    place = router.store or "memory"
+    if router.store_ready:
+        return place
+    away = router.store_away_seconds
+    return f"{place} away {_duration(away)}" if away else f"{place} does not answer"
 
 
 def worker_state(worker: WorkerStatus) -> tuple[str, str]:

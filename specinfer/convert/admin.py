@@ -32,6 +32,7 @@ _ROUTER_FIELDS = (
     *("router_id", "version", "model_name", "uptime_seconds", "not_ready_reason", "num_running"),
     *("num_waiting", "num_requests", "num_tokens", "num_rounds", "num_draft_tokens"),
     *("num_accepted_tokens", "num_root_only_rounds", "plain_round_seconds", "store", "store_ready"),
+    "store_away_seconds",
 )
 _SESSION_FIELDS = (
     *("session_id", "request_id", "key_id", "model_hash", "num_prompt_tokens", "max_tokens"),

@@ -31,6 +31,8 @@ class RouterStatus:
         plain_round_seconds: what one token costs without guesses; 0 while nothing is known.
         store: where sessions are kept, or "" for the router's memory.
         store_ready: whether the store answers.
+        store_away_seconds: how long the store has been away; 0 when it is not, or when that has
+            only been seen now.
     """
 
     router_id: str
@@ -49,6 +51,7 @@ class RouterStatus:
     plain_round_seconds: float = 0.0
     store: str = ""
     store_ready: bool = True
+    store_away_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,37 @@ class SessionStatus:
     ttl_seconds: float = 0.0
     finish_reason: str = ""
     unattended: bool = False
+
+
+@dataclass(frozen=True)
+class SessionListing:
+    """Some sessions.
+
+    Attributes:
+        sessions: in no order.
+        partial_reason: why sessions that were asked for may be missing, or "".
+    """
+
+    sessions: tuple[SessionStatus, ...] = ()
+    partial_reason: str = ""
+
+    @property
+    def partial(self) -> bool:
+        """Whether sessions that were asked for may be missing."""
+        return bool(self.partial_reason)
+
+
+@dataclass(frozen=True)
+class CancelOutcome:
+    """What stands after a session was to be cancelled.
+
+    Attributes:
+        finish_reason: "cancelled", or how the session had ended before.
+        had_ended: whether it had ended for good before; nothing was changed then.
+    """
+
+    finish_reason: str
+    had_ended: bool = False
 
 
 @dataclass(frozen=True)

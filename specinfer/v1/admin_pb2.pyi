@@ -161,6 +161,7 @@ class RouterStatus(_message.Message):
     PLAIN_ROUND_SECONDS_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
     STORE_READY_FIELD_NUMBER: _builtins.int
+    STORE_AWAY_SECONDS_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     """Name that its leases bear."""
     version: _builtins.str
@@ -189,6 +190,8 @@ class RouterStatus(_message.Message):
     """Where sessions are kept, without a password; empty for this router's memory."""
     store_ready: _builtins.bool
     """Whether the store answers; what runs goes on from memory for a while when it does not."""
+    store_away_seconds: _builtins.float
+    """How long the store has been away; 0 when it is not, or when that has only been seen now."""
     @_builtins.property
     def num_requests(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Requests ended, by outcome."""
@@ -216,10 +219,11 @@ class RouterStatus(_message.Message):
         plain_round_seconds: _builtins.float = ...,
         store: _builtins.str = ...,
         store_ready: _builtins.bool = ...,
+        store_away_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "num_requests", b"num_requests", "num_root_only_rounds", b"num_root_only_rounds", "num_rounds", b"num_rounds", "num_running", b"num_running", "num_tokens", b"num_tokens", "num_waiting", b"num_waiting", "plain_round_seconds", b"plain_round_seconds", "router_id", b"router_id", "store", b"store", "store_ready", b"store_ready", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_name", b"model_name", "not_ready_reason", b"not_ready_reason", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "num_requests", b"num_requests", "num_root_only_rounds", b"num_root_only_rounds", "num_rounds", b"num_rounds", "num_running", b"num_running", "num_tokens", b"num_tokens", "num_waiting", b"num_waiting", "plain_round_seconds", b"plain_round_seconds", "router_id", b"router_id", "store", b"store", "store_away_seconds", b"store_away_seconds", "store_ready", b"store_ready", "uptime_seconds", b"uptime_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -324,6 +328,12 @@ class ListSessionsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSIONS_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    PARTIAL_REASON_FIELD_NUMBER: _builtins.int
+    partial: _builtins.bool
+    """Whether sessions that were asked for may be missing."""
+    partial_reason: _builtins.str
+    """Why they may be; empty when they are not."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionSummary]:
         """In no order."""
@@ -332,10 +342,12 @@ class ListSessionsResponse(_message.Message):
         self,
         *,
         sessions: _abc.Iterable[Global___SessionSummary] | None = ...,
+        partial: _builtins.bool = ...,
+        partial_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partial", b"partial", "partial_reason", b"partial_reason", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -485,16 +497,25 @@ Global___CancelSessionRequest: _TypeAlias = CancelSessionRequest  # noqa: Y015
 
 @_typing.final
 class CancelSessionResponse(_message.Message):
-    """The session ends within a round."""
+    """What stands now: a session that runs ends within a round."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    HAD_ENDED_FIELD_NUMBER: _builtins.int
+    finish_reason: _builtins.str
+    """How the session ended: "cancelled", or how it had ended before."""
+    had_ended: _builtins.bool
+    """Whether it had ended for good before; nothing was changed then."""
     def __init__(
         self,
+        *,
+        finish_reason: _builtins.str = ...,
+        had_ended: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "had_ended", b"had_ended"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

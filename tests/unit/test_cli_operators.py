@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from specinfer.admin import AdminClient
@@ -22,14 +24,14 @@ from specinfer.server import build_server
 from specinfer_cli.app import app
 from specinfer_cli.memory_plan import plan_memory
 from specinfer_cli.sessions import state
-from specinfer_cli.top import Look, rates, worker_state
+from specinfer_cli.top import Look, picture, rates, store_state, worker_state
 from specinfer_router.admin import Administration, Identity, session_status
 from specinfer_router.admin_servicer import SERVICE, add_administration
 from specinfer_router.keys.control import AccessControl
 from specinfer_router.keys.file import KeyFile
 from specinfer_router.servicer import SERVICE as GENERATION
 from specinfer_router.servicer import add_generation
-from specinfer_router.store import RedisStore, SessionRecord, SessionTerms
+from specinfer_router.store import MemoryStore, RedisStore, SessionRecord, SessionTerms
 from tests.kit.router import Bench, request_of, running_router
 from tests.unit.test_diagnosis import worker
 from tests.unit.test_roles import keys_in
@@ -75,10 +77,18 @@ async def test_sessions_are_listed_shown_and_cancelled() -> None:
         ended = await at.bench.generate(request_of(max_tokens=9))
         async with aclosing(at.bench.router.generate(request_of(max_tokens=400))) as events:
             running = (await anext(events)).session_id  # type: ignore[union-attr]
-            found = await at.json("sessions", "list", "--admin", at.address)
+            found = (await at.json("sessions", "list", "--admin", at.address))["sessions"]
             states = {session["session_id"]: session["finish_reason"] for session in found}
             assert states == {ended.started.session_id: "length", running: ""}
-            only = await at.json("sessions", "list", "--admin", at.address, "--running")
+            listed = await at.json("sessions", "list", "--admin", at.address, "--running")
+            only = listed["sessions"]
+            assert not listed["partial"]
+            cut = await at.json("sessions", "list", "--admin", at.address, "--limit", "1")
+            assert (len(cut["sessions"]), cut["partial"]) == (1, True)
+            past = await at.run(
+                "sessions", "cancel", ended.started.session_id, "--admin", at.address
+            )
+            assert "had already ended (length)" in past.stderr
             assert [session["session_id"] for session in only] == [running]
 
             shown = await at.run("sessions", "show", running, "--admin", at.address)
@@ -161,6 +171,63 @@ async def test_operators_need_their_role(tmp_path: Path) -> None:
 def test_a_key_is_not_sent_elsewhere_in_plain_text() -> None:
     with pytest.raises(InvalidRequest):
         AdminClient("example.org:50052", api_key="sk-secret")
+
+
+class HangingStore(MemoryStore):
+    """Never says whether it is there."""
+
+    async def check(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_store_that_hangs_does_not_hang_operators() -> None:
+    async with running_router(store=HangingStore()) as bench:
+        administration = Administration(
+            Identity("router-1", "test"), router=bench.router, registry=bench.registry
+        )
+        async with asyncio.timeout(5):
+            status = await administration.cluster()
+    assert not status.router.store_ready
+
+
+def test_a_store_that_is_away_is_told_in_words() -> None:
+    router = RouterStatus("r", "1", store="redis:6379", store_ready=False)
+    assert store_state(router) == "redis:6379 does not answer"
+    assert store_state(replace(router, store_away_seconds=12.0)) == "redis:6379 away 12 s"
+
+
+def test_names_are_no_markup() -> None:
+    router = RouterStatus("[/x]", "1", model_name="a\x1b[2J")
+    workers = (worker("verify", "[fd00::12]:50061"),)
+    seen = [Look("a", 1.0, ClusterStatus(router, workers))]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(picture(seen, seen))
+    text = console.export_text()
+    assert "[/x]" in text
+    assert "[fd00::12]:50061" in text
+    assert "\x1b" not in text
+
+
+def test_top_fails_when_nobody_answers_and_takes_a_list() -> None:
+    environment = {"SPECINFER_ADMIN": "127.0.0.1:1,127.0.0.1:2"}
+    flags = ["top", "--once", "--interval", "0.1", "--json"]
+    result = CliRunner().invoke(app, flags, env=environment)
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)) == 2
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "a"], ["chat"], ["explain", "a"], ["top"], ["doctor"]]
+)
+def test_a_certificate_needs_its_key_and_a_key_needs_tls(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--tls-certificate", "a.pem"])
+    assert result.exit_code == 2
+    assert "--tls-key" in result.stderr
+    admin = command[0] in ("top", "doctor")
+    far = ["--admin" if admin else "--router", "far.example:1", "--api-key", "sk-a"]
+    result = CliRunner().invoke(app, [*command, *far])
+    assert result.exit_code == 2
+    assert "--tls-ca FILE" in result.stderr
 
 
 def look(at: float, **counts: Any) -> Look:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from specinfer import RoundDetail, RoundFacts, TokensEvent, TokenTree
+from specinfer_cli.console import visible
 from specinfer_cli.conversation import PlainSpeed
 from specinfer_cli.round_view import (
     MAX_TREE_ROWS,
@@ -17,7 +18,6 @@ from specinfer_cli.round_view import (
     speed_line,
     tinted,
     tree_rows,
-    visible,
 )
 
 TREE = TokenTree((1, 2, 3, 4, 5, 6), (-1, 0, 0, 1, 1, 3))

@@ -17,8 +17,10 @@ from specinfer_router.store import (
     ERROR,
     MemoryStore,
     RedisStore,
+    SessionFilter,
     SessionRecord,
     SessionStore,
+    redis_store,
 )
 from specinfer_router.store.encoding import UNATTENDED, session_keys
 from specinfer_router.store.interface import Behind
@@ -274,3 +276,22 @@ async def test_operators_see_every_session_once(stores: list[RedisStore], redis:
     assert other.holder == "router-a"
     assert 0 < other.lease_seconds <= LEASE_SECONDS < other.ttl_seconds <= 3600
     assert len(await stores[0].sessions(7)) == 7
+    ended = await stores[0].sessions(300, SessionFilter(resumable_only=True))
+    assert {each.session_id for each in ended} == found.keys() - {records[0].session_id}
+    assert not len(await stores[0].sessions(300, SessionFilter(key_id="nobody")))
+    # One among many is found with the smallest limit: it filters while it looks.
+    await stores[0].finish(records[7].session_id, "length")
+    one = SessionFilter(resumable_only=False)
+    assert len(await stores[0].sessions(1, one)) == 1
+
+
+async def test_a_look_through_redis_ends_in_time_and_says_so(
+    stores: list[RedisStore], redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await redis.flushdb()
+    for _ in range(205):
+        await stores[0].create(record_of())
+    monkeypatch.setattr(redis_store, "SCAN_SESSIONS", 100)
+    page = await stores[0].sessions(300)
+    assert len(page) == 100
+    assert "only the first 100" in page.partial_reason

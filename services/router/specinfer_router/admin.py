@@ -5,6 +5,7 @@ This module knows nothing of protobuf, and leaves what a finding means to `diagn
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,20 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from specinfer.errors import InvalidRequest, SpecinferError
-from specinfer.messages.admin import ClusterStatus, Finding, RouterStatus, SessionStatus
+from specinfer.messages.admin import (
+    CancelOutcome,
+    ClusterStatus,
+    Finding,
+    RouterStatus,
+    SessionListing,
+    SessionStatus,
+)
 from specinfer_router.diagnosis import cluster_findings
 from specinfer_router.router import Router
-from specinfer_router.store import CANCELLED, RESUMABLE, SessionSummary
+from specinfer_router.store import CANCELLED, RESUMABLE, SessionFilter, SessionSummary
 
 MAX_SESSIONS = 1000
+STORE_SECONDS = 0.5
 
 Check = Callable[[], Awaitable[Sequence[Finding]]]
 
@@ -82,12 +91,13 @@ class Administration:
             plain_round_seconds=capabilities.plain_round_seconds,
             store=self._identity.store,
             store_ready=await self._store_answers(),
+            store_away_seconds=self._router.store.away_seconds,
         )
         return ClusterStatus(status, self._router.cluster.workers())
 
     async def sessions(
         self, limit: int, *, key_id: str = "", running_only: bool = False
-    ) -> list[SessionStatus]:
+    ) -> SessionListing:
         """Sessions that the store keeps, in no order.
 
         Raises:
@@ -96,24 +106,31 @@ class Administration:
         """
         if limit > MAX_SESSIONS:
             raise InvalidRequest(f"at most {MAX_SESSIONS} sessions are listed", field="limit")
-        # Those that are left out are looked at too, but not without end.
-        found = await self._router.store.sessions(MAX_SESSIONS if key_id or running_only else limit)
-        wanted = (
-            summary
-            for summary in found
-            if (not key_id or summary.key_id == key_id)
-            and (not running_only or summary.finish_reason in RESUMABLE)
-        )
-        return [session_status(summary) for summary, _ in zip(wanted, range(limit), strict=False)]
+        # One more than asked for tells whether there are more.
+        page = await self._router.store.sessions(limit + 1, SessionFilter(key_id, running_only))
+        found = tuple(map(session_status, page.found))
+        reason = page.partial_reason
+        if len(found) > limit:
+            reason = f"at most {limit} were asked for, and there are more"
+        return SessionListing(found[:limit], reason)
 
     async def session(self, session_id: str) -> SessionStatus:
         """One session; raises NotFound."""
         return session_status(await self._router.store.summary(session_id))
 
-    async def cancel(self, session_id: str) -> None:
-        """End a session for good, wherever it runs and whosever it is; raises NotFound."""
-        await self._router.store.summary(session_id)
-        await self._router.store.finish(session_id, CANCELLED)
+    async def cancel(self, session_id: str) -> CancelOutcome:
+        """End a session for good, wherever it runs and whosever it is; raises NotFound.
+
+        One that has ended for good stays as it is; how, is the answer.
+        """
+        store = self._router.store
+        before = (await store.summary(session_id)).finish_reason
+        if before not in RESUMABLE:
+            return CancelOutcome(before, had_ended=True)
+        await store.finish(session_id, CANCELLED)
+        # It may have ended between the two questions.
+        after = (await store.summary(session_id)).finish_reason or CANCELLED
+        return CancelOutcome(after, had_ended=after != CANCELLED)
 
     async def diagnose(self, callers_clock: float = 0.0) -> list[Finding]:
         """What is wrong with the cluster, or soon will be.
@@ -128,9 +145,13 @@ class Administration:
         return findings
 
     async def _store_answers(self) -> bool:
+        if self._router.store.away_seconds:
+            return False
         try:
-            await self._router.store.check()
-        except SpecinferError:
+            # One that hangs must not hang whoever asks.
+            async with asyncio.timeout(STORE_SECONDS):
+                await self._router.store.check()
+        except (SpecinferError, TimeoutError):
             return False
         return True
 

@@ -11,7 +11,14 @@ from typing import TypeVar
 
 from specinfer.errors import Unavailable
 from specinfer.metrics import RouterMetrics
-from specinfer_router.store import SessionRecord, SessionStore, SessionSummary
+from specinfer_router.store import (
+    EVERY_SESSION,
+    SessionFilter,
+    SessionPage,
+    SessionRecord,
+    SessionStore,
+    SessionSummary,
+)
 
 _Answer = TypeVar("_Answer")
 
@@ -58,9 +65,9 @@ class CountedStore:
         """As the store's."""
         return await self._timed("orphans", self._store.orphans(limit))
 
-    async def sessions(self, limit: int) -> Sequence[SessionSummary]:
+    async def sessions(self, limit: int, wanted: SessionFilter = EVERY_SESSION) -> SessionPage:
         """As the store's."""
-        return await self._timed("sessions", self._store.sessions(limit))
+        return await self._timed("sessions", self._store.sessions(limit, wanted))
 
     async def summary(self, session_id: str) -> SessionSummary:
         """As the store's."""

@@ -9,15 +9,18 @@ module knows nothing of Lua, and nothing of rounds.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from contextvars import Context
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from specinfer.errors import (
     Cancelled,
+    InternalError,
     InvalidRequest,
     NotFound,
     SpecinferError,
@@ -27,13 +30,18 @@ from specinfer.errors import (
 from specinfer_router.store.copies import Copies, Held, StoreHooks
 from specinfer_router.store.documents import MemoryDocuments
 from specinfer_router.store.interface import (
+    EVERY_SESSION,
     RESUMABLE,
     Behind,
+    SessionFilter,
+    SessionPage,
     SessionRecord,
     SessionSummary,
 )
 from specinfer_router.store.outage import Outage, OutageLimits
 from specinfer_router.store.redis_store import RedisStore
+
+log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 _DOCUMENT_BYTES = 64 * 1024 * 1024
@@ -190,15 +198,25 @@ class DurableStore:
 
     async def summary(self, session_id: str) -> SessionSummary:
         """Redis's; that of the copy while Redis is away."""
-        if self._outage.is_on:
-            return await self._copies.memory.summary(session_id)
-        return await self._shared.summary(session_id)
+        try:
+            return await self._ask(lambda: self._shared.summary(session_id))
+        except Unavailable as error:
+            try:
+                return await self._copies.memory.summary(session_id)
+            except NotFound:
+                # Not here says nothing of what Redis has.
+                raise error from None
 
-    async def sessions(self, limit: int) -> Sequence[SessionSummary]:
+    async def sessions(self, limit: int, wanted: SessionFilter = EVERY_SESSION) -> SessionPage:
         """The sessions of all routers; those that run here while Redis is away."""
-        if self._outage.is_on:
-            return await self._copies.memory.sessions(limit)
-        return await self._shared.sessions(limit)
+        with suppress(Unavailable):
+            # One that hangs is found out within the patience; to look through it may take longer.
+            await self._ask(self._shared.ping)
+            return await self._shared.sessions(limit, wanted)
+        own = await self._copies.memory.sessions(limit, wanted)
+        return replace(
+            own, partial_reason="Redis is away: these are sessions that run on this router"
+        )
 
     async def put_document(self, name: str, text: str) -> None:
         """Keep a text in Redis, or in memory until it is back."""
@@ -237,8 +255,7 @@ class DurableStore:
         await self._outage.close()
         if self._keeper is not None:
             self._keeper.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.gather(self._keeper, return_exceptions=True)
         await self._copies.close()
         await self._shared.close()
 
@@ -316,8 +333,12 @@ class DurableStore:
         """Ask Redis once, and bring everything there that it has missed."""
         await self._outage.within_patience(self._shared.ping())
         for name in list(self._unsaved):
-            with suppress(NotFound):
+            try:
                 await self._shared.put_document(name, self._documents.get(name))
+            except NotFound:
+                pass
+            except InternalError as error:
+                log.warning("a document is lost: Redis refuses it", extra={"error": error.message})
             self._unsaved.discard(name)
         await self._copies.put_all_back()
 
@@ -335,9 +356,15 @@ class DurableStore:
         while True:
             await asyncio.sleep(self._shared.lease_seconds / 3)
             held = list(self._copies.unattended())
-            if held and not self._outage.is_on:
-                with suppress(Unavailable):
-                    await self._ask(partial(self._shared.renew, held))
+            if not held or self._outage.is_on:
+                continue
+            try:
+                await self._ask(partial(self._shared.renew, held))
+            except SpecinferError as error:
+                log.warning("leases could not be renewed", extra={"error": error.message})
+            except Exception:
+                # Whatever it is: leases that run out have their sessions taken from us.
+                log.exception("renewing leases failed; it is tried again")
 
 
 def _is_behind(record: SessionRecord, here: SessionRecord) -> bool:

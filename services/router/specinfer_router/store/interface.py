@@ -7,7 +7,7 @@ stored. This module knows nothing of Redis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -125,6 +125,47 @@ class SessionSummary:
     unattended: bool = False
 
 
+@dataclass(frozen=True)
+class SessionFilter:
+    """Which sessions an operator asks for.
+
+    Attributes:
+        key_id: only those of this key; "" takes all.
+        resumable_only: only those that have not ended for good.
+    """
+
+    key_id: str = ""
+    resumable_only: bool = False
+
+    def takes(self, summary: SessionSummary) -> bool:
+        """Whether this is one of them."""
+        return (not self.key_id or summary.key_id == self.key_id) and (
+            not self.resumable_only or summary.finish_reason in RESUMABLE
+        )
+
+
+EVERY_SESSION = SessionFilter()
+
+
+@dataclass(frozen=True)
+class SessionPage:
+    """Sessions that were found.
+
+    Attributes:
+        found: in no order.
+        partial_reason: why others that were asked for may be missing, or "".
+    """
+
+    found: tuple[SessionSummary, ...] = ()
+    partial_reason: str = ""
+
+    def __iter__(self) -> Iterator[SessionSummary]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
 class Behind(StaleEpoch):
     """The store holds an older state than its owner saw committed: it has lost data."""
 
@@ -202,8 +243,11 @@ class SessionStore(Protocol):
         """What an operator sees of one session; raises NotFound."""
         ...
 
-    async def sessions(self, limit: int) -> Sequence[SessionSummary]:
-        """At most `limit` of the sessions kept, in no order; for operators, not for every round."""
+    async def sessions(self, limit: int, wanted: SessionFilter = EVERY_SESSION) -> SessionPage:
+        """At most `limit` of the sessions wanted, in no order; for operators, not for each round.
+
+        It looks at as many as it takes, within bounds that `partial_reason` tells of.
+        """
         ...
 
     async def finish(

@@ -17,8 +17,11 @@ from specinfer_router.store.documents import MemoryDocuments
 from specinfer_router.store.interface import (
     ABANDONED,
     CANCELLED,
+    EVERY_SESSION,
     RESUMABLE,
     Behind,
+    SessionFilter,
+    SessionPage,
     SessionRecord,
     SessionSummary,
 )
@@ -154,11 +157,12 @@ class MemoryStore:
         """What an operator sees of one session."""
         return self._summary(self._get(session_id))
 
-    async def sessions(self, limit: int) -> Sequence[SessionSummary]:
-        """At most `limit` of the sessions kept."""
+    async def sessions(self, limit: int, wanted: SessionFilter = EVERY_SESSION) -> SessionPage:
+        """At most `limit` of the sessions wanted."""
         self._expire()
         entries = chain(self._running.values(), self._finished.values())
-        return [self._summary(entry) for entry in islice(entries, limit)]
+        summaries = filter(wanted.takes, map(self._summary, entries))
+        return SessionPage(tuple(islice(summaries, limit)))
 
     def forget(self, session_id: str) -> None:
         """Drop a session; there need be none."""

@@ -9,15 +9,15 @@ away, and nothing of routers or workers.
 
 from __future__ import annotations
 
+import logging
+import time
 import uuid
 from collections.abc import Awaitable, Sequence
 from importlib import resources
 from typing import Any, cast
 
-from redis.exceptions import RedisError
-
-from specinfer.errors import Cancelled, LeaseLost, NotFound, StaleEpoch
-from specinfer.redis_connection import RedisSettings, close
+from specinfer.errors import Cancelled, InternalError, LeaseLost, NotFound, StaleEpoch
+from specinfer.redis_connection import FAILURES, RedisSettings, close
 from specinfer_router.store.documents import checked_document
 from specinfer_router.store.encoding import (
     SESSIONS,
@@ -33,7 +33,10 @@ from specinfer_router.store.encoding import (
 from specinfer_router.store.facts import terms_to_json
 from specinfer_router.store.interface import (
     ABANDONED,
+    EVERY_SESSION,
     Behind,
+    SessionFilter,
+    SessionPage,
     SessionRecord,
     SessionSummary,
 )
@@ -47,9 +50,14 @@ from specinfer_router.store.scripts import (
     run_scripts,
 )
 
+log = logging.getLogger(__name__)
+
 MAX_UNATTENDED = 100_000
 # Sessions that are asked about in one pipeline.
 _PAGE = 100
+# Bounds of one look through Redis.
+SCAN_SECONDS = 4.0
+SCAN_SESSIONS = 100_000
 _SCRIPTS = (
     *("create", "commit", "claim", "finish", "restore", "renew"),
     *("load", "tail", "summary", "watch", "orphans"),
@@ -185,7 +193,7 @@ class RedisStore:
                 self._call("renew", session_id, owner, self.holder, self._lease_ms, self._ttl_ms)
                 for session_id, owner in page
             ]
-            renewed = await self._together(calls)
+            renewed = await self._apart(page, calls)
             ids = [session_id for (session_id, _), one in zip(page, renewed, strict=True) if one]
             if ids:
                 await self._watch(ids)
@@ -218,26 +226,31 @@ class RedisStore:
             raise _not_found(session_id)
         return found[0]
 
-    async def sessions(self, limit: int) -> Sequence[SessionSummary]:
-        """At most `limit` of the sessions kept; it looks through all of Redis's keys."""
+    async def sessions(self, limit: int, wanted: SessionFilter = EVERY_SESSION) -> SessionPage:
+        """At most `limit` of the sessions wanted; it looks through Redis's keys, within bounds."""
         found: list[SessionSummary] = []
         ids: list[str] = []
         seen: set[str] = set()
+        end = time.monotonic() + SCAN_SECONDS
         try:
             async for key in self._redis.scan_iter(SESSIONS, count=1000):
                 session_id = session_id_of(key)
-                if session_id in seen:
-                    continue
-                seen.add(session_id)
-                ids.append(session_id)
-                if len(ids) == min(_PAGE, limit - len(found)):
-                    found += await self._summaries(ids)
+                if session_id not in seen:
+                    seen.add(session_id)
+                    ids.append(session_id)
+                if len(ids) == _PAGE:
+                    found += filter(wanted.takes, await self._summaries(ids))
                     ids = []
                 if len(found) >= limit:
-                    return found
-        except RedisError as error:
+                    break
+                if len(seen) >= SCAN_SESSIONS or time.monotonic() > end:
+                    reason = f"only the first {len(seen)} sessions that Redis named were looked at"
+                    return SessionPage(tuple(found), reason)
+        except FAILURES as error:
             raise self._settings.error(error) from error
-        return [*found, *(await self._summaries(ids) if ids else ())]
+        if ids and len(found) < limit:
+            found += filter(wanted.takes, await self._summaries(ids))
+        return SessionPage(tuple(found[:limit]))
 
     async def put_document(self, name: str, text: str) -> None:
         """Keep a text under a name, replacing what was there."""
@@ -287,8 +300,21 @@ class RedisStore:
     async def _together(self, calls: Sequence[Call]) -> list[Any]:
         answers = await self._settings.answer(run_scripts(self._redis, calls))
         for answer in answers:
-            if isinstance(answer, RedisError):
+            if isinstance(answer, FAILURES):
                 raise self._settings.error(answer)
+        return answers
+
+    async def _apart(self, sessions: Sequence[tuple[str, int]], calls: Sequence[Call]) -> list[Any]:
+        """The answers of one call for each session; 0 where Redis refuses that one alone."""
+        answers = await self._settings.answer(run_scripts(self._redis, calls))
+        for at, answer in enumerate(answers):
+            if isinstance(answer, FAILURES):
+                error = self._settings.error(answer)
+                if not isinstance(error, InternalError):
+                    raise error
+                about = {"session_id": sessions[at][0], "error": error.message}
+                log.warning("a lease could not be renewed", extra=about)
+                answers[at] = 0
         return answers
 
     async def _summaries(self, session_ids: Sequence[str]) -> list[SessionSummary]:
