@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from specinfer.credentials import is_loopback
 from specinfer.errors import InternalError, InvalidRequest, SpecinferError
 from specinfer.rpc import (
     SERVER_OPTIONS,
@@ -37,7 +38,6 @@ _Response = TypeVar("_Response")
 # Long enough for the answers that a failure gave to what was pending.
 FAILED_GRACE_SECONDS = 1.0
 READINESS_SECONDS = 1.0
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 # Three questions that whoever runs us asks the health service, and when each is answered SERVING.
 # "" and the names of the services are answered as readiness is.
 STARTUP = "startup"  # everything is loaded; it stays so
@@ -85,11 +85,6 @@ class RpcServer:
             await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
 
-def on_loopback(address: str) -> bool:
-    """Whether a server at `address` can be reached from this machine alone."""
-    return address.startswith(_LOOPBACK)
-
-
 @asynccontextmanager
 async def reporting_readiness(
     server: RpcServer, is_ready: Callable[[], bool]
@@ -124,7 +119,7 @@ def build_server(
         InvalidRequest: when the port is in use, the address is none, or a plain-text server would
             be reachable from other machines and `insecure_bind` does not allow it.
     """
-    if tls is None and not insecure_bind and not on_loopback(address):
+    if tls is None and not insecure_bind and not is_loopback(address):
         raise InvalidRequest(
             f"{address} can be reached from other machines without TLS; "
             "give certificates, bind to 127.0.0.1, or allow it with --insecure-bind",

@@ -170,10 +170,19 @@ async def test_operators_and_metrics_have_ports_of_their_own() -> None:
             assert await process.wait() == 0
 
 
-async def test_an_admin_port_for_all_needs_keys_or_certificates() -> None:
+def test_certificates_alone_make_nobody_an_operator() -> None:
+    files = {name: Path(name) for name in ("tls_ca", "tls_certificate", "tls_key")}
+    for address in ("0.0.0.0:50052", "127.evil.example:50052", "localhost.evil.example:1"):
+        with pytest.raises(InvalidRequest, match="--keys"):
+            RouterSettings(verify=("127.0.0.1:1",), admin=address, **files)
+    RouterSettings(verify=("127.0.0.1:1",), admin="0.0.0.0:50052", keys="keys.jsonl", **files)
+    RouterSettings(verify=("127.0.0.1:1",), admin="127.0.0.1:50052", **files)
+
+
+async def test_an_admin_port_for_all_needs_keys() -> None:
     flags = ("--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", "--verify", "127.0.0.1:1")
     text = await refusal(*flags, "--admin", "0.0.0.0:0", "--insecure-bind")
-    assert "--tls-ca" in text
+    assert "--keys" in text
 
 
 async def test_a_port_in_use_is_said_at_once() -> None:

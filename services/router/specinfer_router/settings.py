@@ -9,12 +9,12 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from specinfer.credentials import is_loopback
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
 from specinfer.redis_connection import RedisSettings
 from specinfer.registry import check_group
 from specinfer.rpc import TlsSettings
-from specinfer.server import on_loopback
 from specinfer.settings import setting
 from specinfer.step_curve import StepCurve
 from specinfer.telemetry import TraceSettings
@@ -146,10 +146,10 @@ class RouterSettings:
                 raise InvalidRequest(
                     f"--{name}-certificate and --{name}-key are given together", field=prefix
                 )
-        if self.admin and not on_loopback(self.admin) and not (self.keys or self.tls_ca):
+        if self.admin and not is_loopback(self.admin) and not self.keys:
             raise InvalidRequest(
-                "--admin beyond this machine needs --keys or --tls-ca: whoever reaches it may end "
-                "anybody's session",
+                "--admin beyond this machine needs --keys, and operators a key of that role: "
+                "whoever is let in may end anybody's session, and --tls-ca lets every user in",
                 field="admin",
             )
         if self.tls_ca is not None and self.tls_certificate is None:
