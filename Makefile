@@ -52,6 +52,7 @@ lint: setup ## ruff, import contracts, sizes, the references of SDK and metrics,
 	$(BIN)/python tools/generate_api.py --check
 	$(BIN)/python tools/generate_settings.py --check
 	$(BIN)/python tools/generate_metrics.py --check
+	$(BIN)/python tools/generate_rules.py --check
 	$(BIN)/python deploy/grafana/build_dashboards.py --check
 
 types: setup ## mypy (strict) and pyright

@@ -4,15 +4,20 @@ Validated offline: Kubernetes' own kinds strictly by its schemas, custom resourc
 tests/kit/crd_schemas.py.
 """
 
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
+import yaml
 
 from specinfer.metrics.catalogue import CATALOGUE
 from specinfer.server import LIVENESS, READINESS, STARTUP
@@ -139,10 +144,10 @@ def test_probes_ask_three_questions_where_the_process_listens(
             "service": service,
         }
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    metrics = "http" if name == "router" else "metrics"
     assert ports == {
         "grpc": SERVICES_OF_OURS[name].port,
-        metrics: SERVICES_OF_OURS[name].metrics_port,
+        "metrics": SERVICES_OF_OURS[name].metrics_port,
+        **({"http": 8000} if name == "router" else {}),
     }
 
 
@@ -158,10 +163,11 @@ def test_a_pod_has_time_to_drain(name: str, template: Manifest) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_settings_are_ones_that_the_processes_read(overlay: str) -> None:
     maps = {
-        each["metadata"]["name"]: each["data"]
+        each["metadata"]["name"].rpartition("-")[0]: each["data"]
         for each in BUILT[overlay]
         if each["kind"] == "ConfigMap"
     }
+    whole = {each["metadata"]["name"] for each in BUILT[overlay] if each["kind"] == "ConfigMap"}
     for tier in TIERS:
         data, of = maps[f"specinfer-{tier}"], SERVICES_OF_OURS[tier]
         assert set(data) <= settings_fields(tier)
@@ -170,7 +176,9 @@ def test_settings_are_ones_that_the_processes_read(overlay: str) -> None:
     for name, template in templates(BUILT[overlay]):
         (container,) = template["spec"]["containers"]
         if name in TIERS:
-            assert container["envFrom"] == [{"configMapRef": {"name": f"specinfer-{name}"}}]
+            (source,) = container["envFrom"]
+            assert source["configMapRef"]["name"] in whole
+            assert source["configMapRef"]["name"].startswith(f"specinfer-{name}-")
             given = {each["name"] for each in container.get("env", ())} - {"POD_IP"}
             assert given <= settings_fields(name)
             assert not given & set(maps[f"specinfer-{name}"])
@@ -248,6 +256,156 @@ def test_pools_scale_by_metrics_that_exist_and_by_two_signals() -> None:
         assert names
         assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in names} <= known
     assert not set(queries["draft"]) & set(queries["verify"])
+
+
+def scalers(manifests: list[Manifest]) -> set[tuple[str, str]]:
+    """Kind and name of everything that an autoscaler scales."""
+    targets = [
+        each["spec"]["scaleTargetRef"]
+        for each in manifests
+        if each["kind"] in ("HorizontalPodAutoscaler", "ScaledObject")
+    ]
+    return {(target["kind"], target["name"]) for target in targets}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_replicas_are_said_by_the_manifest_or_by_an_autoscaler(overlay: str) -> None:
+    """By both, and each `kubectl apply` takes back what the autoscaler decided."""
+    scaled = scalers(BUILT[overlay])
+    sets = {
+        (each["kind"], each["metadata"]["name"]): "replicas" in each["spec"]
+        for each in BUILT[overlay]
+        if each["kind"] in ("Deployment", "StatefulSet", "LeaderWorkerSet")
+    }
+    assert scaled <= set(sets)
+    assert {name for name, said in sets.items() if not said} == scaled
+    assert ("Deployment", "router") in scaled
+
+
+# Rounds without a tree by reason, rounds with one, and the share that KEDA is to see. Counters of
+# five minutes, by 15 s; another cluster is wholly late beside each.
+SIGNALS = [
+    pytest.param("0+0x20", "0+0x20", 0, id="idle"),
+    pytest.param("0+30x20", "0+0x20", 1, id="every tree is late"),
+    pytest.param("0+15x20", "0+45x20", 0.25, id="a quarter"),
+    pytest.param("0+0x20", "0+30x20", 0, id="none"),
+]
+
+
+@pytest.mark.parametrize(("late", "drafted", "share"), SIGNALS)
+def test_drafters_scale_by_rounds_without_a_tree(
+    tmp_path: Path, late: str, drafted: str, share: float
+) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed")
+    (spec,) = [
+        each["spec"]
+        for each in BUILT["gpu"]
+        if each["kind"] == "ScaledObject" and each["metadata"]["name"] == "draft"
+    ]
+    query = spec["triggers"][0]["metadata"]["query"]
+    of, root_only = "specinfer_spec_decode_num_drafts_total", "specinfer_root_only_rounds_total"
+    series = {
+        f'{root_only}{{namespace="specinfer",reason="deadline"}}': late,
+        f'{root_only}{{namespace="specinfer",reason="disabled"}}': "0+60x20",
+        f'{of}{{namespace="specinfer"}}': drafted,
+        f'{root_only}{{namespace="other",reason="deadline"}}': "0+60x20",
+        f'{of}{{namespace="other"}}': "0+0x20",
+    }
+    case = {
+        "interval": "15s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {"expr": query, "eval_time": "5m", "exp_samples": [{"labels": "{}", "value": share}]}
+        ],
+    }
+    file = tmp_path / "signal.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [], "tests": [case]}), encoding="utf-8")
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_queries_name_their_namespace_at_every_metric() -> None:
+    for each in BUILT["gpu"]:
+        if each["kind"] == "ScaledObject":
+            for trigger in each["spec"]["triggers"]:
+                selectors = re.findall(r"specinfer_\w+(\{[^}]*\})?", trigger["metadata"]["query"])
+                named = f'namespace="{each["metadata"]["namespace"]}"'
+                assert selectors
+                assert all(named in selector for selector in selectors)
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "multi-gpu"])
+def test_a_redis_outside_can_be_reached_and_is_trusted(overlay: str) -> None:
+    (policy,) = [each for each in BUILT[overlay] if each["metadata"]["name"] == "external-redis"]
+    (way,) = policy["spec"]["egress"]
+    assert all("ipBlock" in peer for peer in way["to"])
+    assert {each["port"] for each in way["ports"]} == {6379, 6380}
+    (selected,) = policy["spec"]["podSelector"]["matchExpressions"]
+    assert set(selected["values"]) == set(TIERS)
+    maps = [each["data"] for each in BUILT[overlay] if each["kind"] == "ConfigMap"]
+    data = {key: value for each in maps for key, value in each.items()}
+    assert {data[f"SPECINFER_{tier.upper()}_REDIS_CA"] for tier in TIERS} == {
+        "/run/secrets/redis/ca.crt"
+    }
+
+
+@pytest.mark.parametrize(("name", "template"), OUR_PODS)
+def test_redis_is_where_the_secret_says(name: str, template: Manifest) -> None:
+    (container,) = template["spec"]["containers"]
+    env = {each["name"]: each for each in container["env"]}
+    assert env[f"SPECINFER_{name.upper()}_REDIS"]["valueFrom"] == {
+        "secretKeyRef": {"name": "specinfer-redis", "key": "url"}
+    }
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert mounts["redis"] == "/run/secrets/redis"
+    assert {"name": "redis", "secret": {"secretName": "specinfer-redis"}} in template["spec"][
+        "volumes"
+    ]
+
+
+def test_the_rules_for_kubernetes_are_those_of_prometheus() -> None:
+    module = import_module("tools.generate_rules")
+    assert module.TARGET.read_text(encoding="utf-8") == module.manifest()
+
+
+def test_dns_of_the_cluster_and_of_the_node_is_allowed() -> None:
+    (policy,) = [each for each in BUILT["cpu"] if each["metadata"]["name"] == "dns"]
+    (rule,) = policy["spec"]["egress"]
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in rule["to"]
+    apps = [peer["podSelector"]["matchLabels"]["k8s-app"] for peer in rule["to"] if len(peer) > 1]
+    assert apps == ["kube-dns", "node-local-dns"]
+
+
+def test_metrics_are_for_monitoring_alone() -> None:
+    policies = {
+        each["metadata"]["name"]: each for each in BUILT["cpu"] if each["kind"] == "NetworkPolicy"
+    }
+    for tier in TIERS:
+        for rule in policies[tier]["spec"]["ingress"]:
+            ports = {each["port"] for each in rule["ports"]}
+            (peer,) = rule["from"]
+            labels = peer.get("namespaceSelector", {}).get("matchLabels", {})
+            monitoring = labels.get("kubernetes.io/metadata.name") == "monitoring"
+            assert (SERVICES_OF_OURS[tier].metrics_port in ports) == monitoring
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kustomize_builds_the_same(overlay: str) -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    folder = ROOT / "deploy/kubernetes/overlays" / overlay
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    def ordered(manifests: list[Manifest]) -> list[str]:
+        return sorted(json.dumps(each, sort_keys=True) for each in manifests)
+
+    assert ordered(list(yaml.safe_load_all(done.stdout))) == ordered(BUILT[overlay])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

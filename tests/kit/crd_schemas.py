@@ -45,6 +45,7 @@ _TRIGGER = _closed(
         query=_TEXT,
         # KEDA takes numbers as text.
         threshold={"type": "string", "pattern": r"^[0-9.]+$"},
+        ignoreNullValues={"enum": ["true", "false"]},
     ),
 )
 _BEHAVIOUR = _closed(
@@ -82,6 +83,25 @@ _SERVICE_MONITOR = _closed(
         "items": _closed(("port",), port=_TEXT, path=_TEXT, interval={"pattern": r"^\d+s$"}),
     },
 )
+_RULE = _closed(
+    ("expr",),
+    alert=_TEXT,
+    record=_TEXT,
+    expr=_TEXT,
+    labels=_TEXTS,
+    annotations=_TEXTS,
+    **{"for": {"pattern": r"^\d+[smhd]$"}},
+)
+_PROMETHEUS_RULE = _closed(
+    ("groups",),
+    groups={
+        "type": "array",
+        "minItems": 1,
+        "items": _closed(
+            ("name", "rules"), name=_TEXT, rules={"type": "array", "minItems": 1, "items": _RULE}
+        ),
+    },
+)
 # Its pod templates are checked as pod templates, by the schema of Kubernetes.
 _TEMPLATE = _closed(("metadata", "spec"), metadata={"type": "object"}, spec={"type": "object"})
 _LEADER_WORKER_SET = _closed(
@@ -104,6 +124,7 @@ _LEADER_WORKER_SET = _closed(
 SCHEMAS: dict[str, Schema] = {
     "ScaledObject": _resource("keda.sh/v1alpha1", "ScaledObject", _SCALED_OBJECT),
     "ServiceMonitor": _resource("monitoring.coreos.com/v1", "ServiceMonitor", _SERVICE_MONITOR),
+    "PrometheusRule": _resource("monitoring.coreos.com/v1", "PrometheusRule", _PROMETHEUS_RULE),
     "LeaderWorkerSet": _resource(
         "leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", _LEADER_WORKER_SET
     ),

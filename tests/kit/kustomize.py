@@ -1,9 +1,12 @@
 """What `kustomize build` makes of our overlays, for as much of kustomize as they use.
 
-Resources, components, namespace, image tags, JSON patches with a target, and `$patch: delete`.
-Anything else in a kustomization raises, so that an overlay cannot outgrow this unseen.
+Resources, components, namespace, image tags, generated ConfigMaps, JSON patches with a target, and
+`$patch: delete`. Anything else in a kustomization raises, so that an overlay cannot outgrow this
+unseen; a test compares it with kustomize itself where that is installed.
 """
 
+import hashlib
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,28 @@ from typing import Any
 import yaml
 
 Manifest = dict[str, Any]
+_GENERATED = "generated"
 _KEYS = {
     *("apiVersion", "kind", "resources", "components", "namespace", "images", "patches"),
+    *("configMapGenerator", "configurations"),
 }
+# What kustomize writes in a hash instead of digits and letters that could spell a word.
+_SPELLING = str.maketrans("013ae", "ghkmt")
 
 
 def build(folder: Path) -> list[Manifest]:
-    """The manifests of a kustomization, in order."""
+    """The manifests of a kustomization, in order; ConfigMaps bear the hash of their content."""
+    manifests = _gather(folder)
+    names = {}
+    for manifest in manifests:
+        if manifest.pop(_GENERATED, False):
+            plain = manifest["metadata"]["name"]
+            names[plain] = manifest["metadata"]["name"] = f"{plain}-{_hash(manifest)}"
+    _rename(manifests, names)
+    return manifests
+
+
+def _gather(folder: Path) -> list[Manifest]:
     manifests: list[Manifest] = []
     _apply(folder, manifests)
     return manifests
@@ -35,11 +53,13 @@ def _apply(folder: Path, manifests: list[Manifest]) -> None:
     for name in settings.get("resources", ()):
         path = folder / name
         if path.is_dir():
-            manifests += build(path)
+            manifests += _gather(path)
         else:
             manifests += load(path)
     for name in settings.get("components", ()):
         _apply(folder / name, manifests)
+    for generator in settings.get("configMapGenerator", ()):
+        _generate(folder, generator, manifests)
     for patch in settings.get("patches", ()):
         _patch(patch, manifests)
     for image in settings.get("images", ()):
@@ -76,9 +96,44 @@ def _operate(manifest: Manifest, operation: dict[str, Any]) -> None:
     for part in parents:
         place = place[int(part)] if isinstance(place, list) else place[part]
     assert isinstance(place, dict)
-    assert operation["op"] in ("add", "replace"), operation
-    assert (last in place) == (operation["op"] == "replace"), operation
-    place[last] = deepcopy(operation["value"])
+    assert operation["op"] in ("add", "replace", "remove"), operation
+    assert (last in place) == (operation["op"] != "add"), operation
+    if operation["op"] == "remove":
+        del place[last]
+    else:
+        place[last] = deepcopy(operation["value"])
+
+
+def _generate(folder: Path, generator: dict[str, Any], manifests: list[Manifest]) -> None:
+    assert set(generator) <= {"name", "behavior", "literals", "files"}, generator
+    data = dict(literal.split("=", 1) for literal in generator.get("literals", ()))
+    data |= {name: (folder / name).read_text("utf-8") for name in generator.get("files", ())}
+    if generator.get("behavior", "create") == "merge":
+        (found,) = [each for each in manifests if _is(each, "ConfigMap", generator["name"])]
+        found["data"] |= data
+        return
+    metadata = {"name": generator["name"]}
+    made = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+    manifests.append({**made, _GENERATED: True})
+
+
+def _hash(manifest: Manifest) -> str:
+    known = {key: manifest[key] for key in ("data", "kind")} | {
+        "name": manifest["metadata"]["name"]
+    }
+    text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10].translate(_SPELLING)
+
+
+def _rename(node: Any, names: dict[str, str]) -> None:
+    """Give whoever names a ConfigMap its whole name."""
+    if isinstance(node, dict):
+        for key in ("configMapRef", "configMap"):
+            if key in node:
+                node[key]["name"] = names.get(node[key]["name"], node[key]["name"])
+    for value in node.values() if isinstance(node, dict) else node:
+        if isinstance(value, dict | list):
+            _rename(value, names)
 
 
 def _tag(node: Any, name: str, tag: str) -> None:
