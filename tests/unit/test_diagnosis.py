@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from dataclasses import replace
 
 import pytest
@@ -162,6 +164,14 @@ async def test_a_redis_that_is_not_there_is_one_line() -> None:
     (finding,) = await redis_findings(settings)
     assert finding.verdict == FAILED
     assert "127.0.0.1:1" in finding.detail
+
+
+async def test_a_redis_that_hangs_is_one_line_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        async with asyncio.timeout(5):
+            (finding,) = await redis_findings(RedisSettings(url))
+    assert finding.verdict == FAILED
 
 
 async def test_a_certificate_that_ends_soon_is_told(certificates: Certificates) -> None:

@@ -47,6 +47,9 @@ from specinfer_router.store import (
 from specinfer_router.store.redis_memory import RedisMemory
 from specinfer_router.tokenizer import ServedTokenizer
 
+# Where a server that listens everywhere is reached from here.
+REACHED_AT = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}
+
 
 def build_admin_server(settings: RouterSettings) -> RpcServer | None:
     """The server of the operators' port, bound, where there is to be one."""
@@ -85,7 +88,9 @@ def build_administration(
         checks.append(partial(redis_findings, connection))
     if settings.tls is not None:
         for name, port in ports.items():
-            check, address = f"certificate of {name}", f"127.0.0.1:{port}"
+            host = getattr(settings, name.removesuffix("_port")).rpartition(":")[0]
+            address = f"{REACHED_AT.get(host, host)}:{port}"
+            check = f"certificate of {name}"
             checks.append(partial(certificate_findings, check, address, settings.tls))
     return Administration(
         Identity(settings.router_id, __version__, "" if connection is None else connection.place),

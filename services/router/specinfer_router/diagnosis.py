@@ -10,7 +10,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +23,10 @@ from specinfer.rpc import TlsSettings
 
 MAX_SKEW_SECONDS = 2.0
 CERTIFICATE_DAYS = 21.0
+CERTIFICATE_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 MEMORY_SHARE = 0.8
 HANDSHAKE_SECONDS = 3.0
+REDIS_SECONDS = 2.0
 
 
 def cluster_findings(
@@ -173,8 +175,13 @@ class RedisFacts:
 
 async def redis_findings(settings: RedisSettings) -> list[Finding]:
     """Whether Redis can be reached and is set up to keep sessions."""
+    brief = replace(settings, num_retries=0)
     try:
-        facts = await read_redis(settings)
+        async with asyncio.timeout(REDIS_SECONDS):
+            facts = await read_redis(brief)
+    except TimeoutError:
+        detail = f"{settings.place} has not answered within {REDIS_SECONDS:g} s"
+        return [Finding("redis", FAILED, detail, "running streams go on for a while; mend it")]
     except SpecinferError as error:
         return [
             Finding("redis", FAILED, error.message, "running streams go on for a while; mend it")
@@ -279,6 +286,11 @@ async def certificate_findings(check: str, address: str, tls: TlsSettings) -> li
     """
     try:
         ends = await _certificate_end(address, tls)
+    except ssl.SSLCertVerificationError as error:
+        remedy = "see docs/access.md"
+        if error.verify_code == CERTIFICATE_EXPIRED:
+            remedy = "renew it and restart the process"
+        return [Finding(check, FAILED, f"{address}: {error.verify_message}", remedy)]
     except (OSError, ssl.SSLError, ValueError, TimeoutError) as error:
         return [
             Finding(check, FAILED, f"no TLS connection to {address}: {error}", "see docs/access.md")
