@@ -84,7 +84,8 @@ def _lines(panel: Panel, series: Sequence[Series], axis: Axes) -> None:
             alpha=0.8,
         )
     else:
-        for each in series:
+        # Those that moved come first: the legend has room for a few.
+        for each in sorted(series, key=lambda each: not any(each.values)):
             axis.plot(each.times, each.values, linewidth=1.2, label=each.legend)
     axis.set_ylim(bottom=0)
     _axes(axis, unit_label(panel.unit))
