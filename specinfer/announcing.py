@@ -75,7 +75,7 @@ class Announcer:
                 await self._registry.withdraw(self._worker)
                 if self._prefixes is not None:
                     await self._prefixes.withdraw()
-        except (SpecinferError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, the entry expires and the worker ends
             log.info("could not leave %s (%s); the entry expires", self._registry.place, error)
 
     async def _run(self) -> None:
@@ -96,6 +96,12 @@ class Announcer:
         except SpecinferError as error:
             if self._num_failures == 0:
                 log.warning("cannot announce this worker, and go on trying: %s", error.message)
+            self._num_failures += 1
+            return
+        except Exception:
+            # A fault of ours is not to take a worker that serves off the list.
+            if self._num_failures == 0:
+                log.exception("announcing this worker failed; it is tried again")
             self._num_failures += 1
             return
         if self._num_failures:

@@ -51,8 +51,7 @@ class ResponseSweep:
         """Look no more."""
         if self._task is not None:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def sweep(self) -> int:
         """Look once; returns how many were taken over."""

@@ -6,15 +6,25 @@ A copy is what its owner saw committed. This module knows nothing of when the sh
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from specinfer.errors import Cancelled, LeaseLost, NotFound, ResourceExhausted, StaleEpoch
+from specinfer.errors import (
+    Cancelled,
+    InternalError,
+    LeaseLost,
+    NotFound,
+    ResourceExhausted,
+    StaleEpoch,
+)
 from specinfer_router.store.interface import SessionRecord
 from specinfer_router.store.memory import MemoryStore
 from specinfer_router.store.redis_store import RedisStore
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
 
@@ -189,7 +199,17 @@ class Copies:
 
     async def _put_back_if_ours(self, session_id: str) -> None:
         with suppress(StaleEpoch, Cancelled):
-            await self.put_back(session_id)
+            try:
+                await self.put_back(session_id)
+            except InternalError as error:
+                # One that Redis refuses is not to keep the others away; its next commit tells.
+                log.warning(
+                    "a session could not be put back",
+                    extra={"session_id": session_id, "error": error.message},
+                )
+                record = await self.get(session_id)
+                if record is not None and record.finish_reason:
+                    self.drop(session_id, record.owner)
 
     async def _has_ended_unseen(self, session_id: str) -> bool:
         record, held = await self.get(session_id), self._held.get(session_id)

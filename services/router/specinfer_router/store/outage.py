@@ -11,7 +11,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from typing import TypeVar
@@ -63,7 +62,8 @@ class Outage:
         self._return_home = return_home
         self._ended = ended
         self._since: float | None = None
-        self._last_end = float("-inf")
+        # A router that has just started cannot know whether there was an outage.
+        self._last_end = time.monotonic()
         self._prober: asyncio.Task[None] | None = None
 
     @property
@@ -78,7 +78,7 @@ class Outage:
 
     @property
     def seconds_since_last(self) -> float:
-        """How long it has been back; infinite when it never was away."""
+        """How long it has been back, or how long we have been here if it never was away."""
         return 0.0 if self.is_on else time.monotonic() - self._last_end
 
     def begin(self, error: SpecinferError) -> None:
@@ -104,8 +104,7 @@ class Outage:
         """Ask no more."""
         if self._prober is not None:
             self._prober.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._prober
+            await asyncio.gather(self._prober, return_exceptions=True)
 
     async def _probe(self) -> None:
         pause = self._limits.min_pause
@@ -116,6 +115,10 @@ class Outage:
                 await self._return_home()
             except SpecinferError as error:
                 log.debug("the session store is still away", extra={"error": error.message})
+                continue
+            except Exception:
+                # Whatever it is: who asks no more holds sessions in memory for good.
+                log.exception("bringing sessions back to the store failed; it is tried again")
                 continue
             break
         seconds, self._since = self.seconds, None

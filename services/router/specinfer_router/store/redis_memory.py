@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -41,8 +40,7 @@ class RedisMemory:
         """Ask no more."""
         if self._task is not None:
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
         await close(self._client)
 
     async def look(self) -> None:
@@ -56,6 +54,8 @@ class RedisMemory:
                 await self.look()
             except SpecinferError as error:
                 log.debug("the memory of Redis is not known", extra={"error": error.message})
+            except Exception:  # an answer that cannot be read must not end the asking
+                log.exception("asking for the memory of Redis failed")
             await asyncio.sleep(self._pause)
 
 
