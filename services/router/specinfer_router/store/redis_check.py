@@ -14,7 +14,8 @@ from redis.asyncio import Redis, RedisCluster
 from specinfer.errors import InvalidRequest
 from specinfer.redis_connection import RedisSettings
 
-MIN_VERSION = (6, 2)
+# Before it, what a script runs into (no memory, a replica) is told as an error of the script.
+MIN_VERSION = (7, 0)
 
 
 async def check_server(client: Redis | RedisCluster, settings: RedisSettings) -> None:
