@@ -118,9 +118,7 @@ def _generate(folder: Path, generator: dict[str, Any], manifests: list[Manifest]
 
 
 def _hash(manifest: Manifest) -> str:
-    known = {key: manifest[key] for key in ("data", "kind")} | {
-        "name": manifest["metadata"]["name"]
-    }
+    known = {"data": manifest["data"], "kind": manifest["kind"], "name": ""}
     text = json.dumps(known, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10].translate(_SPELLING)
 
