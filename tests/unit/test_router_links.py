@@ -366,3 +366,21 @@ async def test_a_worker_that_is_down_is_said_once(caplog: pytest.LogCaptureFixtu
     await cluster.close()
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
+
+
+async def test_a_result_that_breaks_its_reading_fails_its_item_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(result: object) -> None:
+        raise ZeroDivisionError
+
+    async with linked() as (_, link):
+        await open_on(link, "a")
+        with monkeypatch.context() as patch:
+            patch.setattr("specinfer_router.worker_links.verify_result_from_wire", broken)
+            with pytest.raises(InternalError, match="cannot be read"):
+                async with asyncio.timeout(5):
+                    await step_on(link, "a")
+        assert "ZeroDivisionError" in caplog.text
+        await open_on(link, "b")
+        assert link.generation == 1

@@ -336,6 +336,12 @@ class WorkerLink(ABC, Generic[ItemT]):
             pending.answer.set_result(pending.convert(result))
         except SpecinferError as failure:
             pending.answer.set_exception(failure)
+        except Exception:
+            # A fault of ours or a result that nobody foresaw: it is this item's alone.
+            log.exception("a result of the %s worker at %s broke us", self.tier, self.address)
+            pending.answer.set_exception(
+                InternalError(f"a result of the {self.tier} worker cannot be read")
+            )
 
     def _fail_pending(self) -> None:
         pending, self._pending = self._pending, {}
