@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 import specinfer_router.verify_seat
-from specinfer.errors import LeaseLost
+from specinfer.errors import LeaseLost, ResourceExhausted
 from specinfer.messages import StepCost, TokensEvent
 from specinfer_router.breaker import BreakerLimits
 from specinfer_router.deadlines import StepDeadline
@@ -21,6 +21,7 @@ from specinfer_router.router import RouterLimits
 from tests.kit.fake_drafter import FakeDrafter
 from tests.kit.fake_workers import FakeVerifier, continuation, info_of
 from tests.kit.router import FAST_LINKS, PROMPT, Bench, request_of, running_router
+from tests.kit.waiting import until
 
 COSTLY = (StepCost(1, 0, 0.2), StepCost(8, 0, 0.2))
 
@@ -256,3 +257,25 @@ async def test_internal_errors_in_a_row_open_the_breaker_of_a_verifier() -> None
             await generate_all(bench, 2, max_tokens=4)
         assert bench.cluster.verifiers.links[0].breaker.state == "open"
         assert lying.num_steps == 3
+
+
+@pytest.mark.parametrize("hook", ["open", "propose"])
+async def test_a_probe_that_cannot_be_sent_does_not_keep_the_drafter_out(
+    hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = replace(FAST_LINKS, breaker=BreakerLimits(min_rest=0.01, max_rest=0.01))
+    async with running_router(limits=limits_of(), links=links) as bench:
+        link = bench.cluster.drafters.links[0]
+        link.breaker.fail(link.breaker.admit(), at_once=True)
+        await until(lambda: link.breaker.state == "half-open", "the rest is over")
+
+        def full(*arguments: object, **named: object) -> None:
+            raise ResourceExhausted("too many items wait", retry_after=1.0)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(link, hook, full)
+            await generate_all(bench, 1, max_tokens=4)
+        assert link.trusted
+        (reasons,) = await generate_all(bench, 1)
+        assert "" in reasons
+        assert link.breaker.state == "closed"

@@ -2,7 +2,8 @@
 
     closed     everything is let through; `max_failures` failures in a row open it
     open       nothing is, until a rest is over that doubles each time, with jitter
-    half-open  one call is; its success closes the breaker, its failure opens it again
+    half-open  one call is; its success closes the breaker, its failure opens it again, and one
+               that nobody hears of again gives way to another after `probe_seconds`
 
 Every call that is let through has a ticket, so that what was asked before the breaker changed says
 nothing about now. This module knows nothing of workers, calls or event loops.
@@ -24,11 +25,13 @@ class BreakerLimits:
         max_failures: failures in a row that open it.
         min_rest: seconds of the first rest.
         max_rest: most seconds of a rest.
+        probe_seconds: a probe without a verdict keeps others out for so long.
     """
 
     max_failures: int = 3
     min_rest: float = 2.0
     max_rest: float = 120.0
+    probe_seconds: float = 120.0
 
 
 class Breaker:
@@ -56,6 +59,7 @@ class Breaker:
         self._num_rests = 0
         self._rest_until: float | None = None
         self._probing = False
+        self._probe_until = 0.0
 
     @property
     def state(self) -> str:
@@ -68,14 +72,15 @@ class Breaker:
     def allows(self) -> bool:
         """Whether `admit` would let a call through now."""
         state = self.state
-        return state == "closed" or (state == "half-open" and not self._probing)
+        probed = self._probing and self._clock() < self._probe_until
+        return state == "closed" or (state == "half-open" and not probed)
 
     def admit(self) -> int | None:
         """A ticket for one call, or None when none is let through."""
         if not self.allows:
             return None
         if self._rest_until is not None:
-            self._probing = True
+            self._probing, self._probe_until = True, self._clock() + self._limits.probe_seconds
             self._era += 1
         return self._era
 

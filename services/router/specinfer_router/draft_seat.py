@@ -312,10 +312,21 @@ class DraftSeat:
         return link
 
     def _ask(self, place: _Place, question: _Question, *, hedge: bool = False) -> _Ask:
-        link, token_ids = place.link, question.token_ids
-        ticket, asked = link.breaker.admit(), time.monotonic()
+        ticket, asked = place.link.breaker.admit(), time.monotonic()
         after_prefill = place.known_len == 0
-        if after_prefill:
+        try:
+            answer = self._send(place, question, asked)
+        except BaseException:
+            # The ticket may be the breaker's only probe, and nobody else would give it back.
+            place.link.breaker.release(ticket)
+            raise
+        return _Ask(place, answer, ticket, asked, after_prefill, hedge)
+
+    def _send(
+        self, place: _Place, question: _Question, asked: float
+    ) -> asyncio.Future[DraftResult]:
+        link, token_ids = place.link, question.token_ids
+        if place.known_len == 0:
             link.open(
                 self._session_id,
                 question.epoch,
@@ -328,7 +339,7 @@ class DraftSeat:
             )
             place.known_len = len(token_ids)
         known_len, place.known_len = place.known_len, len(token_ids)
-        answer = link.propose(
+        return link.propose(
             self._session_id,
             question.epoch,
             known_len,
@@ -338,7 +349,6 @@ class DraftSeat:
             owner=self._owner,
             traceparent=question.traceparent,
         )
-        return _Ask(place, answer, ticket, asked, after_prefill, hedge)
 
     def _fail(self, place: _Place, ticket: int | None, error: SpecinferError) -> None:
         """Begin anew at the next ask, and tell the breaker when the drafter is to blame."""
