@@ -91,6 +91,23 @@ def test_a_probe_without_a_verdict_lets_another_one_try() -> None:
     assert breaker.state == "closed"
 
 
+def test_a_probe_that_nobody_hears_of_again_gives_way_to_another() -> None:
+    clock = Clock()
+    breaker = breaker_of(clock)
+    fail(breaker, 3)
+    clock.now += 2.0
+    lost = breaker.admit()
+    clock.now += LIMITS.probe_seconds - 0.1
+    assert not breaker.allows
+    clock.now += 0.2
+    second = breaker.admit()
+    assert second is not None
+    breaker.release(lost)
+    assert breaker.admit() is None, "the lost one has no say any more"
+    breaker.succeed(second)
+    assert breaker.state == "closed"
+
+
 def test_what_was_asked_before_the_breaker_changed_has_no_say() -> None:
     clock = Clock()
     breaker = breaker_of(clock)
@@ -167,30 +184,44 @@ def test_the_quantile_follows_the_last_values_and_is_silent_at_first() -> None:
 CURVE = StepCurve((StepCost(1, 256, 0.01), StepCost(64, 256, 0.04)))
 
 
+def seconds_of(deadline: StepDeadline, curve: StepCurve, **work: int) -> float:
+    return deadline.wait(curve, **work).seconds  # type: ignore[arg-type]
+
+
 def test_the_deadline_of_a_round_grows_with_its_work_and_with_those_who_wait() -> None:
     deadline = StepDeadline()
-    alone = deadline.seconds(CURVE, num_rows=1)
+    alone = seconds_of(deadline, CURVE, num_rows=1)
     assert deadline.floor_seconds < alone < 5.0
-    assert deadline.seconds(CURVE, num_rows=1, num_prefill=4096) > alone + 8 * 4096 / 64 * 0.03
-    # Eight roots share a pass; eight trees of 64 nodes fill two, and eight prompts are read in turn.
-    assert deadline.seconds(CURVE, num_rows=1, num_waiting=8) == alone
-    assert deadline.seconds(CURVE, num_rows=64, num_waiting=8) > alone
-    one = deadline.seconds(CURVE, num_rows=1, num_prefill=512)
-    eight = deadline.seconds(CURVE, num_rows=1, num_prefill=512, num_waiting=8)
+    assert seconds_of(deadline, CURVE, num_rows=1, num_prefill=4096) > alone + 8 * 4096 / 64 * 0.03
+    # Eight roots share a pass; eight trees of 64 nodes fill two. Eight prompts are read in turn.
+    assert seconds_of(deadline, CURVE, num_rows=1, num_waiting=8) == alone
+    assert seconds_of(deadline, CURVE, num_rows=64, num_waiting=8) > alone
+    one = seconds_of(deadline, CURVE, num_rows=1, num_prefill=512)
+    eight = seconds_of(deadline, CURVE, num_rows=1, num_prefill=512, num_waiting=8)
     assert eight - alone == pytest.approx(8 * (one - alone))
-    assert deadline.seconds(CURVE, num_rows=1, with_grammar=True) >= alone + 10.0
+    assert seconds_of(deadline, CURVE, num_rows=1, with_grammar=True) >= alone + 10.0
 
 
 def test_the_deadline_doubles_with_every_miss_up_to_the_cap() -> None:
     deadline = StepDeadline()
-    waits = [deadline.seconds(CURVE, num_rows=1, num_misses=misses) for misses in range(12)]
+    waits = [seconds_of(deadline, CURVE, num_rows=1, num_misses=misses) for misses in range(12)]
     assert waits[1] == pytest.approx(2 * waits[0])
     assert waits == sorted(waits)
     assert waits[-1] == deadline.cap_seconds == deadline.most_seconds
-    assert deadline.seconds(CURVE, num_rows=1, num_misses=10**6) == deadline.cap_seconds
+    assert seconds_of(deadline, CURVE, num_rows=1, num_misses=10**6) == deadline.cap_seconds
 
 
 def test_a_fixed_deadline_stays_as_it_is() -> None:
     deadline = StepDeadline(fixed_seconds=7.0)
-    assert deadline.seconds(CURVE, num_rows=9, num_prefill=900, num_misses=5) == 7.0
+    assert seconds_of(deadline, CURVE, num_rows=9, num_prefill=900, num_misses=5) == 7.0
     assert deadline.most_seconds == 7.0
+
+
+def test_a_long_prompt_on_a_slow_machine_is_not_given_up_before_it_can_be_done() -> None:
+    deadline, slow = StepDeadline(), StepCurve((StepCost(1, 0, 1.0), StepCost(64, 0, 4.0)))
+    cost = 4096 / 64 * 4.0
+    first = deadline.wait(slow, num_rows=1, num_prefill=4096)
+    assert first.seconds > 2 * cost > deadline.cap_seconds
+    later = deadline.wait(slow, num_rows=1, num_prefill=4096, num_misses=9)
+    assert later.last
+    assert later.seconds < 5 * cost

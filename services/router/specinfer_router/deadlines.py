@@ -14,6 +14,21 @@ from specinfer.step_curve import StepCurve
 FULL_PASS_ROWS = 256
 PREFILL_ROWS = 64
 MAX_DOUBLINGS = 16
+# However long the work, a wait ends after so many times what it should cost.
+CAP_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class RoundWait:
+    """One wait for a round.
+
+    Attributes:
+        seconds: how long it is.
+        last: whether no longer one follows.
+    """
+
+    seconds: float
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,8 @@ class StepDeadline:
         fixed_seconds: the same for every round; 0 derives them.
         floor_seconds: for what the measurement does not know: the network, a busy machine.
         factor: how much slower than measured a worker may be.
-        cap_seconds: most seconds for one wait.
+        cap_seconds: most seconds for one wait, unless the work itself should take a good part of
+            them: then CAP_FACTOR times that. A long prompt on a slow machine is not given up.
         grammar_seconds: more for a session that brings a grammar, which is compiled first.
     """
 
@@ -41,10 +57,10 @@ class StepDeadline:
 
     @property
     def most_seconds(self) -> float:
-        """Longest that one wait can be."""
+        """Longest that a wait for ordinary work can be."""
         return self.fixed_seconds or self.cap_seconds
 
-    def seconds(
+    def wait(
         self,
         costs: StepCurve,
         *,
@@ -53,8 +69,8 @@ class StepDeadline:
         num_waiting: int = 1,
         num_misses: int = 0,
         with_grammar: bool = False,
-    ) -> float:
-        """Seconds for a round.
+    ) -> RoundWait:
+        """Seconds for a round, and whether no longer wait will follow.
 
         Args:
             costs: what the worker measured of itself.
@@ -65,11 +81,13 @@ class StepDeadline:
             with_grammar: whether the worker has to compile a grammar first.
         """
         if self.fixed_seconds:
-            return self.fixed_seconds
+            return RoundWait(self.fixed_seconds, last=True)
         sessions = max(1, num_waiting)
         passes = 1 + -(-num_rows * sessions // FULL_PASS_ROWS)
         cost = passes * costs.at(max(num_rows, FULL_PASS_ROWS))
         cost += sessions * num_prefill * costs.at(PREFILL_ROWS) / PREFILL_ROWS
         seconds = self.floor_seconds + self.factor * cost
         seconds += self.grammar_seconds if with_grammar else 0.0
-        return min(self.cap_seconds, seconds * 2.0 ** min(num_misses, MAX_DOUBLINGS))
+        seconds *= 2.0 ** min(num_misses, MAX_DOUBLINGS)
+        most = max(self.cap_seconds, CAP_FACTOR * cost)
+        return RoundWait(min(most, seconds), last=seconds >= most)

@@ -30,7 +30,7 @@ from specinfer.step_curve import StepCurve
 from specinfer.telemetry import current_span
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
-from specinfer_router.deadlines import StepDeadline
+from specinfer_router.deadlines import RoundWait, StepDeadline
 from specinfer_router.pool import WorkerPool
 from specinfer_router.worker_links import VerifyLink
 
@@ -274,8 +274,8 @@ class VerifySeat:
         Raises:
             _TookTooLong: the deadline has passed and another worker is there, or none came.
         """
-        seconds, late = self._seconds(link, opened, asked), False
-        until = since + seconds
+        allowed, late = self._allowed(link, opened, asked), False
+        until = since + allowed.seconds
         while True:
             limit = until - time.monotonic()
             await asyncio.wait((stepping,), timeout=min(limit, LOOK_SECONDS) if late else limit)
@@ -288,17 +288,17 @@ class VerifySeat:
                 link.breaker.fail(ticket, at_once=silent)
                 self._num_misses += 1
                 late = True
-            last = passed and seconds >= self._deadline.most_seconds
+            last = passed and allowed.last
             if last or (late and self._elsewhere() is not None):
                 if silent:
                     link.give_up()
-                raise _TookTooLong(link.address, seconds, last=last)
+                raise _TookTooLong(link.address, allowed.seconds, last=last)
             if passed:
-                seconds = self._seconds(link, opened, asked)
-                until = time.monotonic() + seconds
+                allowed = self._allowed(link, opened, asked)
+                until = time.monotonic() + allowed.seconds
 
-    def _seconds(self, link: VerifyLink, opened: bool, asked: _Round) -> float:
-        return self._deadline.seconds(
+    def _allowed(self, link: VerifyLink, opened: bool, asked: _Round) -> RoundWait:
+        return self._deadline.wait(
             self._curve,
             num_rows=len(asked.tree),
             num_prefill=len(asked.token_ids) if opened else 0,
