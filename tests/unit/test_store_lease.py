@@ -295,3 +295,19 @@ async def test_a_look_through_redis_ends_in_time_and_says_so(
     page = await stores[0].sessions(300)
     assert len(page) == 100
     assert "only the first 100" in page.partial_reason
+
+
+async def test_entries_that_lead_nowhere_do_not_keep_others_from_their_turn(
+    stores: list[RedisStore], redis: Redis
+) -> None:
+    gone = [uuid.uuid4().hex for _ in range(3)]
+    record = unattended_record()
+    await stores[0].create(record)
+    await redis.zadd(UNATTENDED, dict.fromkeys(gone, 1))
+    await redis.zadd(UNATTENDED, {record.session_id: 2})
+    assert set(await stores[1].orphans(3)) == set(gone)
+    assert await stores[1].orphans(3) == [record.session_id]
+    # Whoever looks closer finds nothing, and nobody is told of it again.
+    for session_id in gone:
+        await stores[1].finish(session_id, CANCELLED)
+    assert await redis.zrange(UNATTENDED, 0, -1) == [record.session_id.encode()]

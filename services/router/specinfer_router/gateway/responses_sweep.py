@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from contextlib import suppress
 
 from specinfer.errors import LeaseLost, NotFound, SpecinferError
 from specinfer.messages import ResumeRequest
@@ -60,9 +59,17 @@ class ResponseSweep:
             return 0
         taken = 0
         for session_id in await self._router.store.orphans(most):
-            # Another router was faster.
-            with suppress(LeaseLost):
+            try:
                 taken += await self._take_over(session_id)
+            except LeaseLost:
+                pass  # another router was faster
+            except SpecinferError as error:
+                # Such as one of another model: the others are not to wait for it.
+                about = {"session_id": session_id, "error": error.message}
+                log.info("an orphaned response could not be taken over", extra=about)
+            except Exception:
+                about = {"session_id": session_id}
+                log.exception("taking an orphaned response over failed", extra=about)
         return taken
 
     async def _sweep_on(self) -> None:

@@ -182,7 +182,9 @@ class RedisStore:
         changed, unattended = await self._session(
             "finish", session_id, finish_reason, self._ttl_ms, who, self.holder
         )
-        if changed and unattended:
+        if changed < 0:
+            await self._unwatch(session_id)
+        elif changed and unattended:
             await self._index(session_id, finish_reason)
 
     async def renew(self, sessions: Sequence[tuple[str, int]]) -> None:
@@ -200,7 +202,7 @@ class RedisStore:
 
     async def orphans(self, limit: int) -> Sequence[str]:
         """At most `limit` ids of unattended sessions whose lease has run out."""
-        call = Call(self._scripts["orphans"], [UNATTENDED], [limit])
+        call = Call(self._scripts["orphans"], [UNATTENDED], [limit, self._lease_ms])
         found = await self._settings.answer(run_script(self._redis, call))
         return [session_id.decode() for session_id in found]
 
