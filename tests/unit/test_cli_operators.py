@@ -62,7 +62,9 @@ async def served(access: AccessControl | None = None) -> AsyncIterator[Served]:
         server = build_server("127.0.0.1:0", [SERVICE, GENERATION])
         administration = Administration(
             Identity("router-1", "test"),
-            router=bench.router,
+            cluster=bench.cluster,
+            store=bench.store,
+            get_router=lambda: bench.router,
             registry=bench.registry,
         )
         add_administration(server, administration, access)
@@ -183,7 +185,11 @@ class HangingStore(MemoryStore):
 async def test_a_store_that_hangs_does_not_hang_operators() -> None:
     async with running_router(store=HangingStore()) as bench:
         administration = Administration(
-            Identity("router-1", "test"), router=bench.router, registry=bench.registry
+            Identity("router-1", "test"),
+            cluster=bench.cluster,
+            store=bench.store,
+            get_router=lambda: bench.router,
+            registry=bench.registry,
         )
         async with asyncio.timeout(5):
             status = await administration.cluster()

@@ -111,7 +111,9 @@ async def doors(folder: Path) -> AsyncIterator[Doors]:
         add_generation(server, bench.router, access)
         administration = Administration(
             Identity("router-1", "test"),
-            router=bench.router,
+            cluster=bench.cluster,
+            store=bench.store,
+            get_router=lambda: bench.router,
             registry=bench.registry,
         )
         add_administration(server, administration, access)

@@ -179,6 +179,25 @@ def test_certificates_alone_make_nobody_an_operator() -> None:
     RouterSettings(verify=("127.0.0.1:1",), admin="127.0.0.1:50052", **files)
 
 
+async def test_operators_are_answered_while_it_waits_for_a_first_verify_worker() -> None:
+    missing = f"127.0.0.1:{free_port()}"
+    process = await start_router(
+        *("--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", "--admin", "127.0.0.1:0"),
+        *("--verify", missing),
+    )
+    waiting = await line_with(process, "waiting for a verify worker")
+    assert waiting["verify"] == missing
+    async with AdminClient(f"127.0.0.1:{waiting['admin_port']}") as operator:
+        status = await operator.cluster()
+        assert "waits for a first verify worker" in status.router.not_ready_reason
+        assert [worker.connected for worker in status.workers] == [False]
+        found = {finding.check: finding for finding in await operator.diagnose()}
+        assert found["verify workers"].verdict == "failed"
+        assert missing in found["verify workers"].detail
+    process.kill()
+    await process.communicate()
+
+
 async def test_an_admin_port_for_all_needs_keys() -> None:
     flags = ("--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", "--verify", "127.0.0.1:1")
     text = await refusal(*flags, "--admin", "0.0.0.0:0", "--insecure-bind")

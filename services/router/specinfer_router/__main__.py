@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from uuid import uuid4
@@ -14,18 +14,21 @@ from uuid import uuid4
 from prometheus_client import CollectorRegistry
 
 from specinfer.errors import SpecinferError
-from specinfer.server import build_server, reporting_readiness, serve_until_signal
+from specinfer.server import RpcServer, build_server, reporting_readiness, serve_until_signal
 from specinfer.settings import read_settings
 from specinfer.telemetry import Telemetry, set_up
 from specinfer_router.admin_servicer import add_administration
 from specinfer_router.building import (
     build_admin_server,
     build_administration,
+    build_cluster,
     build_gateway,
     build_key_source,
     build_metrics_server,
     build_router,
+    build_store,
 )
+from specinfer_router.counting import StoreCounts
 from specinfer_router.drain import LAST_SECONDS, drain
 from specinfer_router.gateway.responses_run import BackgroundRuns
 from specinfer_router.gateway.responses_sweep import ResponseSweep
@@ -65,35 +68,55 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         stack.push_async_callback(gateway.stop)
         await access.start()
         await gateway.start()
-        router = await build_router(settings, telemetry, registry, stack)
-        routers.append(router)
-        add_generation(server, router, access)
-        await server.start()
-        sweep = ResponseSweep(router, runs)
-        stack.push_async_callback(sweep.close)
-        sweep.start()
-        await stack.enter_async_context(
-            reporting_readiness(server, lambda: not router.not_ready_reason)
-        )
+        counts = StoreCounts()
+        store = build_store(settings, counts)
+        stack.push_async_callback(store.close)
+        await store.check()
+        cluster = build_cluster(settings, stack)
+        stack.push_async_callback(cluster.close)
         ports = {"grpc_port": server.port, "gateway_port": gateway.port}
         if metrics is not None:
             ports["metrics_port"] = metrics.port
         if admin is not None:
+            # Operators are answered while it waits, or they could not tell what for.
             ports["admin_port"] = admin.port
-            add_administration(
-                admin, build_administration(settings, router, registry, ports), access
+            administration = build_administration(
+                settings, cluster, store, routers, registry, ports
             )
+            add_administration(admin, administration, access)
             await admin.start()
-        log.info("serving", extra=ports)
-
-        limits = settings.drain_limits()
-        # What runs, by gRPC or HTTP, has had its time; the grace is for what was already answered.
-        await serve_until_signal(
-            server,
-            grace_seconds=LAST_SECONDS,
-            on_drain=lambda: drain(router, server, runs, limits),
-        )
+        log.info("waiting for a verify worker", extra=ports | settings.workers_wanted)
+        await cluster.start(seconds=settings.start_seconds)
+        router = await build_router(settings, telemetry, registry, cluster, store, counts, stack)
+        routers.append(router)
+        add_generation(server, router, access)
+        await _serve_users(settings, server, router, runs, ports)
         await gateway.stop()
+
+
+async def _serve_users(
+    settings: RouterSettings,
+    server: RpcServer,
+    router: Router,
+    runs: BackgroundRuns,
+    ports: Mapping[str, int],
+) -> None:
+    """Take requests until a signal, and drain."""
+    await server.start()
+    sweep = ResponseSweep(router, runs)
+    sweep.start()
+    limits = settings.drain_limits()
+    try:
+        async with reporting_readiness(server, lambda: not router.not_ready_reason):
+            log.info("serving", extra=dict(ports))
+            # What runs, by gRPC or HTTP, has had its time; the grace is for what was answered.
+            await serve_until_signal(
+                server,
+                grace_seconds=LAST_SECONDS,
+                on_drain=lambda: drain(router, server, runs, limits),
+            )
+    finally:
+        await sweep.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

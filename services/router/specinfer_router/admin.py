@@ -21,11 +21,19 @@ from specinfer.messages.admin import (
     SessionListing,
     SessionStatus,
 )
+from specinfer_router.cluster import Cluster
 from specinfer_router.diagnosis import cluster_findings
 from specinfer_router.router import Router
-from specinfer_router.store import CANCELLED, RESUMABLE, SessionFilter, SessionSummary
+from specinfer_router.store import (
+    CANCELLED,
+    RESUMABLE,
+    SessionFilter,
+    SessionStore,
+    SessionSummary,
+)
 
 MAX_SESSIONS = 1000
+WAITING = "starting: it waits for a first verify worker"
 STORE_SECONDS = 0.5
 
 Check = Callable[[], Awaitable[Sequence[Finding]]]
@@ -51,7 +59,9 @@ class Administration:
 
     Args:
         identity: who the router is.
-        router: serves the users.
+        cluster: its workers.
+        store: where sessions live.
+        get_router: what serves the users; None while it waits for a first verify worker.
         registry: what it has counted.
         checks: what to look at in a diagnosis beside the cluster itself.
     """
@@ -60,26 +70,30 @@ class Administration:
         self,
         identity: Identity,
         *,
-        router: Router,
+        cluster: Cluster,
+        store: SessionStore,
+        get_router: Callable[[], Router | None],
         registry: CollectorRegistry,
         checks: Sequence[Check] = (),
     ) -> None:
         self._identity = identity
-        self._router = router
+        self._cluster = cluster
+        self._store = store
+        self._get_router = get_router
         self._counts = Counts(registry)
         self._checks = tuple(checks)
         self._start = time.monotonic()
 
     async def cluster(self) -> ClusterStatus:
         """The router and every worker that it knows, now."""
-        capabilities = self._router.capabilities()
-        counts = self._counts.read()
+        router, counts = self._get_router(), self._counts.read()
+        capabilities = None if router is None else router.capabilities()
         status = RouterStatus(
             router_id=self._identity.router_id,
             version=self._identity.version,
-            model_name=capabilities.model,
+            model_name=capabilities.model if capabilities else "",
             uptime_seconds=time.monotonic() - self._start,
-            not_ready_reason=self._router.not_ready_reason,
+            not_ready_reason=router.not_ready_reason if router else WAITING,
             num_running=counts.one("num_sessions_running"),
             num_waiting=counts.one("num_requests_waiting"),
             num_requests=counts.by("requests_total", "outcome"),
@@ -88,12 +102,12 @@ class Administration:
             num_draft_tokens=counts.one("spec_decode_num_draft_tokens_total"),
             num_accepted_tokens=counts.one("spec_decode_num_accepted_tokens_total"),
             num_root_only_rounds=counts.by("root_only_rounds_total", "reason"),
-            plain_round_seconds=capabilities.plain_round_seconds,
+            plain_round_seconds=capabilities.plain_round_seconds if capabilities else 0.0,
             store=self._identity.store,
             store_ready=await self._store_answers(),
-            store_away_seconds=self._router.store.away_seconds,
+            store_away_seconds=self._store.away_seconds,
         )
-        return ClusterStatus(status, self._router.cluster.workers())
+        return ClusterStatus(status, self._cluster.workers())
 
     async def sessions(
         self, limit: int, *, key_id: str = "", running_only: bool = False
@@ -107,7 +121,7 @@ class Administration:
         if limit > MAX_SESSIONS:
             raise InvalidRequest(f"at most {MAX_SESSIONS} sessions are listed", field="limit")
         # One more than asked for tells whether there are more.
-        page = await self._router.store.sessions(limit + 1, SessionFilter(key_id, running_only))
+        page = await self._store.sessions(limit + 1, SessionFilter(key_id, running_only))
         found = tuple(map(session_status, page.found))
         reason = page.partial_reason
         if len(found) > limit:
@@ -116,14 +130,14 @@ class Administration:
 
     async def session(self, session_id: str) -> SessionStatus:
         """One session; raises NotFound."""
-        return session_status(await self._router.store.summary(session_id))
+        return session_status(await self._store.summary(session_id))
 
     async def cancel(self, session_id: str) -> CancelOutcome:
         """End a session for good, wherever it runs and whosever it is; raises NotFound.
 
         One that has ended for good stays as it is; how, is the answer.
         """
-        store = self._router.store
+        store = self._store
         before = (await store.summary(session_id)).finish_reason
         if before not in RESUMABLE:
             return CancelOutcome(before, had_ended=True)
@@ -139,18 +153,18 @@ class Administration:
             callers_clock: the operator's time in seconds since 1970, or 0 to leave it out.
         """
         skew = time.time() - callers_clock if callers_clock else None
-        findings = cluster_findings(self._identity.version, self._router.cluster.workers(), skew)
+        findings = cluster_findings(self._identity.version, self._cluster.workers(), skew)
         for check in self._checks:
             findings.extend(await check())
         return findings
 
     async def _store_answers(self) -> bool:
-        if self._router.store.away_seconds:
+        if self._store.away_seconds:
             return False
         try:
             # One that hangs must not hang whoever asks.
             async with asyncio.timeout(STORE_SECONDS):
-                await self._router.store.check()
+                await self._store.check()
         except (SpecinferError, TimeoutError):
             return False
         return True

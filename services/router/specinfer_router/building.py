@@ -77,11 +77,16 @@ def build_metrics_server(
 
 def build_administration(
     settings: RouterSettings,
-    router: Router,
+    cluster: Cluster,
+    store: SessionStore,
+    routers: Sequence[Router],
     registry: CollectorRegistry,
     ports: Mapping[str, int],
 ) -> Administration:
-    """What operators are answered from; `ports` are those whose certificates are looked at."""
+    """What operators are answered from; `ports` are those whose certificates are looked at.
+
+    As for the gateway, `routers` holds the one router as soon as there is one.
+    """
     connection = settings.redis_settings
     checks: list[Check] = []
     if connection is not None:
@@ -94,7 +99,9 @@ def build_administration(
             checks.append(partial(certificate_findings, check, address, settings.tls))
     return Administration(
         Identity(settings.router_id, __version__, "" if connection is None else connection.place),
-        router=router,
+        cluster=cluster,
+        store=store,
+        get_router=lambda: routers[0] if routers else None,
         registry=registry,
         checks=checks,
     )
@@ -144,16 +151,12 @@ async def build_router(
     settings: RouterSettings,
     telemetry: Telemetry,
     registry: CollectorRegistry,
+    cluster: Cluster,
+    store: SessionStore,
+    counts: StoreCounts,
     stack: AsyncExitStack,
 ) -> Router:
-    """A router with its store and its workers connected; `stack` closes them."""
-    counts = StoreCounts()
-    store = build_store(settings, counts)
-    stack.push_async_callback(store.close)
-    await store.check()
-    cluster = build_cluster(settings, stack)
-    stack.push_async_callback(cluster.close)
-    await cluster.start(seconds=settings.start_seconds)
+    """A router on a store and workers that are connected; `stack` closes it."""
     metrics = RouterMetrics(
         registry,
         cluster.target.model_name,

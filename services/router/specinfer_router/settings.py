@@ -244,6 +244,12 @@ class RouterSettings:
         return TlsSettings(self.tls_ca, self.tls_certificate, self.tls_key)
 
     @property
+    def workers_wanted(self) -> dict[str, str]:
+        """Where workers are looked for, for a line of the log."""
+        wanted = {"verify": ",".join(self.verify), "draft": ",".join(self.draft)}
+        return wanted | ({"group": self.group} if self.redis else {})
+
+    @property
     def worker_tls(self) -> TlsSettings | None:
         """TLS towards the workers."""
         if self.worker_tls_ca is None and self.worker_tls_certificate is None:
