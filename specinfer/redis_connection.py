@@ -81,6 +81,14 @@ class RedisSettings:
     max_connections: int = 32
     num_retries: int = 2
 
+    def __post_init__(self) -> None:
+        given = self.ca or self.certificate or self.key
+        if given is not None and not self.url.startswith("rediss://"):
+            raise InvalidRequest(
+                f"{given} would not be used: {self.place} speaks plain text; TLS is rediss://",
+                field="redis",
+            )
+
     @property
     def place(self) -> str:
         """The address without user and password, for people."""
@@ -201,3 +209,15 @@ async def close(client: Redis | RedisCluster) -> None:
     await client.aclose()
     if isinstance(client, Redis):
         await client.connection_pool.aclose()
+
+
+def check_redis_given(settings: object) -> None:
+    """Raise InvalidRequest for options of Redis that a process's settings cannot use."""
+    if getattr(settings, "redis", ""):
+        # Making it checks them against the URL.
+        getattr(settings, "redis_settings")  # noqa: B009 - any settings with Redis have it
+        return
+    for part in ("password_file", "ca", "certificate", "key", "cluster"):
+        if getattr(settings, f"redis_{part}"):
+            flag = f"--redis-{part.replace('_', '-')}"
+            raise InvalidRequest(f"{flag} needs --redis URL", field=f"redis_{part}")

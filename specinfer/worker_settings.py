@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
-from specinfer.redis_connection import RedisSettings
+from specinfer.redis_connection import RedisSettings, check_redis_given
 from specinfer.registry import check_group
 from specinfer.rpc import TlsSettings
 from specinfer.settings import required_setting, setting
@@ -68,6 +68,11 @@ class WorkerSettings:
             value = getattr(self, item.name)
             if item.name.endswith("_seconds") and not 0 <= value < float("inf"):
                 raise InvalidRequest(f"{item.name} is 0 or more", field=item.name)
+        check_redis_given(self)
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise InvalidRequest("--tls-certificate and --tls-key are given together", field="tls")
+        if self.tls_ca is not None and self.tls_certificate is None:
+            raise InvalidRequest("--tls-ca needs --tls-certificate and --tls-key", field="tls")
         if self.threads < 0:
             raise InvalidRequest("threads is at least 0", field="threads")
         check_group(self.group)

@@ -138,7 +138,8 @@ def _status(error: SpecinferError) -> int:
 
 def _explain(error: SpecinferError) -> str:
     text = error.message
-    if isinstance(error, Unavailable):
+    # An error with a request's id comes from a cluster that runs.
+    if isinstance(error, Unavailable) and not error.request_id:
         text += "\nIs a cluster running? `specinfer up` starts one; --router says where it is."
     elif isinstance(error, Cancelled):
         text += "\nThe cluster ended the call."

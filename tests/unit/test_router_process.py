@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -171,7 +172,7 @@ async def test_operators_and_metrics_have_ports_of_their_own() -> None:
 
 
 def test_certificates_alone_make_nobody_an_operator() -> None:
-    files = {name: Path(name) for name in ("tls_ca", "tls_certificate", "tls_key")}
+    files: dict[str, Any] = {name: Path(name) for name in ("tls_ca", "tls_certificate", "tls_key")}
     for address in ("0.0.0.0:50052", "127.evil.example:50052", "localhost.evil.example:1"):
         with pytest.raises(InvalidRequest, match="--keys"):
             RouterSettings(verify=("127.0.0.1:1",), admin=address, **files)

@@ -27,6 +27,7 @@ from specinfer.v1 import router_pb2, router_pb2_grpc
 from specinfer_router.admission import AdmissionLimits
 from specinfer_router.router import RouterLimits
 from specinfer_router.servicer import SERVICE, add_generation
+from specinfer_router.store import MemoryStore
 from tests.kit.fake_workers import VOCAB_SIZE, FakeVerifier, continuation, info_of
 from tests.kit.router import PROMPT, Bench, Generated, collected, request_of, running_router
 
@@ -279,3 +280,22 @@ async def test_prompts_and_outputs_never_reach_the_log(
     )
     assert secret not in ours
     assert result.text not in ours
+
+
+class AwayStore(MemoryStore):
+    """A store that may be away."""
+
+    away = 0.0
+
+    @property
+    def away_seconds(self) -> float:
+        return self.away
+
+
+async def test_a_router_that_refuses_without_its_store_is_not_ready() -> None:
+    for needs_store, reason in ((True, "the session store is away"), (False, "")):
+        store = AwayStore()
+        async with running_router(store=store, limits=RouterLimits(needs_store=needs_store)) as at:
+            assert at.router.not_ready_reason == ""
+            store.away = 3.0
+            assert at.router.not_ready_reason == reason

@@ -1,12 +1,17 @@
 """Settings: flags win over the environment, which wins over defaults."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specinfer.errors import InvalidRequest
 from specinfer.settings import read_settings, required_setting, setting
+from specinfer_draft.settings import Settings as DraftSettings
+from specinfer_router.settings import RouterSettings
 
 
 @dataclass(frozen=True)
@@ -72,3 +77,29 @@ def test_help_names_the_variable(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "EX_PORT" in text
     assert "100% of it" in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"redis": "redis://127.0.0.1:1/0", "redis_ca": Path("ca.pem")},
+        {"redis_ca": Path("ca.pem")},
+        {"redis_cluster": True},
+        {"redis_password_file": Path("password")},
+        {"tls_ca": Path("ca.pem")},
+    ],
+)
+@pytest.mark.parametrize("kind", ["router", "draft"])
+def test_options_that_would_not_be_used_are_refused(kind: str, flags: dict[str, Any]) -> None:
+    settings: Callable[..., RouterSettings | DraftSettings] = partial(
+        RouterSettings, verify=("127.0.0.1:1",)
+    )
+    if kind == "draft":
+        settings = partial(DraftSettings, model=Path("model"))
+    with pytest.raises(InvalidRequest):
+        settings(**flags)
+
+
+def test_a_lease_is_shorter_than_what_it_is_a_lease_of() -> None:
+    with pytest.raises(InvalidRequest, match="--lease-seconds"):
+        RouterSettings(redis="redis://127.0.0.1:1/0", session_seconds=5.0, lease_seconds=5.0)

@@ -11,6 +11,7 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -339,14 +340,14 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_the_model_sees_a_planted_bug(redis_server: str, bug: str) -> None:
     file, line, planted = PLANTED[bug]
+    script = resources.files("specinfer_router.store").joinpath(f"{file}.lua").read_text()
+    # Not inside the block below, where a plant without a place would look like a bug that was seen.
+    assert script.count(line) == 1
 
     class Planted(RedisStore):
         def script_text(self, name: str) -> str:
             text = super().script_text(name)
-            if name != file:
-                return text
-            assert text.count(line) == 1
-            return text.replace(line, planted)
+            return text.replace(line, planted) if name == file else text
 
     with pytest.raises((AssertionError, StaleEpoch)):
         run(redis_stores(redis_server, Planted), max_examples=300, phases=(Phase.generate,))

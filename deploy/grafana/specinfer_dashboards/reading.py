@@ -54,7 +54,7 @@ class Reader:
             found = self._ask("query_range", query=text, **span)
             rows = [(each["metric"], each["values"]) for each in found]
         for labels, points in rows:
-            legend = re.sub(r"{{(\w+)}}", lambda name, of=labels: of.get(name[1], ""), query.legend)
+            legend = _filled(query.legend, labels)
             times = tuple(float(when) - self._start for when, _ in points)
             yield Series(legend, times, tuple(float(value) for _, value in points))
 
@@ -71,3 +71,8 @@ def _order(series: Series) -> tuple[float, str]:
         return (float(series.legend), "")
     except ValueError:
         return (0.0, series.legend)
+
+
+def _filled(legend: str, labels: dict[str, str]) -> str:
+    """A legend with the labels' values in their places."""
+    return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), legend)

@@ -85,7 +85,7 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
             )
             add_administration(admin, administration, access)
             await admin.start()
-        log.info("waiting for a verify worker", extra=ports | settings.workers_wanted)
+        log.info("waiting for a verify worker", extra={**ports, **settings.workers_wanted})
         await cluster.start(seconds=settings.start_seconds)
         router = await build_router(settings, telemetry, registry, cluster, store, counts, stack)
         routers.append(router)

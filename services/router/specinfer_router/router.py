@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,8 +32,8 @@ from specinfer_router.following import Followers, FollowLimits, finished
 from specinfer_router.opening import SeatLimits, SessionOpener
 from specinfer_router.policy import PlainSpeed, TreeShapePolicy
 from specinfer_router.request_log import RequestLog, RequestLogEntry
-from specinfer_router.session import LEAVING, Session, beyond_the_end
-from specinfer_router.store import ABANDONED, CANCELLED, SessionRecord, SessionStore
+from specinfer_router.session import LEAVING, Session, beyond_the_end, given_up_unless_run
+from specinfer_router.store import CANCELLED, SessionRecord, SessionStore
 from specinfer_router.stream import OpenStreams
 from specinfer_router.tokenizer import ServedTokenizer
 from specinfer_router.tracing import request_ended, request_span, trace_queue, traced
@@ -52,6 +52,7 @@ class RouterLimits:
         max_events: how far a session may run ahead of its reader.
         stall_seconds: a reader that takes nothing for so long loses its session.
         follow: how many read along, and for how long.
+        needs_store: whether new sessions are refused while the store is away.
     """
 
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
@@ -60,6 +61,7 @@ class RouterLimits:
     max_events: int = 64
     stall_seconds: float = 60.0
     follow: FollowLimits = field(default_factory=FollowLimits)
+    needs_store: bool = True
 
 
 class Router:
@@ -120,6 +122,8 @@ class Router:
         """Why new requests would fail now, or ""."""
         if self._admission.draining:
             return "draining"
+        if self._limits.needs_store and self.store.away_seconds:
+            return "the session store is away"
         return "" if self.cluster.verifiers.num_ready else "no verify worker is ready"
 
     def most_held(self, caller: Caller) -> int:
@@ -317,7 +321,7 @@ class Router:
             ticket.spend(len(record.token_ids))
             leaving = self._leaving(caller, unattended=unattended)
             session = await self._opener.open(record, leaving)
-            async with self._given_up_unless_run(record, session):
+            async with given_up_unless_run(self.store, record, session):
                 started = self._opener.started(record)
                 entry.add(started)
                 yield started
@@ -343,7 +347,7 @@ class Router:
             leaving = self._leaving(caller, unattended=record.terms.unattended)
             offset = request.offset
             session, replay = self._opener.reopen(record, offset, leaving, whole=whole)
-            async with self._given_up_unless_run(record, session):
+            async with given_up_unless_run(self.store, record, session):
                 started = self._opener.started(record, request.request_id)
                 entry.add(started)
                 yield started
@@ -362,18 +366,6 @@ class Router:
                 async with aclosing(self._rounds(session, ticket, entry)) as events:
                     async for event in events:
                         yield event
-
-    @asynccontextmanager
-    async def _given_up_unless_run(
-        self, record: SessionRecord, session: Session
-    ) -> AsyncGenerator[None, None]:
-        """A session whose loop never began is left for others to resume, not as running."""
-        try:
-            yield
-        finally:
-            if not session.begun and not record.finish_reason:
-                with suppress(SpecinferError):
-                    await self.store.finish(record.session_id, ABANDONED, owner=record.owner)
 
     def _admitted(self, entry: RequestLogEntry, ticket: Ticket) -> None:
         entry.admitted(ticket.queue_seconds)

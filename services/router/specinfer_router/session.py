@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from specinfer.errors import Cancelled, InvalidRequest, LeaseLost, RouterLeaving, SpecinferError
@@ -322,6 +322,19 @@ def beyond_the_end(offset: int, num_tokens: int) -> InvalidRequest:
 def _least(*bounds: int | None) -> int:
     """The smallest of the bounds that are set."""
     return min(bound for bound in bounds if bound is not None)
+
+
+@asynccontextmanager
+async def given_up_unless_run(
+    store: SessionStore, record: SessionRecord, session: Session
+) -> AsyncGenerator[None, None]:
+    """A session whose loop never began is left for others to resume, not as running."""
+    try:
+        yield
+    finally:
+        if not session.begun and not record.finish_reason:
+            with suppress(SpecinferError):
+                await store.finish(record.session_id, ABANDONED, owner=record.owner)
 
 
 class RoundTally:

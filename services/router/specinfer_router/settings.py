@@ -12,7 +12,7 @@ from pathlib import Path
 from specinfer.credentials import is_loopback
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
-from specinfer.redis_connection import RedisSettings
+from specinfer.redis_connection import RedisSettings, check_redis_given
 from specinfer.registry import check_group
 from specinfer.rpc import TlsSettings
 from specinfer.settings import setting
@@ -132,6 +132,11 @@ class RouterSettings:
         check_origins(self.cors_origin)
         if self.keys == KEYS_IN_REDIS and not self.redis:
             raise InvalidRequest("--keys redis needs --redis URL", field="keys")
+        check_redis_given(self)
+        if self.redis_settings is not None and self.lease_seconds >= self.session_seconds:
+            raise InvalidRequest(
+                "--lease-seconds is less than --session-seconds", field="lease_seconds"
+            )
         if self.redis_outage not in (REFUSE, SERVE):
             raise InvalidRequest(
                 "--redis-outage is refuse or serve: what becomes of new sessions meanwhile",
@@ -210,6 +215,7 @@ class RouterSettings:
             follow=FollowLimits(
                 still_seconds=StepDeadline(self.step_deadline).most_seconds + self.failover_seconds
             ),
+            needs_store=self.redis_outage == REFUSE,
         )
 
     def drain_limits(self) -> DrainLimits:
