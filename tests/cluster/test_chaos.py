@@ -80,6 +80,7 @@ async def test_a_wrong_token_and_an_error_would_be_seen(
     assert not result.clean
 
 
+@pytest.mark.chaos
 async def test_every_process_restarts_under_streams_and_nobody_fails(
     ready: Ready, options: MatrixOptions
 ) -> None:
@@ -90,6 +91,7 @@ async def test_every_process_restarts_under_streams_and_nobody_fails(
     assert all(process.num_starts == 2 for process in cluster.processes.values())
 
 
+@pytest.mark.chaos
 async def test_a_short_soak_leaves_nothing(options: MatrixOptions) -> None:
     report = await soak(SoakOptions(options, seconds=20.0, num_users=6, session_seconds=8.0))
     assert not report.failed, report.failed[:5]
@@ -108,6 +110,7 @@ async def test_a_soak_sees_a_key_that_was_left(ready: Ready) -> None:
     assert any("planted" in line and "is left" in line for line in left)
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(faketime() is None, reason="libfaketime is not installed")
 async def test_clocks_of_an_hour_apart_are_survived(options: MatrixOptions) -> None:
     row = named("clock-wrong")

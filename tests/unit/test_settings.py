@@ -98,8 +98,3 @@ def test_options_that_would_not_be_used_are_refused(kind: str, flags: dict[str, 
         settings = partial(DraftSettings, model=Path("model"))
     with pytest.raises(InvalidRequest):
         settings(**flags)
-
-
-def test_a_lease_is_shorter_than_what_it_is_a_lease_of() -> None:
-    with pytest.raises(InvalidRequest, match="--lease-seconds"):
-        RouterSettings(redis="redis://127.0.0.1:1/0", session_seconds=5.0, lease_seconds=5.0)

@@ -133,10 +133,6 @@ class RouterSettings:
         if self.keys == KEYS_IN_REDIS and not self.redis:
             raise InvalidRequest("--keys redis needs --redis URL", field="keys")
         check_redis_given(self)
-        if self.redis_settings is not None and self.lease_seconds >= self.session_seconds:
-            raise InvalidRequest(
-                "--lease-seconds is less than --session-seconds", field="lease_seconds"
-            )
         if self.redis_outage not in (REFUSE, SERVE):
             raise InvalidRequest(
                 "--redis-outage is refuse or serve: what becomes of new sessions meanwhile",
