@@ -155,6 +155,7 @@ class Streams:
             return await rest_of(stream)
 
 
+@pytest.mark.chaos
 async def test_a_hung_drafter_costs_guesses_and_no_token(cluster: RunningCluster) -> None:
     async with AsyncClient(cluster.router) as client:
         unbroken = await unbroken_runs(client)
@@ -168,6 +169,7 @@ async def test_a_hung_drafter_costs_guesses_and_no_token(cluster: RunningCluster
                 pass
 
 
+@pytest.mark.chaos
 async def test_streams_of_a_hung_verifier_go_on_elsewhere(cluster: RunningCluster) -> None:
     async with AsyncClient(cluster.router) as client:
         unbroken = await unbroken_runs(client)
