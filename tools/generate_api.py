@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specinfer.errors import SpecinferError
+from tools.generated_file import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "api.md"
@@ -39,14 +40,7 @@ ENTRY = re.compile(r"^    (?P<name>\S[^:]*): (?P<text>.+)$")
 
 def main() -> int:
     """Write the file, or with `--check` say whether it is what would be written."""
-    text = reference()
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(text, encoding="utf-8")
-        return 0
-    if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    print("docs/api.md is not what tools/generate_api.py makes; run it", file=sys.stderr)
-    return 1
+    return write_or_check(TARGET, reference(), "tools/generate_api.py")
 
 
 def reference() -> str:

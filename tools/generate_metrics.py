@@ -10,6 +10,7 @@ from pathlib import Path
 from specinfer.metrics.catalogue import GROUPS
 from specinfer.metrics.metric import Kind, Label, Metric
 from specinfer.metrics.vllm import VLLM
+from tools.generated_file import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "metrics.md"
@@ -65,14 +66,7 @@ MAX_LISTED = 20
 
 def main() -> int:
     """Write the file, or with `--check` say whether it is what would be written."""
-    text = reference()
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(text, encoding="utf-8")
-        return 0
-    if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    print("docs/metrics.md is not what tools/generate_metrics.py makes; run it", file=sys.stderr)
-    return 1
+    return write_or_check(TARGET, reference(), "tools/generate_metrics.py")
 
 
 def reference() -> str:

@@ -6,11 +6,12 @@ knows nothing of what the rules say.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import yaml
+
+from tools.generated_file import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ROOT / "deploy/prometheus/rules"
@@ -19,18 +20,8 @@ HEAD = "# Made from deploy/prometheus/rules by `python tools/generate_rules.py`;
 
 
 def main() -> int:
-    """Write the manifest, or say whether it is what would be written."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true")
-    text = manifest()
-    if not parser.parse_args().check:
-        TARGET.write_text(text, encoding="utf-8")
-        return 0
-    if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    name = TARGET.relative_to(ROOT)
-    print(f"{name} is not what tools/generate_rules.py makes; run it", file=sys.stderr)
-    return 1
+    """Write the file, or with `--check` say whether it is what would be written."""
+    return write_or_check(TARGET, manifest(), "tools/generate_rules.py")
 
 
 def manifest() -> str:

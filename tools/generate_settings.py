@@ -14,6 +14,7 @@ from typing import Any
 from specinfer_draft.settings import Settings as DraftSettings
 from specinfer_router.settings import RouterSettings
 from specinfer_verify.settings import Settings as VerifySettings
+from tools.generated_file import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "settings.md"
@@ -35,14 +36,7 @@ given as files: a setting never holds one. What to choose is in [operations.md](
 
 def main() -> int:
     """Write the file, or with `--check` say whether it is what would be written."""
-    text = reference()
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(text, encoding="utf-8")
-        return 0
-    if TARGET.exists() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    print("docs/settings.md is not what tools/generate_settings.py makes; run it", file=sys.stderr)
-    return 1
+    return write_or_check(TARGET, reference(), "tools/generate_settings.py")
 
 
 def reference() -> str:
