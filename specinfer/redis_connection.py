@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
@@ -211,13 +211,57 @@ async def close(client: Redis | RedisCluster) -> None:
         await client.connection_pool.aclose()
 
 
-def check_redis_given(settings: object) -> None:
-    """Raise InvalidRequest for options of Redis that a process's settings cannot use."""
-    if getattr(settings, "redis", ""):
-        # Making it checks them against the URL.
-        getattr(settings, "redis_settings")  # noqa: B009 - any settings with Redis have it
-        return
+class RedisOptions(Protocol):
+    """What the settings of a process say of Redis; see `RedisSettings`."""
+
+    @property
+    def redis(self) -> str:
+        """The URL, or "" for none."""
+        ...
+
+    @property
+    def redis_password_file(self) -> Path | None:
+        """File that holds the password."""
+        ...
+
+    @property
+    def redis_ca(self) -> Path | None:
+        """Certificates to trust."""
+        ...
+
+    @property
+    def redis_certificate(self) -> Path | None:
+        """Our own certificate."""
+        ...
+
+    @property
+    def redis_key(self) -> Path | None:
+        """Its private key."""
+        ...
+
+    @property
+    def redis_cluster(self) -> bool:
+        """Whether it is a cluster."""
+        ...
+
+
+def redis_of(options: RedisOptions) -> RedisSettings | None:
+    """How a process reaches Redis, or None where it is told of none.
+
+    Raises:
+        InvalidRequest: options that would not be used.
+    """
+    if options.redis:
+        return RedisSettings(
+            url=options.redis,
+            password_file=options.redis_password_file,
+            ca=options.redis_ca,
+            certificate=options.redis_certificate,
+            key=options.redis_key,
+            cluster=options.redis_cluster,
+        )
     for part in ("password_file", "ca", "certificate", "key", "cluster"):
-        if getattr(settings, f"redis_{part}"):
+        if getattr(options, f"redis_{part}"):
             flag = f"--redis-{part.replace('_', '-')}"
             raise InvalidRequest(f"{flag} needs --redis URL", field=f"redis_{part}")
+    return None

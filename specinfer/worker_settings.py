@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
-from specinfer.redis_connection import RedisSettings, check_redis_given
+from specinfer.redis_connection import RedisSettings, redis_of
 from specinfer.registry import check_group
 from specinfer.rpc import TlsSettings
 from specinfer.settings import required_setting, setting
@@ -68,7 +68,7 @@ class WorkerSettings:
             value = getattr(self, item.name)
             if item.name.endswith("_seconds") and not 0 <= value < float("inf"):
                 raise InvalidRequest(f"{item.name} is 0 or more", field=item.name)
-        check_redis_given(self)
+        redis_of(self)
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise InvalidRequest("--tls-certificate and --tls-key are given together", field="tls")
         if self.tls_ca is not None and self.tls_certificate is None:
@@ -80,16 +80,7 @@ class WorkerSettings:
     @property
     def redis_settings(self) -> RedisSettings | None:
         """The Redis that we announce ourselves in, or None."""
-        if not self.redis:
-            return None
-        return RedisSettings(
-            self.redis,
-            self.redis_password_file,
-            self.redis_ca,
-            self.redis_certificate,
-            self.redis_key,
-            self.redis_cluster,
-        )
+        return redis_of(self)
 
     @property
     def tls(self) -> TlsSettings | None:

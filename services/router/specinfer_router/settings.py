@@ -12,7 +12,7 @@ from pathlib import Path
 from specinfer.credentials import is_loopback
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
-from specinfer.redis_connection import RedisSettings, check_redis_given
+from specinfer.redis_connection import RedisSettings, redis_of
 from specinfer.registry import check_group
 from specinfer.rpc import TlsSettings
 from specinfer.settings import setting
@@ -132,7 +132,7 @@ class RouterSettings:
         check_origins(self.cors_origin)
         if self.keys == KEYS_IN_REDIS and not self.redis:
             raise InvalidRequest("--keys redis needs --redis URL", field="keys")
-        check_redis_given(self)
+        redis_of(self)
         if self.redis_outage not in (REFUSE, SERVE):
             raise InvalidRequest(
                 "--redis-outage is refuse or serve: what becomes of new sessions meanwhile",
@@ -227,16 +227,7 @@ class RouterSettings:
     @property
     def redis_settings(self) -> RedisSettings | None:
         """How to reach Redis, or None without one."""
-        if not self.redis:
-            return None
-        return RedisSettings(
-            url=self.redis,
-            password_file=self.redis_password_file,
-            ca=self.redis_ca,
-            certificate=self.redis_certificate,
-            key=self.redis_key,
-            cluster=self.redis_cluster,
-        )
+        return redis_of(self)
 
     @property
     def tls(self) -> TlsSettings | None:
