@@ -25,6 +25,7 @@ from specinfer.registry import (
     WorkerRegistry,
     check_address,
 )
+from specinfer.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,7 @@ class Announcer:
 
     async def close(self) -> None:
         """Leave the list at once, if the registry can be reached."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_task(self._task)
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 await self._registry.withdraw(self._worker)

@@ -41,7 +41,14 @@ from specinfer.messages import (
     ResumeRequest,
 )
 from specinfer.retry import Attempts, RetryPolicy
-from specinfer.rpc import RESUMES, RESUMES_KEY, TlsSettings, error_from_rpc, open_channel
+from specinfer.rpc import (
+    RESUMES,
+    RESUMES_KEY,
+    TlsSettings,
+    error_from_rpc,
+    has_detail,
+    open_channel,
+)
 from specinfer.v1 import router_pb2, router_pb2_grpc
 
 # A router that has not answered within this is not waited for while there are others.
@@ -102,7 +109,7 @@ class EventCall:
                 self.cancel()
                 raise _silent(self._silence) from None
             except grpc.aio.AioRpcError as error:
-                raise _error_of(error) from None
+                raise error_of(error) from None
             if wire is grpc.aio.EOF:
                 self._forgotten.detach()
                 return None
@@ -252,7 +259,7 @@ class Connection:
             except TimeoutError:
                 await self._once_more(_silent(limits.attempt_timeout), attempts, router, only)
             except grpc.aio.AioRpcError as error:
-                await self._once_more(_error_of(error), attempts, router, only)
+                await self._once_more(error_of(error), attempts, router, only)
             except asyncio.CancelledError:
                 self.check_not_closed_meanwhile()
                 raise
@@ -319,11 +326,14 @@ def _silent(seconds: float | None) -> Unavailable:
     return Unavailable(f"nothing came from the router for {seconds} seconds (attempt_timeout)")
 
 
-def _error_of(error: grpc.aio.AioRpcError) -> SpecinferError:
+def error_of(error: grpc.aio.AioRpcError) -> SpecinferError:
     """Our error of a failed call; a stream that was cut on the way is Unavailable."""
     found = error_from_rpc(error)
-    cut = error.code() in _BROKEN_CODES and "RST_STREAM" in (error.details() or "")
-    return Unavailable(found.message) if cut else found
+    code, text = error.code(), error.details() or ""
+    # A router says why it cancels; a server that goes away under a call does not.
+    unsaid = code is grpc.StatusCode.CANCELLED and not has_detail(error)
+    cut = unsaid or (code in _BROKEN_CODES and "RST_STREAM" in text)
+    return Unavailable(f"the stream was cut: {found.message}") if cut else found
 
 
 def check_addresses(address: str | Sequence[str]) -> tuple[str, ...]:

@@ -152,6 +152,11 @@ def error_from_rpc(error: grpc.RpcError) -> SpecinferError:
     )
 
 
+def has_detail(error: grpc.RpcError) -> bool:
+    """Whether one of our servers ended the call with an error of ours."""
+    return _error_detail(error) is not None
+
+
 def _error_detail(error: grpc.RpcError) -> tree_pb2.ErrorDetail | None:
     metadata: Any = getattr(error, "trailing_metadata", lambda: None)() or ()
     for key, value in metadata:

@@ -30,6 +30,7 @@ from specinfer.rpc import (
     error_text,
     status_code,
 )
+from specinfer.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ async def reporting_readiness(
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)
 
 
 def build_server(

@@ -6,10 +6,12 @@ import random
 import socket
 from collections.abc import AsyncIterator, Iterator
 
+import grpc.aio
 import pytest
 
 from specinfer import (
     AsyncClient,
+    Cancelled,
     Client,
     Completion,
     InternalError,
@@ -22,7 +24,9 @@ from specinfer import (
     Unavailable,
 )
 from specinfer.completion import CompletionBuilder, summary_of
+from specinfer.connection import error_of
 from specinfer.messages import GenerateEvent
+from specinfer.rpc import error_metadata
 from specinfer.testing import FakeReply, FakeRouter, FakeStore, words_of
 from tests.kit.link_breaker import broken_link
 
@@ -61,6 +65,18 @@ async def test_a_broken_stream_goes_on_at_its_offset() -> None:
     ]
     assert len(router.requests) == 2
     assert stream.resume_token == (stream.completion.session_id, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_cancellation_is_a_cut_stream_unless_the_router_says_so(said: bool) -> None:
+    """A server that goes away under a call cancels it, and gives no reason."""
+    detail = error_metadata(Cancelled("cancelled by an operator")) if said else ()
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(*detail), "CANCELLED"
+    )
+    found = error_of(error)
+    assert isinstance(found, Cancelled if said else Unavailable)
+    assert found.retryable is not said
 
 
 async def test_the_summary_of_a_resumed_stream_counts_all_parts() -> None:

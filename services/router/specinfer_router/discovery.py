@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from specinfer.errors import SpecinferError
 from specinfer.registry import RegisteredWorker, WorkerRegistry
+from specinfer.tasks import end_task
 from specinfer_router.links import WorkerLink
 from specinfer_router.pool import WorkerPool
 
@@ -136,9 +137,7 @@ class Discovery:
 
     async def close(self) -> None:
         """End the task and the connection; the pools keep their links."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_task(self._task)
         for follower in self._followers.values():
             await follower.close()
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from specinfer.server import RpcServer
+from specinfer.tasks import end_task
 from specinfer_router.gateway.responses_run import BackgroundRuns
 from specinfer_router.router import Router
 
@@ -49,9 +50,7 @@ async def drain(
         await _idle(router, LAST_SECONDS)
         await runs.close()
     finally:
-        if closing is not None:
-            closing.cancel()
-            await asyncio.gather(closing, return_exceptions=True)
+        await end_task(closing)
 
 
 async def _idle(router: Router, seconds: float) -> None:

@@ -31,6 +31,7 @@ from specinfer.errors import (
 )
 from specinfer.messages import WorkerInfo, WorkerLoad
 from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
+from specinfer.tasks import end_task
 from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.hedging import MovingQuantile
 
@@ -173,9 +174,7 @@ class WorkerLink(ABC, Generic[ItemT]):
 
     async def close(self) -> None:
         """End the stream; everything that waits fails with Unavailable."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_task(self._task)
         await self._channel.close()
 
     @abstractmethod

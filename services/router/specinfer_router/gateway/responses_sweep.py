@@ -11,6 +11,7 @@ import random
 
 from specinfer.errors import LeaseLost, NotFound, SpecinferError
 from specinfer.messages import ResumeRequest
+from specinfer.tasks import end_task
 from specinfer_router.access import Caller
 from specinfer_router.gateway.responses_run import BackgroundRuns, written
 from specinfer_router.gateway.responses_store import ResponseStore, response_id_of
@@ -48,9 +49,7 @@ class ResponseSweep:
 
     async def close(self) -> None:
         """Look no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_task(self._task)
 
     async def sweep(self) -> int:
         """Look once; returns how many were taken over."""

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from specinfer.errors import SpecinferError, Unauthenticated
+from specinfer.tasks import end_task
 from specinfer_router.access import ANYBODY, Caller
 from specinfer_router.keys.record import KeyRecord, digest, key_id_of
 
@@ -76,9 +77,7 @@ class AccessControl:
 
     async def close(self) -> None:
         """Follow no more."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            await asyncio.gather(self._refreshing, return_exceptions=True)
+        await end_task(self._refreshing)
         if self._source is not None:
             await self._source.close()
 

@@ -27,6 +27,7 @@ from specinfer.errors import (
     StaleEpoch,
     Unavailable,
 )
+from specinfer.tasks import end_task
 from specinfer_router.store.copies import Copies, Held, StoreHooks
 from specinfer_router.store.documents import MemoryDocuments
 from specinfer_router.store.interface import (
@@ -253,9 +254,7 @@ class DurableStore:
     async def close(self) -> None:
         """Give connections and copies up."""
         await self._outage.close()
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        await end_task(self._keeper)
         await self._copies.close()
         await self._shared.close()
 

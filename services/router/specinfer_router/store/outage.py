@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from specinfer.errors import SpecinferError, Unavailable
+from specinfer.tasks import end_task
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,7 @@ class Outage:
 
     async def close(self) -> None:
         """Ask no more."""
-        if self._prober is not None:
-            self._prober.cancel()
-            await asyncio.gather(self._prober, return_exceptions=True)
+        await end_task(self._prober)
 
     async def _probe(self) -> None:
         pause = self._limits.min_pause

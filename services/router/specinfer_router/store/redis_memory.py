@@ -9,6 +9,7 @@ from typing import Any
 
 from specinfer.errors import SpecinferError
 from specinfer.redis_connection import RedisSettings, close
+from specinfer.tasks import end_task
 from specinfer_router.store.redis_check import server_facts
 
 PAUSE_SECONDS = 10.0
@@ -38,9 +39,7 @@ class RedisMemory:
 
     async def close(self) -> None:
         """Ask no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_task(self._task)
         await close(self._client)
 
     async def look(self) -> None:
