@@ -1,4 +1,4 @@
-"""What a pass costs by its rows, from what a worker measured of itself.
+"""What a pass costs by its rows and its context, from what a worker measured of itself.
 
 This module knows nothing of workers, trees or who asks.
 """
@@ -11,26 +11,56 @@ from itertools import accumulate
 
 from specinfer.messages import StepCost
 
+Line = tuple[list[int], list[float]]
+
 
 class StepCurve:
-    """Seconds of a forward pass by its rows: measured points with straight lines between."""
+    """T(rows, context): seconds of a forward pass, bilinear between the measured points.
+
+    Every measured context has its own line over rows. Between two contexts, and beyond the
+    longest, the lines are joined by straight lines; below the shortest it stands for itself.
+    """
 
     def __init__(self, costs: Sequence[StepCost]) -> None:
-        """Take the measurements with the shortest context, where rows matter most."""
-        shortest = min((cost.context_len for cost in costs), default=0)
-        points = {cost.num_rows: cost.seconds for cost in costs if cost.context_len == shortest}
-        self._rows = sorted(points)
-        # More rows never cost less; a measurement that says so is noise.
-        self._seconds = list(accumulate((points[rows] for rows in self._rows), max))
+        """Take the measurements in any order; a point that is told twice counts once."""
+        lines: dict[int, dict[int, float]] = {}
+        for cost in costs:
+            lines.setdefault(cost.context_len, {})[cost.num_rows] = cost.seconds
+        self._contexts = sorted(lines)
+        self._lines = [_line(lines[context]) for context in self._contexts]
 
-    def at(self, num_rows: int) -> float:
-        """Seconds of a pass; 1 when nothing was measured, so that only ratios are lost."""
-        rows, seconds = self._rows, self._seconds
-        if not rows:
+    def at(self, num_rows: int, context_len: int = 0) -> float:
+        """Seconds of a pass; 1 when nothing was measured, so that only ratios are lost.
+
+        Args:
+            num_rows: rows of the pass.
+            context_len: committed keys that each row sees; 0 takes the shortest measured.
+        """
+        contexts = self._contexts
+        if not contexts:
             return 1.0
-        if len(rows) == 1 or num_rows <= rows[0]:
-            return seconds[0]
-        right = min(max(bisect_right(rows, num_rows), 1), len(rows) - 1)
-        left = right - 1
-        slope = (seconds[right] - seconds[left]) / (rows[right] - rows[left])
-        return seconds[left] + slope * (num_rows - rows[left])
+        base = _on_line(self._lines[0], num_rows)
+        if len(contexts) == 1 or context_len <= contexts[0]:
+            return base
+        right = min(bisect_right(contexts, context_len), len(contexts) - 1)
+        near, far = (_on_line(self._lines[place], num_rows) for place in (right - 1, right))
+        # More keys never cost less; a measurement that says so is noise.
+        near, far = max(base, near), max(base, near, far)
+        share = (context_len - contexts[right - 1]) / (contexts[right] - contexts[right - 1])
+        return near + share * (far - near)
+
+
+def _line(points: dict[int, float]) -> Line:
+    rows = sorted(points)
+    # More rows never cost less either.
+    return rows, list(accumulate((points[count] for count in rows), max))
+
+
+def _on_line(line: Line, num_rows: int) -> float:
+    rows, seconds = line
+    if len(rows) == 1 or num_rows <= rows[0]:
+        return seconds[0]
+    right = min(max(bisect_right(rows, num_rows), 1), len(rows) - 1)
+    left = right - 1
+    slope = (seconds[right] - seconds[left]) / (rows[right] - rows[left])
+    return seconds[left] + slope * (num_rows - rows[left])

@@ -10,7 +10,9 @@ from specinfer.errors import StaleEpoch
 from specinfer.messages import Finished, ShapeQuery, SpeculationOptions, Started, TokensEvent
 from specinfer.step_curve import StepCurve
 from specinfer_router.opening import SeatLimits
-from specinfer_router.policy import AdaptiveShape, StaticShape
+from specinfer_router.calibration import Calibration
+from specinfer_router.goodput import AdaptiveShape
+from specinfer_router.policy import StaticShape
 from specinfer_router.router import RouterLimits
 from tests.kit.fake_drafter import FakeDrafter
 from tests.kit.fake_workers import EOS, FakeVerifier, continuation, info_of
@@ -82,7 +84,7 @@ async def test_a_hostile_drafter_is_slower_and_never_wrong(seed: int) -> None:
 
 async def test_an_adaptive_shape_gives_the_same_tokens() -> None:
     costs = info_of("verify").step_costs
-    policy = AdaptiveShape(ShapeQuery(max_nodes=12, max_depth=6), StepCurve(costs))
+    policy = AdaptiveShape(ShapeQuery(max_nodes=12, max_depth=6), Calibration(StepCurve(costs)))
     async with running_router(policy=policy) as bench:
         result = await bench.generate(request_of(max_tokens=120))
         assert result.token_ids == continuation(PROMPT, 120, seed=3)

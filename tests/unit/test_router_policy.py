@@ -1,8 +1,6 @@
-"""How large a tree is asked for, and that it fits into the room that is left."""
+"""Which shape a request asks for, that it fits into the room that is left, and what passes cost."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 from hypothesis import given
@@ -10,97 +8,21 @@ from hypothesis import strategies as st
 
 from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
-from specinfer_router.policy import (
-    PROBE_ROUNDS,
-    AdaptiveShape,
-    RoundHistory,
-    StaticShape,
-    clip,
-    num_nodes,
-)
+from specinfer_router.policy import StaticShape, clip, num_nodes
 
 FLAT = StepCurve([StepCost(1, 0, 0.010), StepCost(12, 0, 0.010), StepCost(64, 0, 0.100)])
-STEEP = StepCurve([StepCost(1, 0, 0.010), StepCost(64, 0, 0.100)])
 ANY = SpeculationOptions()
 
 
-def planned(
-    curve: StepCurve, acceptance: float, *, sessions: int = 1, draft: float = 0.0005, idle: int = 0
-) -> ShapeQuery:
-    history = RoundHistory(acceptance=acceptance, draft_seconds=draft, num_idle_rounds=idle)
-    policy = AdaptiveShape(ShapeQuery(max_nodes=12, max_depth=8), curve)
-    return policy.plan(ANY, history, sessions)
-
-
 def test_static_shapes_follow_the_request_and_else_the_cluster() -> None:
-    policy, history = StaticShape(ShapeQuery(max_nodes=8, max_depth=4)), RoundHistory()
+    policy = StaticShape(ShapeQuery(max_nodes=8, max_depth=4))
+    history = policy.history(0.0, 100)
     assert policy.plan(ANY, history, 1) == ShapeQuery(max_nodes=8, max_depth=4)
     assert policy.plan(SpeculationOptions(enabled=False), history, 1).max_nodes == 0
     assert policy.plan(SpeculationOptions(max_nodes=3), history, 1).max_nodes == 3
     assert policy.plan(SpeculationOptions(widths=(2, 2)), history, 1) == ShapeQuery(
         max_nodes=6, max_depth=2, widths=(2, 2)
     )
-
-
-def test_a_good_drafter_gets_depth_and_a_bad_one_nothing() -> None:
-    assert planned(FLAT, 0.95).max_depth == 8
-    assert planned(FLAT, 0.05).max_nodes == 0
-    depths = [planned(FLAT, acceptance).max_depth for acceptance in (0.3, 0.6, 0.9)]
-    assert depths == sorted(depths)
-
-
-def test_rows_that_cost_nothing_are_used() -> None:
-    assert planned(FLAT, 0.8).max_nodes >= 11
-    steep = planned(STEEP, 0.95)
-    assert steep.max_nodes == steep.max_depth > 0
-
-
-def test_many_sessions_leave_no_room_for_guesses() -> None:
-    assert planned(FLAT, 0.8, sessions=1).max_nodes > 0
-    assert planned(FLAT, 0.8, sessions=64).max_nodes == 0
-
-
-def test_a_slow_drafter_is_not_waited_for() -> None:
-    assert planned(FLAT, 0.8, draft=0.05).max_nodes == 0
-
-
-def test_while_speculation_does_not_pay_it_is_tried_now_and_then() -> None:
-    assert planned(FLAT, 0.05, idle=PROBE_ROUNDS - 1).max_nodes == 0
-    assert planned(FLAT, 0.05, idle=PROBE_ROUNDS).max_nodes == 1
-
-
-@pytest.mark.parametrize("acceptance", [0.2, 0.5, 0.7, 0.9])
-@pytest.mark.parametrize("sessions", [1, 4, 16])
-def test_the_choice_is_the_best_by_the_documented_formula(acceptance: float, sessions: int) -> None:
-    shape = planned(STEEP, acceptance, sessions=sessions)
-
-    def goodput(depth: int) -> float:
-        tokens = sum(acceptance**level for level in range(depth + 1))
-        return tokens / (STEEP.at(sessions * (depth + 1)) + depth * 0.0005)
-
-    best = max(range(1, 9), key=goodput)
-    expected = best if goodput(best) > 1.1 / STEEP.at(sessions) else 0
-    assert (shape.max_depth if shape.max_nodes else 0) == expected
-
-
-def test_planning_is_cheap() -> None:
-    start = time.perf_counter()
-    for _ in range(200):
-        planned(FLAT, 0.8)
-    assert (time.perf_counter() - start) / 200 < 0.002
-
-
-def test_acceptance_is_learnt_from_trials_not_from_rounds() -> None:
-    history = RoundHistory(acceptance=0.5)
-    for _ in range(200):
-        history.observe(depth=4, num_accepted=4, seconds=0.004)
-    assert history.acceptance > 0.95
-    assert history.draft_seconds == pytest.approx(0.001)
-    for _ in range(200):
-        history.observe(depth=4, num_accepted=0, seconds=0.004)
-    assert history.acceptance < 0.05
-    history.observe(depth=0, num_accepted=0, seconds=0.0)
-    assert history.num_idle_rounds == 1
 
 
 @pytest.mark.parametrize(
@@ -135,23 +57,39 @@ def test_a_clipped_shape_always_fits(
     assert (clipped.max_nodes == 0) == (clipped.max_depth == 0)
 
 
-def test_a_first_answer_after_a_prompt_says_nothing_of_a_level() -> None:
-    history = RoundHistory()
-    history.observe(depth=4, num_accepted=4, seconds=None)
-    assert history.draft_seconds == 0.0
-    assert history.acceptance > 0.7
-    history.observe(depth=4, num_accepted=4, seconds=0.004)
-    assert history.draft_seconds == pytest.approx(0.001)
+GRID = StepCurve(
+    [
+        *(StepCost(1, 128, 0.010), StepCost(9, 128, 0.018)),
+        *(StepCost(1, 1024, 0.020), StepCost(9, 1024, 0.036), StepCost(9, 4096, 0.030)),
+    ]
+)
 
 
-def test_a_drafter_that_was_slow_once_is_soon_trusted_again() -> None:
-    history = RoundHistory()
-    history.observe(depth=1, num_accepted=1, seconds=0.5)
-    for _ in range(5):
-        history.observe(depth=0, num_accepted=0, seconds=0.0)
-        history.observe(depth=1, num_accepted=1, seconds=0.001)
-    assert history.draft_seconds < 0.02
-    # While guesses are made in every round one slow answer counts for little.
-    steady = RoundHistory(draft_seconds=0.001)
-    steady.observe(depth=1, num_accepted=1, seconds=0.011)
-    assert steady.draft_seconds == pytest.approx(0.0025)
+@pytest.mark.parametrize(
+    ("rows", "context", "seconds"),
+    [
+        *((1, 0, 0.010), (1, 128, 0.010), (5, 128, 0.014), (1, 576, 0.015), (5, 576, 0.021)),
+        *((9, 1024, 0.036), (9, 4096, 0.036), (9, 9999, 0.036), (17, 1024, 0.052)),
+    ],
+)
+def test_costs_between_contexts_are_bilinear(rows: int, context: int, seconds: float) -> None:
+    assert GRID.at(rows, context) == pytest.approx(seconds)
+
+
+def test_a_longer_context_goes_on_as_it_began() -> None:
+    curve = StepCurve([StepCost(1, 128, 0.010), StepCost(1, 1128, 0.020)])
+    assert curve.at(1, 2128) == pytest.approx(0.030)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 64), st.integers(0, 4096), st.floats(1e-4, 1.0)), max_size=12
+    ),
+    st.integers(0, 100),
+    st.integers(0, 8000),
+)
+def test_more_rows_never_cost_less(
+    points: list[tuple[int, int, float]], rows: int, context: int
+) -> None:
+    curve = StepCurve([StepCost(*point) for point in points])
+    assert curve.at(rows + 1, context) >= curve.at(rows, context) * (1 - 1e-12)

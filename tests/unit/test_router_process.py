@@ -20,7 +20,8 @@ from specinfer.admin import AdminClient
 from specinfer.client import AsyncClient
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
-from specinfer_router.policy import AdaptiveShape, StaticShape
+from specinfer_router.goodput import AdaptiveShape
+from specinfer_router.policy import StaticShape
 from specinfer_router.settings import RouterSettings
 from tests.conftest import free_port
 from tests.kit.fake_drafter import FakeDrafter

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from specinfer import __version__
 from specinfer.errors import Unavailable
+from specinfer.messages import StepCost
 from specinfer.metrics import MetricsServer, RouterMetrics
 from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer.server import RpcServer, build_server
@@ -169,7 +170,7 @@ async def build_router(
         cluster,
         store=CountedStore(store, metrics),
         tokenizer=await load_tokenizer(cluster, settings.max_prompt_characters),
-        policy=settings.shape_policy(cluster.target.step_costs),
+        policy=settings.shape_policy(cluster.target.step_costs, lambda: draft_costs(cluster)),
         metrics=metrics,
         version=__version__,
         limits=settings.limits(cluster.target.step_costs),
@@ -177,6 +178,12 @@ async def build_router(
     )
     stack.callback(router.close)
     return router
+
+
+def draft_costs(cluster: Cluster) -> tuple[StepCost, ...]:
+    """What some drafter's passes cost by its own measurement; nothing while none was heard of."""
+    known = (link.info.step_costs for link in cluster.drafters.links if link.info is not None)
+    return next(known, ())
 
 
 def watch_memory(settings: RouterSettings, stack: AsyncExitStack) -> RedisMemory | None:

@@ -1,61 +1,32 @@
 """How large a tree to ask for: the one decision about speculation, and it never changes a token.
 
-`StaticShape` asks for the same tree in every round. `AdaptiveShape` asks for the one that promises
-most tokens a second. This module knows nothing of workers, tokens or the wire.
+`StaticShape` asks for the same tree in every round; `specinfer_router.goodput` has the policy that
+asks for the one that promises most tokens a second. This module knows nothing of workers, tokens or
+the wire.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 from typing import Protocol
 
 from specinfer.messages import RoundFacts, ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
+from specinfer_router.calibration import Calibration
+from specinfer_router.round_history import RoundHistory
 
-PROBE_ROUNDS = 16
-PROBE_WEIGHT = 0.5
 PLAIN_WEIGHT = 0.05
-
-
-@dataclass
-class RoundHistory:
-    """What a session's rounds so far tell about the next one.
-
-    Attributes:
-        acceptance: moving average of how often a guess was confirmed when its parent was.
-        draft_seconds: moving average of a propose's round trip for each level of the tree.
-        num_idle_rounds: rounds without a guess since the last one with a guess.
-    """
-
-    acceptance: float = 0.7
-    draft_seconds: float = 0.0
-    num_idle_rounds: int = 0
-    weight: float = 0.15
-
-    def observe(self, *, depth: int, num_accepted: int, seconds: float | None) -> None:
-        """Take in a round whose tree was `depth` levels deep and took `seconds` to get.
-
-        None says that the time is no measure of a level: the drafter read a prompt first.
-        """
-        if depth == 0:
-            self.num_idle_rounds += 1
-            return
-        was_idle, self.num_idle_rounds = self.num_idle_rounds > 0, 0
-        for trial in range(min(depth, num_accepted + 1)):
-            self.acceptance += self.weight * ((trial < num_accepted) - self.acceptance)
-        if seconds is None:
-            return
-        # What was known before a pause is old: one slow answer must not silence a drafter for long.
-        weight = PROBE_WEIGHT if was_idle else self.weight
-        weight = weight if self.draft_seconds else 1.0
-        self.draft_seconds += weight * (seconds / depth - self.draft_seconds)
 
 
 class TreeShapePolicy(Protocol):
     """Chooses a tree's shape for one round."""
+
+    def history(self, temperature: float, context_len: int) -> RoundHistory:
+        """What to keep of a new session of `context_len` tokens that draws at `temperature`."""
+        ...
 
     def plan(
         self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
@@ -69,60 +40,19 @@ class StaticShape:
     """The request's shape, or else the cluster's: widths or best-first."""
 
     default: ShapeQuery
+    calibration: Calibration = field(
+        default_factory=lambda: Calibration(StepCurve(())), compare=False
+    )
+
+    def history(self, temperature: float, context_len: int) -> RoundHistory:
+        """What is kept here changes no shape."""
+        return RoundHistory(self.calibration, temperature=temperature, context_len=context_len)
 
     def plan(
         self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
     ) -> ShapeQuery:
         """The same shape in every round."""
         return requested(options, self.default)
-
-
-@dataclass(frozen=True)
-class AdaptiveShape:
-    """The depth that promises most tokens a second (after SmartSpec, arXiv 2406.14066).
-
-    With acceptance a, a tree of depth k yields tau(k) = (1 - a^(k+1)) / (1 - a) tokens a round. Its
-    n(k) nodes are as many as `default` allows and cost no more than `slack` over k nodes, for a
-    pass is nearly free up to some number of rows. With B sessions in a pass and measured costs T,
-
-        goodput(k) = tau(k) / (T(B * (n(k) + 1)) + k * draft_seconds),    goodput(0) = 1 / T(B)
-
-    Speculation has to win by `margin`. While it does not, every PROBE_ROUNDS-th round speculates
-    all the same, for acceptance is unknown without a guess.
-    """
-
-    default: ShapeQuery
-    costs: StepCurve
-    slack: float = 0.05
-    margin: float = 0.1
-
-    def plan(
-        self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
-    ) -> ShapeQuery:
-        """The depth and nodes of highest goodput, possibly none."""
-        asked = requested(options, self.default)
-        if asked.widths or asked.max_nodes == 0:
-            return asked
-        batch = max(1, num_sessions)
-        best, best_goodput = replace(asked, max_nodes=0), (1 + self.margin) / self.costs.at(batch)
-        tokens, chance = 1.0, 1.0
-        for depth in range(1, min(asked.max_depth, asked.max_nodes) + 1):
-            chance *= history.acceptance
-            tokens += chance
-            nodes = self._free_nodes(depth, asked.max_nodes, batch)
-            seconds = self.costs.at(batch * (nodes + 1)) + depth * history.draft_seconds
-            if tokens / seconds > best_goodput:
-                best = replace(asked, max_nodes=nodes, max_depth=depth)
-                best_goodput = tokens / seconds
-        probing = best.max_nodes == 0 and history.num_idle_rounds >= PROBE_ROUNDS
-        return replace(asked, max_nodes=1, max_depth=1) if probing else best
-
-    def _free_nodes(self, depth: int, max_nodes: int, batch: int) -> int:
-        allowed = self.costs.at(batch * (depth + 1)) * (1 + self.slack)
-        nodes = depth
-        while nodes < max_nodes and self.costs.at(batch * (nodes + 2)) <= allowed:
-            nodes += 1
-        return nodes
 
 
 class PlainSpeed:

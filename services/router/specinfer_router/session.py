@@ -26,7 +26,7 @@ from specinfer.messages import (
 from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import CLIENT, Span
 from specinfer_router.completion import Completion, Kept
-from specinfer_router.policy import RoundHistory, TreeShapePolicy, clip
+from specinfer_router.policy import TreeShapePolicy, clip
 from specinfer_router.prediction import Prediction
 from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
 from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
@@ -98,7 +98,7 @@ class Session:
         self._lost_before = lost_before
         self._tell_lost = tell_lost
         self._leaving = leaving
-        self._history = RoundHistory()
+        self._history = policy.history(record.terms.sampling.temperature, len(record.token_ids))
         self._tally = RoundTally()
         self._prediction: Prediction | None = None
         if record.terms.prediction and self._options.enabled:
@@ -226,11 +226,7 @@ class Session:
         num_accepted = min(len(result.accepted), len(kept.token_ids))
         self._token_ids.extend(kept.token_ids)
         self._num_cached_tokens = self._num_cached_tokens or result.num_cached_tokens
-        self._history.observe(
-            depth=guess.draft_depth,
-            num_accepted=sum(node < guess.num_draft_nodes for node in result.accepted),
-            seconds=None if guess.after_prefill else guess.seconds,
-        )
+        self._history.observe(guess, checked, context_len=len(self._token_ids))
         seconds = time.perf_counter() - start
         facts = self._facts(guess, checked, num_accepted, seconds, commit_seconds)
         self._count(facts, guess, checked.result.accepted[:num_accepted], len(kept.token_ids))

@@ -6,6 +6,7 @@ This module knows nothing of what is built from them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,17 +20,14 @@ from specinfer.settings import setting
 from specinfer.step_curve import StepCurve
 from specinfer.telemetry import TraceSettings
 from specinfer_router.admission import AdmissionLimits
+from specinfer_router.calibration import Calibration
 from specinfer_router.deadlines import StepDeadline
 from specinfer_router.drain import DrainLimits
 from specinfer_router.following import FollowLimits
 from specinfer_router.gateway.server import check_origins
+from specinfer_router.goodput import AdaptiveShape
 from specinfer_router.opening import SeatLimits
-from specinfer_router.policy import (
-    AdaptiveShape,
-    StaticShape,
-    TreeShapePolicy,
-    num_nodes,
-)
+from specinfer_router.policy import StaticShape, TreeShapePolicy, num_nodes
 from specinfer_router.router import RouterLimits
 
 MIN_PROPOSE_SECONDS = 0.1
@@ -186,10 +184,14 @@ class RouterSettings:
             )
         return ShapeQuery(max_nodes=num_nodes(widths), max_depth=len(widths), widths=widths)
 
-    def shape_policy(self, costs: tuple[StepCost, ...]) -> TreeShapePolicy:
-        """The policy, given what the target's steps cost."""
+    def shape_policy(
+        self,
+        costs: tuple[StepCost, ...],
+        draft_costs: Callable[[], Sequence[StepCost]] = tuple,
+    ) -> TreeShapePolicy:
+        """The policy, given what the target's steps cost and whom to ask for a drafter's."""
         if self.policy == "adaptive":
-            return AdaptiveShape(self.shape(), StepCurve(costs))
+            return AdaptiveShape(self.shape(), Calibration(StepCurve(costs), draft_costs))
         return StaticShape(self.shape())
 
     def limits(self, costs: tuple[StepCost, ...]) -> RouterLimits:

@@ -1,0 +1,266 @@
+"""What a router has seen of its drafters: how often they are right, and what a level costs.
+
+All sessions share it, it forgets what is old, and nothing of it is kept on disk. This module knows
+nothing of shapes, workers or the wire.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from specinfer.messages import StepCost
+from specinfer.step_curve import StepCurve
+from specinfer.tree import TokenTree
+
+MAX_LEVELS = 8
+MAX_RANKS = 4
+# What is believed of a drafter before its first tree: good enough to be tried.
+PRIOR = (0.7, 0.1, 0.04, 0.02)
+PRIOR_TRIALS = 4.0
+# A level leans on the others as if they were so many trials of its own.
+POOLED_TRIALS = 16.0
+MEMORY_TRIALS = 256.0
+MOST_ACCEPTED = 0.99
+# Costs: how much of the past a new answer leaves, and what a pause leaves of it.
+KEPT = 0.95
+KEPT_AFTER_PAUSE = 0.5
+SLOPE_TRUST = 1.0
+SNAPSHOT_ROUNDS = 32
+MAX_RECORDS = 32
+MAX_TEMPERATURE_STEPS = 4
+MAX_STEP_RATIO = 4.0
+
+Acceptance = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Acceptance at one moment; what is made of it may be kept for as long as it is the same one.
+
+    Attributes:
+        acceptance: P[depth - 1][rank], falling with the rank, a row at most MOST_ACCEPTED in sum.
+        overall: how often any guess is right below a confirmed node.
+    """
+
+    acceptance: Acceptance
+    overall: float
+
+
+class AcceptanceCounts:
+    """How often the child of each rank was the one confirmed, by depth.
+
+    Only children of confirmed nodes are counted, so that a deep level is not blamed for what went
+    wrong above it (survivor bias). Row 0 counts all depths together.
+    """
+
+    def __init__(self) -> None:
+        self._trials = [[0.0] * MAX_RANKS for _ in range(MAX_LEVELS + 1)]
+        self._hits = [[0.0] * MAX_RANKS for _ in range(MAX_LEVELS + 1)]
+        self._trials[0] = [PRIOR_TRIALS] * MAX_RANKS
+        self._hits[0] = [PRIOR_TRIALS * chance for chance in PRIOR]
+        self._num_levels, self._num_right = PRIOR_TRIALS, PRIOR_TRIALS * sum(PRIOR)
+
+    def observe(self, tree: TokenTree, accepted: Sequence[int], num_draft_nodes: int) -> list[bool]:
+        """Count one round; returns for each level that was reached whether a guess was right.
+
+        Args:
+            tree: what was verified.
+            accepted: confirmed nodes below the root, in order.
+            num_draft_nodes: nodes that the drafter brought, root included; later ones are not its.
+        """
+        children: dict[int, list[int]] = {}
+        for node in range(1, num_draft_nodes):
+            children.setdefault(tree.parents[node], []).append(node)
+        outcomes: list[bool] = []
+        parent = 0
+        for node in (*accepted, -1):
+            siblings = children.get(parent)
+            if not siblings:
+                # A drafter that answers without any guess was not right either.
+                if parent == 0:
+                    self._count(1, 1, -1)
+                    outcomes.append(False)
+                break
+            rank = siblings.index(node) if node in siblings else -1
+            self._count(len(outcomes) + 1, min(len(siblings), MAX_RANKS), rank)
+            outcomes.append(rank >= 0)
+            if rank < 0:
+                break
+            parent = node
+        return outcomes
+
+    def _count(self, depth: int, num_ranks: int, hit: int) -> None:
+        keep = 1.0 - 1.0 / MEMORY_TRIALS
+        self._num_levels = keep * self._num_levels + 1.0
+        self._num_right = keep * self._num_right + (hit >= 0)
+        for row in (0, min(depth, MAX_LEVELS)):
+            trials, hits = self._trials[row], self._hits[row]
+            for rank in range(num_ranks):
+                trials[rank] = keep * trials[rank] + 1.0
+                hits[rank] = keep * hits[rank] + (rank == hit)
+
+    def snapshot(self) -> Snapshot:
+        """The chances now: a level that was seldom reached leans on all levels together."""
+        pooled = [
+            hits / trials for hits, trials in zip(self._hits[0], self._trials[0], strict=True)
+        ]
+        rows = tuple(
+            _falling(
+                (hits + POOLED_TRIALS * chance) / (trials + POOLED_TRIALS)
+                for hits, trials, chance in zip(
+                    self._hits[level], self._trials[level], pooled, strict=True
+                )
+            )
+            for level in range(1, MAX_LEVELS + 1)
+        )
+        return Snapshot(rows, self._num_right / self._num_levels)
+
+
+class DraftCost:
+    """What a propose takes: a fixed part and a part for each level, by decayed least squares.
+
+    Both parts are needed: a probe of one level pays the whole fixed part, and a deep tree would
+    look dear if that were taken for the price of a level.
+    """
+
+    def __init__(self, level_seconds: float = 0.0) -> None:
+        """Begin with what a drafter measured of one of its passes, or 0 when it is not known."""
+        self._known_level = level_seconds
+        # Decayed sums of 1, levels, seconds, levels squared and levels times seconds.
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def observe(self, levels: int, seconds: float, *, after_pause: bool) -> None:
+        """Take in a tree of `levels` levels that came after `seconds`."""
+        # What was known before a pause is old: one slow answer must not silence a drafter for long.
+        keep = KEPT_AFTER_PAUSE if after_pause else KEPT
+        new = (1.0, levels, seconds, levels * levels, levels * seconds)
+        one, two, three, four, five = (
+            keep * old + value for old, value in zip(self._sums, new, strict=True)
+        )
+        self._sums = (one, two, three, four, five)
+
+    def parts(self) -> tuple[float, float]:
+        """Fixed seconds and seconds for each level; what is not known costs nothing."""
+        weight, levels, seconds, squares, products = self._sums
+        if not weight:
+            return 0.0, self._known_level
+        mean_levels, mean_seconds = levels / weight, seconds / weight
+        # While all trees are as deep the slope is a belief: at most the share of a level.
+        believed = min(self._known_level or math.inf, mean_seconds / mean_levels)
+        slope = products - levels * mean_seconds + SLOPE_TRUST * believed
+        level = max(0.0, slope / (max(0.0, squares - levels * mean_levels) + SLOPE_TRUST))
+        level = min(level, mean_seconds / mean_levels)
+        return mean_seconds - level * mean_levels, level
+
+
+class MovingAverage:
+    """An average that forgets; its first value counts in full."""
+
+    def __init__(self, first: float, weight: float) -> None:
+        self.value = first
+        self._weight = weight
+        self._empty = True
+
+    def observe(self, value: float) -> None:
+        """Take a value in."""
+        self.value += (1.0 if self._empty else self._weight) * (value - self.value)
+        self._empty = False
+
+
+class DrafterRecord:
+    """What is known of one drafter, under one way of drawing tokens.
+
+    Attributes:
+        cost: what its answers take.
+        snapshot: its acceptance, made anew now and then.
+        num_idle_rounds: rounds planned without a guess since the last one with a guess.
+        num_vain_probes: probes since speculation last paid.
+    """
+
+    def __init__(self, level_seconds: float) -> None:
+        self.cost = DraftCost(level_seconds)
+        self.num_idle_rounds = self.num_vain_probes = 0
+        self._counts = AcceptanceCounts()
+        self._num_rounds, self._next_snapshot = 0, 1
+        self.snapshot = self._counts.snapshot()
+
+    def observe(self, tree: TokenTree, accepted: Sequence[int], num_draft_nodes: int) -> list[bool]:
+        """Count a round's tree; see `AcceptanceCounts.observe`."""
+        outcomes = self._counts.observe(tree, accepted, num_draft_nodes)
+        self._num_rounds += 1
+        if self._num_rounds >= self._next_snapshot:
+            # Soon at first, for the prior is a guess; then as often as the tables are worth.
+            self._next_snapshot += min(self._num_rounds, SNAPSHOT_ROUNDS)
+            self.snapshot = self._counts.snapshot()
+        return outcomes
+
+
+class Calibration:
+    """What a router has measured, shared by all of its sessions.
+
+    Attributes:
+        costs: what the target's passes cost by its own measurement.
+        slowdown: how much longer its passes take now, as a factor.
+        overhead_seconds: what the way to the target and back takes beside its passes and queue.
+    """
+
+    def __init__(
+        self, costs: StepCurve, draft_costs: Callable[[], Sequence[StepCost]] = tuple
+    ) -> None:
+        """Begin with what workers measured of themselves.
+
+        Args:
+            costs: of the target.
+            draft_costs: asked for those of a drafter, when one is first planned with.
+        """
+        self.costs = costs
+        self.slowdown = MovingAverage(1.0, weight=0.02)
+        self.overhead_seconds = MovingAverage(0.0, weight=0.05)
+        self._draft_costs = draft_costs
+        self._records: OrderedDict[tuple[str, int], DrafterRecord] = OrderedDict()
+        self._newest = ""
+
+    def record(self, drafter: str, temperature: float) -> DrafterRecord:
+        """What is known of a drafter; "" is whichever was heard of last.
+
+        Greedy and sampled text are kept apart, and so are temperatures, in steps of a half: a rank
+        that is never taken greedily is worth a node when tokens are drawn.
+        """
+        self._newest = drafter or self._newest
+        step = min(MAX_TEMPERATURE_STEPS, math.ceil(2 * temperature))
+        key = (self._newest, step)
+        found = self._records.get(key)
+        if found is None:
+            costs = self._draft_costs()
+            found = self._records[key] = DrafterRecord(StepCurve(costs).at(1) if costs else 0.0)
+        self._records.move_to_end(key)
+        while len(self._records) > MAX_RECORDS:
+            self._records.popitem(last=False)
+        return found
+
+    def observe_pass(
+        self, num_rows: int, context_len: int, seconds: float, overhead_seconds: float
+    ) -> None:
+        """Take in a pass that was no prefill, and what the way there and back took."""
+        ratio = seconds / self.costs.at(max(1, num_rows), context_len)
+        # One pass that the machine was away from says little of the others.
+        most = MAX_STEP_RATIO * self.slowdown.value
+        self.slowdown.observe(min(max(ratio, self.slowdown.value / MAX_STEP_RATIO), most))
+        self.overhead_seconds.observe(max(0.0, overhead_seconds))
+
+
+def _falling(chances: Iterable[float]) -> tuple[float, ...]:
+    """Chances that fall with the rank and sum to MOST_ACCEPTED at most.
+
+    Lower ranks are measured where the drafter was unsure enough to offer them, so that the sum of
+    the measured chances may be more than one.
+    """
+    found: list[float] = []
+    left = MOST_ACCEPTED
+    for chance in chances:
+        found.append(min(chance, left, *found[-1:]))
+        left -= found[-1]
+    return tuple(found)

@@ -1,0 +1,207 @@
+"""The tree that promises most tokens a second, no tree included: SmartSpec's goodput over
+Sequoia's trees (arXiv 2406.14066; arXiv 2402.12374, section 3).
+
+This module knows nothing of links, tokens or who asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from specinfer.messages import ShapeQuery, SpeculationOptions
+from specinfer_router.calibration import Acceptance, Calibration, DrafterRecord
+from specinfer_router.policy import requested
+from specinfer_router.round_history import RoundHistory
+from specinfer_router.sequoia import TokenTable, expected_tokens
+
+PROBE_ROUNDS = 16
+# Share of the time that may go into probes for long.
+PROBE_SHARE = 0.01
+START_MARGIN = 0.1
+STAY_MARGIN = 0.03
+# Choices and tables kept; both are made again when they are missing.
+MAX_CHOICES = 1024
+MAX_TABLES = 64
+MAX_NODES = 255
+# Costs and contexts that differ by less than this share of an octave make the same choice.
+STEPS_AN_OCTAVE = 6
+SHIFT_STEP = 0.5
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """Seconds of a round's parts, as they are when a shape is chosen.
+
+    Attributes:
+        calibration: what passes cost.
+        num_sessions: sessions that share a pass.
+        context_len: keys that each row sees.
+        draft_fixed, draft_level: of a propose, and of each level of its tree.
+    """
+
+    calibration: Calibration
+    num_sessions: int
+    context_len: int
+    draft_fixed: float
+    draft_level: float
+
+    def verify(self, num_nodes: int) -> float:
+        """A pass that carries `num_nodes` guesses a session, and what comes with every round."""
+        known = self.calibration
+        seconds = known.costs.at(self.num_sessions * (num_nodes + 1), self.context_len)
+        return seconds * known.slowdown.value + known.overhead_seconds.value
+
+    def draft(self, depth: int) -> float:
+        """A propose of `depth` levels."""
+        return self.draft_fixed + depth * self.draft_level
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Nodes and levels that win, whatever plain decoding does, and by how much.
+
+    Attributes:
+        num_nodes, depth: of the tree.
+        gain: its tokens a second over those of plain decoding.
+        probe_rounds: plain rounds of all sessions that pay for one probe.
+    """
+
+    num_nodes: int
+    depth: int
+    gain: float
+    probe_rounds: int
+
+
+class AdaptiveShape:
+    """The size m and depth l that promise most tokens a second, in every round anew.
+
+    With B sessions in a pass, measured costs T and the expected tokens F(m, l) of the best tree of
+    that size and depth by the measured acceptance of its ranks and depths,
+
+        goodput(m, l) = F(m, l) / (T(B (m + 1), context) + fixed + l * level + overhead)
+
+    and without a tree 1 / (T(B, context) + overhead). Within (m, l) the drafter grows best-first:
+    it knows how sure it is of each node, which no shape drawn beforehand does. Speculation has to
+    win by START_MARGIN to begin and by STAY_MARGIN to go on. While it does not, one round is tried
+    now and then all the same, for acceptance is unknown without a guess: after PROBE_ROUNDS rounds
+    of all sessions together, after twice as many each time it was in vain, and as rarely in the end
+    as keeps the probes' cost below PROBE_SHARE.
+    """
+
+    def __init__(self, default: ShapeQuery, calibration: Calibration) -> None:
+        """Choose trees no larger and no deeper than `default`, where a request does not say."""
+        self._default = default
+        self._calibration = calibration
+        self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
+        self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
+
+    def history(self, temperature: float, context_len: int) -> RoundHistory:
+        """A session's history, which shares what all of them learn."""
+        return RoundHistory(self._calibration, temperature=temperature, context_len=context_len)
+
+    def plan(
+        self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
+    ) -> ShapeQuery:
+        """The nodes and depth of highest goodput, possibly none."""
+        asked = requested(options, self._default)
+        if asked.widths or asked.max_nodes == 0 or asked.max_depth == 0:
+            return asked
+        record = history.record
+        choice = self._choice(record, history, asked, max(1, num_sessions))
+        going = record.num_idle_rounds == 0 if history.speculating is None else history.speculating
+        history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
+        if history.speculating:
+            record.num_idle_rounds = record.num_vain_probes = 0
+            return replace(asked, max_nodes=choice.num_nodes, max_depth=choice.depth)
+        record.num_idle_rounds += 1
+        wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), choice.probe_rounds)
+        if record.num_idle_rounds <= wait:
+            return replace(asked, max_nodes=0)
+        record.num_idle_rounds = 1
+        record.num_vain_probes += 1
+        return replace(asked, max_nodes=1, max_depth=1)
+
+    def _choice(
+        self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery, num_sessions: int
+    ) -> Choice:
+        """The best choice under what is known now, remembered while that hardly changes."""
+        known, shift = self._calibration, round(history.shift / SHIFT_STEP)
+        costs = RoundCosts(known, num_sessions, history.context_len, *record.cost.parts())
+        key = (
+            *(record.snapshot, shift, asked.max_nodes, asked.max_depth),
+            num_sessions,
+            *map(_step, (history.context_len, costs.draft_fixed, costs.draft_level)),
+            *map(_step, (known.overhead_seconds.value, known.slowdown.value)),
+        )
+        found = self._choices.get(key)
+        if found is None:
+            found = best_choice(self._table(record, shift, asked), costs)
+            self._choices[key] = found
+            _bound(self._choices, MAX_CHOICES)
+        return found
+
+    def _table(self, record: DrafterRecord, shift: int, asked: ShapeQuery) -> TokenTable:
+        max_nodes, max_depth = min(asked.max_nodes, MAX_NODES), min(asked.max_depth, MAX_NODES)
+        key = (record.snapshot, shift, max_nodes, max_depth)
+        table = self._tables.get(key)
+        if table is None:
+            shifted = shift_acceptance(record.snapshot.acceptance, shift * SHIFT_STEP)
+            table = expected_tokens(shifted, max_nodes, min(max_depth, max_nodes))
+            self._tables[key] = table
+            _bound(self._tables, MAX_TABLES)
+        return table
+
+
+def best_choice(tokens: TokenTable, costs: RoundCosts) -> Choice:
+    """The tree of highest goodput among the table's depths and some sizes, the root's excluded."""
+    plain = costs.verify(0)
+    best_goodput, best_nodes, best_depth = 0.0, 1, 1
+    for num_nodes in sizes(len(tokens[0]) - 1):
+        verify = costs.verify(num_nodes)
+        for depth in range(1, min(num_nodes, len(tokens) - 1) + 1):
+            goodput = tokens[depth][num_nodes] / (verify + costs.draft(depth))
+            if goodput > best_goodput:
+                best_goodput, best_nodes, best_depth = goodput, num_nodes, depth
+    # A probe delays its own session by the drafter, and everybody by one more row.
+    calibration, batch = costs.calibration, costs.num_sessions
+    rows = (calibration.costs.at(count, costs.context_len) for count in (batch, batch + 1))
+    fewer, more = rows
+    probe = costs.draft(1) + batch * (more - fewer) * calibration.slowdown.value
+    probe_rounds = max(PROBE_ROUNDS, math.ceil(probe / (PROBE_SHARE * plain)))
+    return Choice(best_nodes, best_depth, best_goodput * plain, probe_rounds)
+
+
+def shift_acceptance(acceptance: Acceptance, shift: float) -> Acceptance:
+    """Every depth's chance that any guess is right moved by `shift` in log odds, ranks in step."""
+    if not shift:
+        return acceptance
+    factor, shifted = math.exp(shift), []
+    for row in acceptance:
+        total = sum(row)
+        moved = total * factor / (1.0 - total + total * factor)
+        shifted.append(tuple(chance * moved / total for chance in row) if total else row)
+    return tuple(shifted)
+
+
+def sizes(max_nodes: int) -> Iterator[int]:
+    """Sizes worth looking at: every small one, then steps of an eighth, and the largest."""
+    size = 1
+    while size < max_nodes:
+        yield size
+        size += max(1, size // 8)
+    if max_nodes:
+        yield max_nodes
+
+
+def _step(value: float) -> int:
+    """The same number for values that differ little."""
+    return round(STEPS_AN_OCTAVE * math.log2(value)) if value > 0 else -(10**6)
+
+
+def _bound(kept: OrderedDict[tuple[object, ...], Any], most: int) -> None:
+    while len(kept) > most:
+        kept.popitem(last=False)

@@ -1,0 +1,91 @@
+"""What one session's rounds tell about its next one, and what they add to the common knowledge.
+
+This module knows nothing of shapes, links or the store.
+"""
+
+from __future__ import annotations
+
+import math
+
+from specinfer_router.calibration import Calibration, DrafterRecord
+from specinfer_router.seats import Checked, Guess
+
+OWN_WEIGHT = 0.1
+IDLE_WEIGHT = 0.02
+MAX_SHIFT = 2.0
+LEAST_CHANCE = 0.01
+
+
+class RoundHistory:
+    """A session's rounds so far.
+
+    Attributes:
+        context_len: tokens committed.
+        speculating: whether the last round was planned with guesses; None before the first.
+    """
+
+    def __init__(self, calibration: Calibration, *, temperature: float, context_len: int) -> None:
+        """Begin a session of `context_len` tokens that draws at `temperature`."""
+        self.context_len = context_len
+        self.speculating: bool | None = None
+        self._calibration = calibration
+        self._temperature = temperature
+        self._drafter = ""
+        self._acceptance: float | None = None
+        self._num_rounds = 0
+        self._paused = False
+
+    @property
+    def record(self) -> DrafterRecord:
+        """What is known of this session's drafter."""
+        return self._calibration.record(self._drafter, self._temperature)
+
+    @property
+    def shift(self) -> float:
+        """How much more often than usual this session's guesses are right, in log odds."""
+        if self._acceptance is None:
+            return 0.0
+        own, usual = _log_odds(self._acceptance), _log_odds(self.record.snapshot.overall)
+        return max(-MAX_SHIFT, min(MAX_SHIFT, own - usual))
+
+    def observe(self, guess: Guess, checked: Checked, *, context_len: int) -> None:
+        """Take in a round: what was guessed and confirmed.
+
+        Args:
+            guess: what the drafter brought.
+            checked: what the target said to it.
+            context_len: tokens committed after it.
+        """
+        self.context_len = context_len
+        self._num_rounds += 1
+        result = checked.result
+        # The first pass reads the prompt, and nobody knows how much of it.
+        if self._num_rounds > 1 and result.compute_seconds > 0:
+            away = checked.seconds - result.compute_seconds - result.queue_seconds
+            self._calibration.observe_pass(
+                result.num_rows, context_len, result.compute_seconds, away
+            )
+        self._observe_guess(guess, checked)
+
+    def _observe_guess(self, guess: Guess, checked: Checked) -> None:
+        if not guess.drafter:
+            self._paused = True
+            if self._acceptance is not None:
+                self._acceptance += IDLE_WEIGHT * (self.record.snapshot.overall - self._acceptance)
+            return
+        self._drafter = guess.drafter
+        record, paused = self.record, self._paused
+        self._paused = False
+        usual = record.snapshot.overall
+        outcomes = record.observe(guess.tree, checked.result.accepted, guess.num_draft_nodes)
+        own = usual if self._acceptance is None else self._acceptance
+        for right in outcomes:
+            own += OWN_WEIGHT * (right - own)
+        self._acceptance = own
+        if not guess.after_prefill:
+            record.cost.observe(max(1, guess.draft_depth), guess.seconds, after_pause=paused)
+
+
+def _log_odds(chance: float) -> float:
+    chance = min(max(chance, LEAST_CHANCE), 1.0 - LEAST_CHANCE)
+    return math.log(chance / (1.0 - chance))
