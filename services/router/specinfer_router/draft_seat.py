@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from specinfer.errors import (
     InvalidRequest,
@@ -23,6 +23,7 @@ from specinfer.messages import DraftResult, Grammar, ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
+from specinfer_router.asking import Ask, Asking, Place, Question
 from specinfer_router.guess import Guess, usable_tree
 from specinfer_router.hedging import HedgeBudget
 from specinfer_router.pool import WorkerPool
@@ -31,62 +32,6 @@ from specinfer_router.worker_links import DraftLink
 log = logging.getLogger(__name__)
 
 MIN_HEDGE_SECONDS = 0.005
-
-
-@dataclass(eq=False)
-class _Place:
-    """A session at one drafter.
-
-    Attributes:
-        link: to the drafter.
-        generation: the connection that the drafter knows the session by.
-        known_len: tokens it was told of.
-        late: an answer that did not come in time, or None.
-        left: whether it was given up.
-    """
-
-    link: DraftLink
-    generation: int
-    known_len: int = 0
-    late: asyncio.Future[DraftResult] | None = None
-    left: bool = False
-
-    @property
-    def usable(self) -> bool:
-        return self.link.connected and self.link.generation == self.generation
-
-    @property
-    def waiting(self) -> bool:
-        return self.late is not None and not self.late.done()
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """A propose that is on its way; times are of time.monotonic()."""
-
-    place: _Place
-    answer: asyncio.Future[DraftResult]
-    ticket: int | None
-    asked: float
-    after_prefill: bool
-    hedge: bool
-
-    @property
-    def silent(self) -> bool:
-        """Whether the drafter has said nothing at all since."""
-        return self.place.link.heard < self.asked
-
-
-@dataclass(frozen=True)
-class _Question:
-    """What one round asks, of whichever drafter."""
-
-    token_ids: Sequence[int]
-    epoch: int
-    shape: ShapeQuery
-    start: float
-    deadline: float
-    traceparent: str
 
 
 class DraftSeat:
@@ -127,41 +72,57 @@ class DraftSeat:
         self._grammar = grammar
         self._owner = owner
         self._hedges = hedges
-        self._place: _Place | None = None
+        self._place: Place | None = None
         # Drafters that do not take this session, such as one whose model is too short for it.
         self._refused: set[str] = set()
 
-    async def propose(
+    def ask(
         self, token_ids: Sequence[int], epoch: int, shape: ShapeQuery, *, traceparent: str = ""
-    ) -> Guess:
-        """A tree below the last token, or the root alone with the reason. Raises nothing of ours.
+    ) -> Asking:
+        """Send for a tree below the last token; the rest is `answer`'s or `drop`'s.
+
+        `token_ids` stays as it is until then. Raises nothing of ours.
+        """
+        start = time.monotonic()
+        question = Question(
+            token_ids, epoch, shape, start, start + self._deadline_seconds, traceparent
+        )
+        root = TokenTree.root_only(token_ids[-1])
+        if shape.max_nodes == 0:
+            return Asking(question, Guess(root, "budget"))
+        reason = self._sit(epoch)
+        if self._place is None or reason:
+            return Asking(question, Guess(root, reason))
+        place = self._place
+        try:
+            return Asking(question, asks=[self._ask(place, question)])
+        except SpecinferError as error:
+            self._fail(place, None, error)
+            self._leave(place, epoch)
+            return Asking(question, Guess(root, "draft_error", time.monotonic() - start))
+
+    async def answer(self, asking: Asking) -> Guess:
+        """A tree, or the root alone with the reason. Raises nothing of ours.
 
         A tree that comes after the deadline is dropped, and until it has come that drafter is not
         asked again: one that hangs costs a session one deadline, not one in each round.
         """
-        root = TokenTree.root_only(token_ids[-1])
-        if shape.max_nodes == 0:
-            return Guess(root, "budget")
-        reason = self._sit(epoch)
-        if self._place is None or reason:
-            return Guess(root, reason)
-        start, place = time.monotonic(), self._place
-        question = _Question(
-            token_ids, epoch, shape, start, start + self._deadline_seconds, traceparent
-        )
-        asks: list[_Ask] = []
+        if asking.guess is not None:
+            return asking.guess
+        since = time.monotonic()
         try:
-            asks.append(self._ask(place, question))
-            return await self._first_tree(asks, question)
-        except SpecinferError as error:
-            self._fail(place, None, error)
-            return Guess(root, "draft_error", time.monotonic() - start)
+            guess = await self._first_tree(asking.asks, asking.question)
+            return replace(guess, seconds=time.monotonic() - since)
         finally:
-            for ask in asks:
-                ask.place.link.breaker.release(ask.ticket)
-            for each in (place, *(ask.place for ask in asks)):
-                if each is not self._place:
-                    self._leave(each, epoch)
+            self.drop(asking)
+
+    def drop(self, asking: Asking) -> None:
+        """Wait for nobody any more; again it does nothing."""
+        while asking.asks:
+            ask = asking.asks.pop()
+            ask.place.link.breaker.release(ask.ticket)
+            if ask.place is not self._place:
+                self._leave(ask.place, asking.question.epoch)
 
     def leave(self, epoch: int) -> None:
         """Give the place up and let the worker forget the session."""
@@ -169,7 +130,7 @@ class DraftSeat:
             place, self._place = self._place, None
             self._leave(place, epoch)
 
-    async def _first_tree(self, asks: list[_Ask], question: _Question) -> Guess:
+    async def _first_tree(self, asks: list[Ask], question: Question) -> Guess:
         """The first usable tree of those who were asked; a second drafter is, after a while."""
         hedge_at = self._hedge_at(asks[0], question)
         going = list(asks)
@@ -197,28 +158,26 @@ class DraftSeat:
                 second = self._hedge(asks[0], question) if going else []
                 asks += second
                 going += second
-        seconds = time.monotonic() - question.start
         root = TokenTree.root_only(question.token_ids[-1])
-        return Guess(root, "draft_error", seconds, hedged=len(asks) > 1)
+        return Guess(root, "draft_error", hedged=len(asks) > 1)
 
-    def _take(self, ask: _Ask, question: _Question) -> Guess:
+    def _take(self, ask: Ask, question: Question) -> Guess:
         """Use one's tree and follow who brought it; raises when it is none."""
         result = ask.answer.result()
         root = question.token_ids[-1]
         tree = usable_tree(result, root, question.epoch, question.shape, self._vocab_size)
-        now = time.monotonic()
         ask.place.link.breaker.succeed(ask.ticket)
         if not ask.after_prefill:
-            ask.place.link.answer_seconds.observe(now - ask.asked)
+            ask.place.link.answer_seconds.observe(ask.seconds)
         if ask.hedge and self._hedges is not None:
             self._hedges.num_wins += 1
         self._place = ask.place
         return Guess(
             tree,
             "" if tree.num_draft_tokens else "no_guess",
-            now - question.start,
-            result.queue_seconds,
-            result.compute_seconds,
+            queue_seconds=result.queue_seconds,
+            compute_seconds=result.compute_seconds,
+            round_trip_seconds=ask.seconds,
             num_draft_nodes=len(tree),
             draft_depth=tree.max_depth,
             after_prefill=ask.after_prefill,
@@ -226,7 +185,7 @@ class DraftSeat:
             worker=ask.place.link.address,
         )
 
-    def _lose(self, going: Sequence[_Ask]) -> None:
+    def _lose(self, going: Sequence[Ask]) -> None:
         """Another drafter was faster than these."""
         for ask in going:
             self._pool.counts.waste(ask.answer, "lost_hedge")
@@ -234,7 +193,7 @@ class DraftSeat:
             if ask.silent and not ask.hedge:
                 ask.place.link.breaker.fail(ask.ticket)
 
-    def _miss(self, going: Sequence[_Ask], question: _Question, *, hedged: bool) -> Guess:
+    def _miss(self, going: Sequence[Ask], question: Question, *, hedged: bool) -> Guess:
         """Nobody answered in time."""
         for ask in going:
             link = ask.place.link
@@ -249,9 +208,9 @@ class DraftSeat:
         kept.place.late = kept.answer
         self._place = kept.place
         root = TokenTree.root_only(question.token_ids[-1])
-        return Guess(root, "deadline", time.monotonic() - question.start, hedged=hedged)
+        return Guess(root, "deadline", hedged=hedged)
 
-    def _hedge_at(self, ask: _Ask, question: _Question) -> float | None:
+    def _hedge_at(self, ask: Ask, question: Question) -> float | None:
         """When to ask a second drafter, or None for never."""
         if self._hedges is None:
             return None
@@ -262,12 +221,12 @@ class DraftSeat:
         moment = question.start + max(MIN_HEDGE_SECONDS, usual)
         return moment if moment < question.deadline else None
 
-    def _hedge(self, first: _Ask, question: _Question) -> list[_Ask]:
+    def _hedge(self, first: Ask, question: Question) -> list[Ask]:
         """Ask a second drafter, if one has nothing to do and the budget allows."""
         link = self._choose(first.place.link)
         if link is None or not link.idle or self._hedges is None or not self._hedges.spend():
             return []
-        place = _Place(link, link.generation)
+        place = Place(link, link.generation)
         link.num_seats += 1
         try:
             return [self._ask(place, question, hedge=True)]
@@ -297,7 +256,7 @@ class DraftSeat:
                 return "" if trusted else "circuit_open"
             self.leave(epoch)
         link.num_seats += 1
-        self._place = _Place(link, link.generation)
+        self._place = Place(link, link.generation)
         return ""
 
     def _why_nobody(self) -> str:
@@ -311,7 +270,7 @@ class DraftSeat:
             return None
         return link
 
-    def _ask(self, place: _Place, question: _Question, *, hedge: bool = False) -> _Ask:
+    def _ask(self, place: Place, question: Question, *, hedge: bool = False) -> Ask:
         ticket, asked = place.link.breaker.admit(), time.monotonic()
         after_prefill = place.known_len == 0
         try:
@@ -320,11 +279,9 @@ class DraftSeat:
             # The ticket may be the breaker's only probe, and nobody else would give it back.
             place.link.breaker.release(ticket)
             raise
-        return _Ask(place, answer, ticket, asked, after_prefill, hedge)
+        return Ask(place, answer, ticket, asked, after_prefill, hedge)
 
-    def _send(
-        self, place: _Place, question: _Question, asked: float
-    ) -> asyncio.Future[DraftResult]:
+    def _send(self, place: Place, question: Question, asked: float) -> asyncio.Future[DraftResult]:
         link, token_ids = place.link, question.token_ids
         if place.known_len == 0:
             link.open(
@@ -350,7 +307,7 @@ class DraftSeat:
             traceparent=question.traceparent,
         )
 
-    def _fail(self, place: _Place, ticket: int | None, error: SpecinferError) -> None:
+    def _fail(self, place: Place, ticket: int | None, error: SpecinferError) -> None:
         """Begin anew at the next ask, and tell the breaker when the drafter is to blame."""
         log.info("the drafter at %s failed: %s", place.link.address, loggable(error))
         self._pool.counts.moves[error.reason.lower()] += 1
@@ -363,7 +320,7 @@ class DraftSeat:
         if place is self._place:
             self._place = None
 
-    def _leave(self, place: _Place, epoch: int) -> None:
+    def _leave(self, place: Place, epoch: int) -> None:
         """Give a place up, once."""
         if place.left:
             return

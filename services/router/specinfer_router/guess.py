@@ -20,9 +20,10 @@ class Guess:
         tree: the tree to verify; the root alone when there is no guess.
         root_only_reason: why there is none: "disabled", "budget", "no_drafter", "circuit_open",
             "deadline", "draft_error" or "no_guess"; "" when there is one.
-        seconds: time the round spent on asking.
+        seconds: time the round waited for it; less than the round trip where that began earlier.
         queue_seconds: waiting inside the worker.
         compute_seconds: the worker's compute.
+        round_trip_seconds: from asking to the answer; 0 when nobody answered.
         num_draft_nodes: nodes of the tree that the drafter brought, the root included; they come
             first.
         draft_depth: depth of the drafter's part of the tree.
@@ -37,6 +38,7 @@ class Guess:
     seconds: float = 0.0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    round_trip_seconds: float = 0.0
     num_draft_nodes: int = 1
     draft_depth: int = 0
     after_prefill: bool = False

@@ -1,14 +1,14 @@
 """One session: propose, verify, commit, yield, until the text ends. Read this file first.
 
-The root is the last token; its keys and values do not exist yet. A tree that is its root alone is
-plain decoding, so speculation off, drafter gone, drafter late and no budget are all the same round
-(DESIGN: one round). This module knows nothing of gRPC, prompts as text, or tensors.
+The next propose leaves beside the commit. The root is the last token; its keys and values do not
+exist yet. A tree that is its root alone is plain decoding, so speculation off, drafter gone or
+late and no budget are all the same round (DESIGN: one round). This module knows nothing of gRPC,
+prompts as text, or tensors.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,15 +19,16 @@ from specinfer.messages import (
     RoundDetail,
     RoundFacts,
     ShapeQuery,
-    SpeculationSummary,
     TokensEvent,
     Usage,
 )
 from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import CLIENT, Span
+from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.policy import TreeShapePolicy, clip
 from specinfer_router.prediction import Prediction
+from specinfer_router.round_tally import RoundTally
 from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
 from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
 from specinfer_router.tracing import SessionTrace
@@ -46,6 +47,15 @@ class SessionLimits:
 
     max_session_tokens: int
     max_tree_nodes: int
+
+
+@dataclass(frozen=True)
+class AskedRound:
+    """A round whose propose is on its way, and its spans."""
+
+    asking: Asking
+    span: Span
+    propose: Span
 
 
 class Session:
@@ -100,6 +110,7 @@ class Session:
         self._leaving = leaving
         self._history = policy.history(record.terms.sampling.temperature, len(record.token_ids))
         self._tally = RoundTally()
+        self._asked: AskedRound | None = None
         self._prediction: Prediction | None = None
         if record.terms.prediction and self._options.enabled:
             self._prediction = Prediction(record.terms.prediction, record.output_ids)
@@ -119,8 +130,7 @@ class Session:
             while self.finished is None:
                 if self._leaving():
                     raise RouterLeaving(LEAVING, retry_after=0.0)
-                with trace.round() as span:
-                    event = await self._round(trace, span)
+                event = await self._round(trace)
                 if event is not None and (event.offset >= self._lost_before or self._tell_lost):
                     yield event
             yield self.finished
@@ -133,48 +143,68 @@ class Session:
             raise
         finally:
             trace.end()
+            self._drop_asked()
             self._drafter.leave(self.epoch)
             self._verifier.leave(self.epoch)
             if self.finished is None:
                 with suppress(SpecinferError):
                     await self._store.finish(self.session_id, end, owner=self._owner)
 
-    async def _round(self, trace: SessionTrace, span: Span) -> TokensEvent | None:
+    async def _round(self, trace: SessionTrace) -> TokensEvent | None:
         """Propose, verify, commit; None where the session was cancelled meanwhile."""
         start = time.perf_counter()
-        with span.child("propose", kind=CLIENT) as asked:
-            guess = await self._guess(asked.detail_parent)
-            trace.asked_drafter(asked, guess.worker, hedged=guess.hedged)
-        with span.child("verify", kind=CLIENT) as asked:
-            checked = await self._verifier.step(
-                self._token_ids, self.epoch, guess.tree, traceparent=asked.detail_parent
-            )
-            trace.asked_verifier(asked, self._verifier.address)
-        kept = self._completion.take(checked.result.token_ids)
-        # Committed before anyone sees it: what was shown can always be gone on from.
-        with span.child("commit"):
-            commit_seconds = await self._commit(kept)
-        if self.finished is not None:
-            return None
-        event = self._advance(guess, checked, kept, start, commit_seconds)
-        trace.told(span, event.round)
+        asked, self._asked = self._asked or self._ask(trace, self.epoch), None
+        with asked.span as span:
+            guess = await self._guess(asked, trace)
+            with span.child("verify", kind=CLIENT) as checking:
+                checked = await self._verifier.step(
+                    self._token_ids, self.epoch, guess.tree, traceparent=checking.detail_parent
+                )
+                trace.asked_verifier(checking, self._verifier.address)
+            kept = self._take(guess, checked)
+            if not kept.finish_reason and not self._leaving():
+                self._asked = self._ask(trace, self.epoch + 1)
+            # Committed before anyone sees it: what was shown can always be gone on from.
+            with span.child("commit"):
+                commit_seconds = await self._commit(kept)
+            if self.finished is not None:
+                return None
+            event = self._event(guess, checked, kept, start, commit_seconds)
+            trace.told(span, event.round)
         if self._num_lost > 0 and kept.finish_reason:
             raise beyond_the_end(self._lost_before, self._num_output_tokens)
         return event
 
-    async def _guess(self, traceparent: str) -> Guess:
-        """What the drafter guesses, and beside it what the caller predicted."""
-        guess = await self._drafter.propose(
-            self._token_ids, self.epoch, self._shape(), traceparent=traceparent
+    def _ask(self, trace: SessionTrace, epoch: int) -> AskedRound:
+        """Begin a round: its propose leaves for the drafter, and nobody waits for it yet."""
+        span = trace.round()
+        propose = span.child("propose", kind=CLIENT)
+        asking = self._drafter.ask(
+            self._token_ids, epoch, self._shape(), traceparent=propose.detail_parent
         )
+        return AskedRound(asking, span, propose)
+
+    def _drop_asked(self) -> None:
+        """The round that was asked for will not be."""
+        if self._asked is not None:
+            asked, self._asked = self._asked, None
+            self._drafter.drop(asked.asking)
+            asked.propose.end()
+            asked.span.end()
+
+    async def _guess(self, asked: AskedRound, trace: SessionTrace) -> Guess:
+        """What the drafter guesses, and beside it what the caller predicted."""
+        with asked.propose as span:
+            guess = await self._drafter.answer(asked.asking)
+            trace.asked_drafter(span, guess.worker, hedged=guess.hedged)
         if self._prediction is None:
             return guess
-        asked = self._options
+        options = self._options
         tree = self._prediction.graft(
             guess.tree,
             self._token_ids[self._num_prompt_tokens :],
-            max_nodes=1 + _least(self._limits.max_tree_nodes - 1, self._room, asked.max_nodes),
-            max_depth=_least(self._max_depth, asked.max_depth),
+            max_nodes=1 + _least(self._limits.max_tree_nodes - 1, self._room, options.max_nodes),
+            max_depth=_least(self._max_depth, options.max_depth),
         )
         reason = "" if tree.num_draft_tokens else guess.root_only_reason
         return replace(guess, tree=tree, root_only_reason=reason)
@@ -187,6 +217,7 @@ class Session:
                 self.session_id, self.epoch, kept.token_ids, kept.finish_reason, owner=self._owner
             )
         except Cancelled:
+            del self._token_ids[len(self._token_ids) - len(kept.token_ids) :]
             self.finished = self._finish(CANCELLED, "")
         return time.perf_counter() - start
 
@@ -217,23 +248,28 @@ class Session:
             max_depth=self._max_depth,
         )
 
-    def _advance(
-        self, guess: Guess, checked: Checked, kept: Kept, start: float, commit_seconds: float
-    ) -> TokensEvent:
-        """Take a committed round in and say what it did."""
+    def _take(self, guess: Guess, checked: Checked) -> Kept:
+        """Take a verified round in, as far as it belongs to the completion."""
         result = checked.result
-        offset = self._num_output_tokens
-        num_accepted = min(len(result.accepted), len(kept.token_ids))
+        kept = self._completion.take(result.token_ids)
         self._token_ids.extend(kept.token_ids)
         self._num_cached_tokens = self._num_cached_tokens or result.num_cached_tokens
         self._history.observe(guess, checked, context_len=len(self._token_ids))
+        return kept
+
+    def _event(
+        self, guess: Guess, checked: Checked, kept: Kept, start: float, commit_seconds: float
+    ) -> TokensEvent:
+        """Say what a committed round did."""
+        result = checked.result
+        num_accepted = min(len(result.accepted), len(kept.token_ids))
         seconds = time.perf_counter() - start
         facts = self._facts(guess, checked, num_accepted, seconds, commit_seconds)
         self._count(facts, guess, checked.result.accepted[:num_accepted], len(kept.token_ids))
         if kept.finish_reason:
             self.finished = self._finish(kept.finish_reason, kept.stop_match)
         return TokensEvent(
-            offset=offset,
+            offset=self._num_output_tokens - len(kept.token_ids),
             text=kept.text,
             token_ids=kept.token_ids,
             num_accepted_tokens=num_accepted,
@@ -249,7 +285,7 @@ class Session:
         self._tally.add(facts)
         self._metrics.observe_round(facts, num_tokens)
         if guess.drafter and not guess.after_prefill:
-            self._metrics.observe_draft_round_trip(guess.seconds)
+            self._metrics.observe_draft_round_trip(guess.round_trip_seconds)
         if facts.num_draft_tokens:
             self._metrics.observe_tree(
                 guess.tree,
@@ -278,8 +314,10 @@ class Session:
         reason = guess.root_only_reason
         if not self._options.enabled:
             reason = "disabled"
-        draft, verify = guess.compute_seconds, checked.result.compute_seconds
-        queue = guess.queue_seconds + checked.result.queue_seconds
+        # Of the drafter's time only what the round waited for: the rest passed beside the commit.
+        draft = min(guess.compute_seconds, guess.seconds)
+        queue = min(guess.queue_seconds, guess.seconds - draft) + checked.result.queue_seconds
+        verify = checked.result.compute_seconds
         away = guess.seconds + checked.seconds
         return RoundFacts(
             epoch=self.epoch,
@@ -331,36 +369,3 @@ async def given_up_unless_run(
         if not session.begun and not record.finish_reason:
             with suppress(SpecinferError):
                 await store.finish(record.session_id, ABANDONED, owner=record.owner)
-
-
-class RoundTally:
-    """Counts over a session's rounds."""
-
-    def __init__(self) -> None:
-        self._num_rounds = self._num_drafts = self._num_draft_tokens = 0
-        self._per_pos: list[int] = []
-        self._reasons: Counter[str] = Counter()
-
-    def add(self, facts: RoundFacts) -> None:
-        """Count one round."""
-        self._num_rounds += 1
-        if facts.root_only_reason:
-            self._reasons[facts.root_only_reason] += 1
-        if facts.num_draft_tokens:
-            self._num_drafts += 1
-            self._num_draft_tokens += facts.num_draft_tokens
-        missing = facts.num_accepted_tokens - len(self._per_pos)
-        self._per_pos.extend([0] * missing)
-        for position in range(facts.num_accepted_tokens):
-            self._per_pos[position] += 1
-
-    def summary(self) -> SpeculationSummary:
-        """The counts so far."""
-        return SpeculationSummary(
-            num_rounds=self._num_rounds,
-            num_drafts=self._num_drafts,
-            num_draft_tokens=self._num_draft_tokens,
-            num_accepted_tokens=sum(self._per_pos),
-            num_accepted_tokens_per_pos=tuple(self._per_pos),
-            root_only_reasons=tuple(sorted(self._reasons.items())),
-        )
