@@ -53,7 +53,8 @@ class RoundFacts:
         num_draft_tokens: guessed tokens.
         num_accepted_tokens: guessed tokens confirmed.
         root_only_reason: why nothing was guessed, or "".
-        draft_seconds: drafter's compute.
+        draft_seconds: drafter's compute, as far as the round waited for it: what passed beside the
+            last round's commit is not counted.
         verify_seconds: verifier's compute.
         queue_seconds: waiting inside both workers.
         network_seconds: round trips less what the workers account for.
