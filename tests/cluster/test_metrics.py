@@ -27,6 +27,7 @@ from specinfer_router.opening import SeatLimits
 from specinfer_router.router import RouterLimits
 from tests.kit.live_cluster import LiveCluster, live_cluster
 from tests.kit.router import Generated, collected, request_of
+from tests.kit.waiting import until
 
 # Clusters of their own take a while on a busy machine.
 pytestmark = pytest.mark.timeout(300)
@@ -89,6 +90,8 @@ async def serve(pair: tuple[Path, Path]) -> Seen:
             first = [await anext(events) for _ in range(3)]
             during = {source: samples(live.registries[source]) for source in Source}
             done.append(collected([*first, *[event async for event in events]]))
+        # A worker forgets a session a moment after its last token was shown.
+        await until(lambda: not num_open(live), "the workers have forgotten all sessions")
         after = {source: samples(live.registries[source]) for source in Source}
         bodies = {source: expose(live.registries[source])[0] for source in Source}
     return Seen(done, during, after, bodies)
@@ -144,6 +147,12 @@ def total(found: Samples, name: str, **labels: str) -> float:
         for sample in found[PREFIX + name]
         if all(sample.labels[label] == value for label, value in labels.items())
     )
+
+
+def num_open(live: LiveCluster) -> float:
+    """Sessions that the workers still hold."""
+    workers = (Source.VERIFY, Source.DRAFT)
+    return sum(total(samples(live.registries[source]), "num_sessions") for source in workers)
 
 
 def test_every_metric_is_shown_and_moves(seen: Seen) -> None:
