@@ -1,0 +1,144 @@
+"""`python -m specinfer_bench.load`: put a load on a cluster and write down what its clients saw.
+
+    python -m specinfer_bench.load open --grow 200m --rate 2 --requests 60 --output open.json
+    python -m specinfer_bench.load sweep --grow 200m --sessions 1,4,16,64 --output sweep.json
+
+`open` sends requests when they are due, drawn from a Poisson process or from a trace, and compares
+what it saw with the router's own metrics. `sweep` keeps 1 to 64 sessions busy with speculation off,
+on and chosen by cost, in turn. Both take a running cluster with --cluster, or start one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from specinfer.errors import SpecinferError
+from specinfer_bench.cluster_report import setup_facts, write_report
+from specinfer_bench.load.asking import SPECULATION
+from specinfer_bench.load.cluster import Cluster, given_cluster, started_cluster
+from specinfer_bench.load.runs import OpenRun, open_report, sweep_report
+from specinfer_bench.load.summary import Objective
+from specinfer_bench.load.sweep import SweepOptions
+from specinfer_bench.options import GROWN_PRESETS
+from specinfer_bench.prompts import read_prompts
+
+MODULE = "specinfer_bench.load"
+PROMPTS = Path("models/demo/prompts.jsonl")
+TARGET, DRAFT = Path("models/demo/target"), Path("models/demo/draft")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=_first_line())
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    _open_arguments(kinds.add_parser("open", help="requests when they are due"))
+    _sweep_arguments(kinds.add_parser("sweep", help="speed by load, with speculation off and on"))
+    return parser
+
+
+def _first_line() -> str:
+    return (__doc__ or "").splitlines()[0].partition(": ")[2]
+
+
+def _common(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--cluster", type=Path, help="what `specinfer up --json` printed")
+    where.add_argument("--grow", choices=GROWN_PRESETS, help="start the demo pair, grown to this")
+    parser.add_argument("--dtype", default="bfloat16", help="number format of a cluster started")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSON lines with prompts")
+    parser.add_argument("--num-prompts", type=int, default=64, help="prompts to take of them")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="tokens of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=1, help="decides arrivals and noise")
+    parser.add_argument("--output", type=Path, help="also write the report to this file")
+
+
+def _open_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser, max_tokens=64)
+    parser.add_argument("--rate", type=float, default=1.0, help="requests a second, on average")
+    parser.add_argument("--requests", type=int, default=60, help="requests of the run")
+    parser.add_argument("--trace", type=Path, help="arrivals and lengths from this file instead")
+    parser.add_argument("--trace-speed", type=float, default=1.0, help="times as fast as recorded")
+    parser.add_argument("--sessions", type=int, default=64, help="most requests in flight")
+    parser.add_argument(
+        "--max-wait", type=float, default=30.0, help="seconds before one is dropped"
+    )
+    parser.add_argument("--objective-first", type=float, default=0.5, help="seconds to first token")
+    parser.add_argument("--objective-token", type=float, default=0.05, help="seconds a token")
+    parser.add_argument("--speculation", choices=tuple(SPECULATION), default="by_cost")
+
+
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser, max_tokens=SweepOptions.max_tokens)
+    default = ",".join(map(str, SweepOptions.sessions))
+    parser.add_argument("--sessions", default=default, help="sessions at once, a cell each")
+    parser.add_argument("--requests-a-session", type=int, default=SweepOptions.requests_a_session)
+    parser.add_argument("--repeats", type=int, default=SweepOptions.repeats, help="turns of a cell")
+
+
+@contextmanager
+def _cluster(arguments: argparse.Namespace) -> Iterator[Cluster]:
+    if arguments.cluster is not None:
+        yield given_cluster(arguments.cluster)
+        return
+    flags = ["--dtype", arguments.dtype]
+    if arguments.grow is not None:
+        # Torch is needed to grow a target, not to put a load on one.
+        from specinfer_bench.grown import grown_target
+
+        target = grown_target(TARGET, arguments.grow, arguments.dtype)
+        flags += ["--model", str(target), "--draft", str(DRAFT)]
+    with started_cluster(flags) as cluster:
+        yield cluster
+
+
+async def _report(arguments: argparse.Namespace, cluster: Cluster) -> dict[str, object]:
+    prompts = read_prompts(arguments.prompts, arguments.num_prompts)
+    if arguments.kind == "sweep":
+        options = SweepOptions(
+            sessions=tuple(int(each) for each in arguments.sessions.split(",")),
+            requests_a_session=arguments.requests_a_session,
+            max_tokens=arguments.max_tokens,
+            repeats=arguments.repeats,
+            seed=arguments.seed,
+        )
+        return await sweep_report(cluster, prompts, options, arguments.temperature)
+    names = ("rate", "requests", "trace", "trace_speed", "sessions", "max_wait", "max_tokens")
+    given = {name: getattr(arguments, name) for name in (*names, "temperature", "seed")}
+    objective = Objective(arguments.objective_first, arguments.objective_token)
+    run = OpenRun(objective=objective, speculation=arguments.speculation, **given)
+    return await open_report(cluster, prompts, run)
+
+
+def _rounded(value: Any) -> Any:
+    """The report with its numbers to four places; more are the machine's."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return value
+
+
+def main() -> int:
+    """Run, print the report and write it; 1 when the numbers cannot be trusted."""
+    arguments = _parser().parse_args()
+    try:
+        with _cluster(arguments) as cluster:
+            report = asyncio.run(_report(arguments, cluster))
+            setup = setup_facts(MODULE, cluster)
+    except SpecinferError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return 2
+    write_report({"kind": arguments.kind, **_rounded(report), "setup": setup}, arguments.output)
+    return 0 if report["trusted"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Whether the clients' numbers are those that the router shows to Prometheus.
+
+The router's /metrics are read before and after a run that had the router to itself, and what it
+counted in between is laid beside what the clients saw. This module knows nothing of schedules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from specinfer.errors import Unavailable
+from specinfer.metrics.metric import PREFIX
+from specinfer_bench.load.observation import DONE, Observation
+
+TOLERANCE = 0.02
+# What a request and its first event take between two processes: less than this a request is the
+# way, not another number.
+RESOLUTION_SECONDS = 0.002
+MAX_PAGE_BYTES = 16 * 1024 * 1024
+ANSWER_SECONDS = 10.0
+SETTLE_SECONDS = 10.0
+POLL_SECONDS = 0.05
+COUNTS = ("requests", "prompt_tokens", "generation_tokens", "first_tokens")
+SERIES = {
+    "requests": "requests_total",
+    "prompt_tokens": "prompt_tokens_total",
+    "generation_tokens": "generation_tokens_total",
+    "first_tokens": "time_to_first_token_seconds_count",
+    "first_token_seconds": "time_to_first_token_seconds_sum",
+    "request_seconds": "e2e_request_latency_seconds_sum",
+}
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One number as both sides have it.
+
+    Attributes:
+        client, router: its value over the run.
+        difference: (client - router) / router, or 0 when both are 0.
+        agrees: whether they are within TOLERANCE, or their mean times a request within
+            RESOLUTION_SECONDS.
+    """
+
+    client: float
+    router: float
+    difference: float
+    agrees: bool
+
+
+async def scraped(gateway: str) -> Numbers:
+    """What a router shows at an HTTP address now, summed over labels.
+
+    Raises:
+        Unavailable: when it does not answer.
+    """
+    text = await asyncio.to_thread(_page, f"http://{gateway}/metrics")
+    return read_numbers(text)
+
+
+async def scraped_after(gateway: str, before: Numbers, seen: Sequence[Observation]) -> Numbers:
+    """As `scraped`, once the router has counted as many ends as the clients saw, or in 10 seconds.
+
+    A client has its last event before the router has counted it.
+    """
+    ends = sum(one.sent is not None for one in seen)
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        after = await scraped(gateway)
+        if after["requests"] - before["requests"] >= ends or time.monotonic() > deadline:
+            return after
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _page(url: str) -> str:
+    # Never through a proxy: it is a machine of ours that is asked.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=ANSWER_SECONDS) as answer:
+            body: bytes = answer.read(MAX_PAGE_BYTES)
+    except OSError as error:
+        raise Unavailable(f"{url} does not answer: {error}") from error
+    return body.decode("utf-8")
+
+
+def read_numbers(text: str) -> Numbers:
+    """The numbers of SERIES from a page in Prometheus's text format; 0 for those not there."""
+    sums: Numbers = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            sums[sample.name] += sample.value
+    return {name: sums[PREFIX + series] for name, series in SERIES.items()}
+
+
+def agreement(
+    before: Numbers, after: Numbers, observations: Sequence[Observation]
+) -> dict[str, Agreement]:
+    """Every number of SERIES as the clients and as the router have it.
+
+    Times count from the sending here: the router knows nothing of waits in the client.
+    """
+    done = [seen for seen in observations if seen.outcome == DONE]
+    sent = [seen for seen in observations if seen.sent is not None]
+    ours: Numbers = {
+        "requests": len(sent),
+        "prompt_tokens": sum(seen.num_prompt_tokens for seen in done),
+        "generation_tokens": sum(seen.num_tokens for seen in done),
+        "first_tokens": sum(bool(seen.events) for seen in observations),
+        "first_token_seconds": sum(
+            seen.events[0][0] - (seen.sent or 0.0) for seen in sent if seen.events
+        ),
+        "request_seconds": sum(seen.ended - (seen.sent or 0.0) for seen in sent),
+    }
+    theirs = {name: after[name] - before[name] for name in SERIES}
+    return {name: _compared(name, ours[name], theirs[name], len(sent)) for name in SERIES}
+
+
+def _compared(name: str, client: float, router: float, num_requests: int) -> Agreement:
+    apart = abs(client - router)
+    room = TOLERANCE * abs(router)
+    if name not in COUNTS:
+        room = max(room, RESOLUTION_SECONDS * num_requests)
+    return Agreement(client, router, (client - router) / router if router else 0.0, apart <= room)

@@ -1,0 +1,56 @@
+"""Asks a router through the SDK and notes when each event came. Knows nothing of schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from specinfer import AsyncClient, RetryPolicy
+from specinfer.messages import SpeculationOptions
+from specinfer.options import GenerateOptions
+from specinfer_bench.load.arrivals import Arrival
+from specinfer_bench.load.observation import Observation
+from specinfer_bench.load.open_loop import Ask, Clock
+
+# A try that the SDK repeats would be one request here and two at the router.
+NO_RETRY = RetryPolicy(max_attempts=1)
+OFF, STATIC, BY_COST = "off", "static", "by_cost"
+STATIC_WIDTHS = (1,) * 8
+SPECULATION: Mapping[str, SpeculationOptions] = {
+    OFF: SpeculationOptions(enabled=False),
+    # A request's own widths are taken as they are, whatever the load.
+    STATIC: SpeculationOptions(widths=STATIC_WIDTHS),
+    BY_COST: SpeculationOptions(),
+}
+
+
+def asking(
+    client: AsyncClient, *, chat: bool, temperature: float, speculation: SpeculationOptions
+) -> Ask:
+    """A way to ask; the length of an answer is what the request says, to the token."""
+
+    async def ask(arrival: Arrival, seen: Observation, clock: Clock) -> None:
+        options: GenerateOptions = {
+            "max_tokens": arrival.max_tokens,
+            "temperature": temperature,
+            "seed": arrival.seed,
+            "ignore_eos": True,
+            "speculation": speculation,
+        }
+        if chat:
+            options["messages"] = [{"role": "user", "content": arrival.prompt}]
+        async with client.stream(None if chat else arrival.prompt, **options) as stream:
+            async for event in stream:
+                seen.events.append((clock(), len(event.token_ids)))
+                seen.token_ids.extend(event.token_ids)
+            seen.num_prompt_tokens = stream.completion.usage.num_prompt_tokens
+
+    return ask
+
+
+async def characters_a_token(client: AsyncClient, text: str) -> float:
+    """How many characters of a text the cluster's tokenizer takes for a token, on average.
+
+    Raises what the SDK raises.
+    """
+    done = await client.generate(text, max_tokens=1, temperature=0.0)
+    return len(text) / max(1, done.usage.num_prompt_tokens)

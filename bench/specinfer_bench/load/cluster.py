@@ -1,0 +1,76 @@
+"""The cluster that a load is put on: one that runs, or one started for it by `specinfer up`.
+
+This module knows nothing of loads.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from specinfer.errors import InvalidRequest, Unavailable
+
+START_SECONDS = 300.0
+END_SECONDS = 30.0
+FACTS = ("router", "gateway", "model", "model_hash", "dtype")
+Cluster = Mapping[str, Any]
+"""What `specinfer up --json` printed."""
+
+
+def given_cluster(path: Path) -> Cluster:
+    """A running cluster by its file; raises InvalidRequest when the file is another one."""
+    try:
+        return _facts(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read {path}: {error}", field="cluster") from error
+
+
+@contextmanager
+def started_cluster(arguments: Sequence[str]) -> Iterator[Cluster]:
+    """Run `specinfer up` with some arguments for the length of the block.
+
+    Raises:
+        Unavailable: when it is not up in time, or ends.
+    """
+    command = [str(Path(sys.executable).with_name("specinfer")), "up", "--json", "--admin", ""]
+    command += ["--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", *arguments]
+    # In our process group: whoever ends that ends this too.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield _facts(_announced(process))
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _announced(process: subprocess.Popen[str]) -> str:
+    """The line that it prints once every process is healthy."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], START_SECONDS)
+    if not ready:
+        raise Unavailable("specinfer up is not up in time")
+    line = process.stdout.readline()
+    if not line:
+        raise Unavailable(f"specinfer up ended with {process.wait()}; it said why above")
+    return line
+
+
+def _facts(text: str) -> Cluster:
+    try:
+        found: Cluster = json.loads(text)
+        missing = [name for name in FACTS if name not in found]
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"not what `specinfer up --json` prints: {error}") from error
+    if missing:
+        raise InvalidRequest(f"the cluster's facts lack {', '.join(missing)}", field="cluster")
+    return found
