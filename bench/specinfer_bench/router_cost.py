@@ -1,0 +1,298 @@
+"""What a router costs: its CPU seconds for each round of a session, and what the wire adds to one.
+
+    python -m specinfer_bench.router_cost --output router-cost.json
+    python -m specinfer_bench.router_cost --profile router.prof --sessions 64
+
+The router is the real process; its workers are `simulated_workers`, in a process of their own, and
+its readers count messages without parsing them, in this one. The loop that it is compared with does
+the same waits in one process. This module knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import pstats
+import shlex
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import grpc.aio
+
+from specinfer.convert import request_to_wire
+from specinfer.errors import SpecinferError
+from specinfer.messages import GenerateRequest
+from specinfer.rpc import CHANNEL_OPTIONS
+from specinfer.sampling import SamplingParams, StopConditions
+from specinfer_bench.cluster_report import write_report
+from specinfer_bench.commit_cost import Tier
+from specinfer_bench.machine import machine_facts
+from specinfer_bench.simulated_workers import FIRST_TOKEN, Simulation
+from specinfer_bench.spread import spread
+from specinfer_bench.wire import GENERATE
+
+MODULE = "specinfer_bench.router_cost"
+GOAL_MS = 0.2
+GOAL_LOSS = 0.05
+PROMPT = tuple(FIRST_TOKEN + at % 100 for at in range(500))
+START_SECONDS = 60.0
+SHOWN_LINES = 25
+
+
+@dataclass(frozen=True)
+class Load:
+    """What runs.
+
+    Attributes:
+        sessions: sessions at once, each on a connection of its own.
+        tokens: tokens of a session; a next one follows.
+        windows: how many are measured.
+        window_seconds: length of each.
+        warm_seconds: what passes before the first.
+        simulation: how the workers behave.
+    """
+
+    sessions: int = 64
+    tokens: int = 256
+    windows: int = 5
+    window_seconds: float = 3.0
+    warm_seconds: float = 2.0
+    simulation: Simulation = field(default_factory=Simulation)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one window saw.
+
+    Attributes:
+        rounds: events with tokens that readers got.
+        router_seconds: CPU time of the router's process, all threads.
+        seconds: wall time.
+    """
+
+    rounds: int
+    router_seconds: float
+    seconds: float
+
+    @property
+    def milliseconds(self) -> float:
+        """CPU milliseconds of a round."""
+        return 1e3 * self.router_seconds / self.rounds
+
+
+class Readers:
+    """Sessions that are read one after the other, by as many readers as there are to be at once."""
+
+    def __init__(self, address: str, load: Load) -> None:
+        self.num_rounds = 0
+        self._address = address
+        self._load = load
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Read for the length of the block; raises what any reader met."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._read()) for _ in range(self._load.sessions)]
+                yield
+                for task in tasks:
+                    task.cancel()
+        except* grpc.aio.AioRpcError as errors:
+            raise SpecinferError(f"a stream failed: {errors.exceptions[0]}") from errors
+
+    async def _read(self) -> None:
+        stop = StopConditions(max_tokens=self._load.tokens, ignore_eos=True)
+        request = GenerateRequest(token_ids=PROMPT, sampling=SamplingParams(seed=1), stop=stop)
+        wire = request_to_wire(request).SerializeToString()
+        # Channels of one process share their connections unless told not to.
+        options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+            generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
+            generate = channel.unary_stream(GENERATE)
+            while True:
+                # The first message starts the stream and the last one ends it.
+                self.num_rounds -= 2
+                async for _ in generate(wire):
+                    self.num_rounds += 1
+
+
+@asynccontextmanager
+async def started(command: Sequence[str], stream: str) -> AsyncIterator[tuple[int, dict[str, str]]]:
+    """A process of ours: its id, and the first object with a port or an address that it writes.
+
+    Args:
+        command: arguments of Python.
+        stream: "stdout" or "stderr", where it writes lines of JSON.
+    """
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        stdout=pipe if stream == "stdout" else None,
+        stderr=pipe if stream == "stderr" else None,
+    )
+    lines = process.stdout if stream == "stdout" else process.stderr
+    assert lines is not None
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            ready = await _ready(lines)
+        rest = asyncio.create_task(lines.read())
+        yield process.pid, ready
+        process.terminate()
+        await asyncio.gather(rest, process.wait())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _ready(lines: asyncio.StreamReader) -> dict[str, str]:
+    async for line in lines:
+        found = json.loads(line)
+        if "verify" in found or found.get("event") == "serving":
+            return {str(name): str(value) for name, value in found.items()}
+    raise SpecinferError("a process of the benchmark ended before it served; see what it printed")
+
+
+@asynccontextmanager
+async def cluster(
+    simulation: Simulation, sockets: Path | None, profile: Path | None
+) -> AsyncIterator[tuple[int, str]]:
+    """A router with simulated workers: its process id and its address.
+
+    Args:
+        simulation: how the workers behave.
+        sockets: a folder for unix sockets, or None for TCP.
+        profile: where the router leaves its profile, or None.
+    """
+    names = ("draft", "verify", "router")
+    at = {name: f"unix:{sockets / name}" if sockets else "127.0.0.1:0" for name in names}
+    waits = ["--draft-seconds", str(simulation.draft_seconds)]
+    waits += ["--verify-seconds", str(simulation.verify_seconds)]
+    workers = ["-m", "specinfer_bench.simulated_workers", *waits]
+    workers += ["--draft", at["draft"], "--verify", at["verify"]]
+    workers += ["--accepted", str(simulation.accepted)]
+    profiled = ["-m", "cProfile", "-o", str(profile)] if profile else []
+    async with AsyncExitStack() as stack:
+        _, found = await stack.enter_async_context(started(workers, "stdout"))
+        router = [*profiled, "-m", "specinfer_router", "--grpc", at["router"]]
+        router += ["--gateway", "127.0.0.1:0", "--policy", "static"]
+        router += ["--draft", found["draft"], "--verify", found["verify"]]
+        pid, ready = await stack.enter_async_context(started(router, "stderr"))
+        yield pid, at["router"] if sockets else f"127.0.0.1:{ready['grpc_port']}"
+
+
+async def measure(
+    load: Load, *, sockets: Path | None = None, profile: Path | None = None
+) -> list[Window]:
+    """Windows of a router under load, after a warm-up."""
+    windows = []
+    async with cluster(load.simulation, sockets, profile) as (pid, address):
+        readers = Readers(address, load)
+        async with readers.running():
+            await asyncio.sleep(load.warm_seconds)
+            for _ in range(load.windows):
+                rounds, cpu, begun = readers.num_rounds, cpu_seconds(pid), time.perf_counter()
+                await asyncio.sleep(load.window_seconds)
+                spent = cpu_seconds(pid) - cpu, time.perf_counter() - begun
+                windows.append(Window(readers.num_rounds - rounds, *spent))
+    return windows
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process and its threads have had, by the kernel."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def loop_rate(load: Load) -> float:
+    """Rounds per second of the same waits in one process, without a router or a wire."""
+    simulation, rounds = load.simulation, 0
+    drafters = Tier(simulation.draft_seconds, load.sessions)
+    verifiers = Tier(simulation.verify_seconds, load.sessions)
+    end = time.perf_counter() + load.windows * load.window_seconds
+
+    async def session() -> None:
+        nonlocal rounds
+        while time.perf_counter() < end:
+            await drafters.ask()
+            await verifiers.ask()
+            rounds += 1
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(session() for _ in range(load.sessions)))
+    return rounds / (time.perf_counter() - begun)
+
+
+def split(profile: Path) -> dict[str, float]:
+    """Share of each module in a profile's own time, largest first."""
+    seconds: dict[str, float] = defaultdict(float)
+    stats: dict[tuple[str, int, str], tuple[int, int, float, float, object]]
+    stats = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]
+    for (path, _, function), (_, _, own, _, _) in stats.items():
+        # A built-in function has no file; its own name says more.
+        name = "/".join(Path(path).parts[-2:]) if path.endswith(".py") else function
+        seconds[name] += own
+    whole = sum(seconds.values())
+    largest = sorted(seconds.items(), key=lambda item: -item[1])[:SHOWN_LINES]
+    return {name: round(own / whole, 4) for name, own in largest}
+
+
+async def report(arguments: argparse.Namespace) -> dict[str, object]:
+    """All arms."""
+    found: dict[str, object] = {"goal_ms": GOAL_MS, "goal_loss": GOAL_LOSS}
+    simulation = Simulation(arguments.draft_seconds, arguments.verify_seconds, arguments.accepted)
+    load = Load(arguments.sessions, arguments.tokens, arguments.windows, simulation=simulation)
+    windows = await measure(load, sockets=arguments.sockets, profile=arguments.profile)
+    found["load"] = asdict(load)
+    found["router_ms_of_a_round"] = asdict(spread([one.milliseconds for one in windows]))
+    rates = [one.rounds / one.seconds for one in windows]
+    found["rounds_per_second"] = round(statistics.median(rates), 1)
+    if simulation.verify_seconds:
+        alone = await loop_rate(load)
+        found["loop_rounds_per_second"] = round(alone, 1)
+        found["loss"] = asdict(spread([1 - rate / alone for rate in rates]))
+    if arguments.profile:
+        found["split"] = split(arguments.profile)
+    return found
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--sessions", type=int, default=64, help="sessions at once")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a session")
+    parser.add_argument("--windows", type=int, default=5, help="windows of three seconds")
+    parser.add_argument("--draft-seconds", type=float, default=0.0, help="length of a draft pass")
+    parser.add_argument("--verify-seconds", type=float, default=0.0, help="length of a verify pass")
+    parser.add_argument("--accepted", type=int, default=3, help="guesses confirmed in a round")
+    parser.add_argument("--sockets", type=Path, help="folder for unix sockets instead of TCP")
+    parser.add_argument("--profile", type=Path, help="profile the router into this file")
+    parser.add_argument("--output", type=Path, help="also write the report to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print the report."""
+    arguments = _arguments()
+    before = os.getloadavg()[0]
+    found = asyncio.run(report(arguments))
+    setup = {
+        "command": f"python -m {MODULE} " + shlex.join(sys.argv[1:]),
+        "machine": machine_facts(),
+        "load_average": before,
+    }
+    write_report({**found, "setup": setup}, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
