@@ -10,30 +10,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
 from typing import Any, Generic, TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Shown
 from prometheus_client.registry import Collector
 
 from specinfer.metrics.catalogue import CATALOGUE
 from specinfer.metrics.metric import OTHER, Kind, Label, Metric, Source
+from specinfer.metrics.series import Count, Distribution, Level, Series
 
 # Series with known labels begin at 0, so that the first event is a rise; more than so many do not.
 MAX_AT_ZERO = 64
 
 Read = Callable[[], Mapping[tuple[str, ...], float]]
-_Made = TypeVar("_Made", Counter, Gauge, Histogram)
-_MAKERS: dict[Kind, type[Counter] | type[Gauge] | type[Histogram]] = {
-    Kind.COUNTER: Counter,
-    Kind.GAUGE: Gauge,
-    Kind.HISTOGRAM: Histogram,
+_Series = TypeVar("_Series", bound=Series)
+_FAMILIES: dict[Kind, Callable[..., Any]] = {
+    Kind.COUNTER: CounterMetricFamily,
+    Kind.GAUGE: GaugeMetricFamily,
+    Kind.HISTOGRAM: HistogramMetricFamily,
 }
 
 
@@ -59,35 +57,44 @@ class Bound:
             self._known.discard(value)
 
 
-class Family(Generic[_Made]):
+class Family(Collector, Generic[_Series]):
     """One metric with its series; `of` gives the series of some label values."""
 
-    def __init__(self, metric: Metric, made: _Made, fixed: tuple[str, ...]) -> None:
-        self._made: _Made = made
+    def __init__(
+        self, metric: Metric, make: Callable[[], _Series], fixed: Mapping[str, str]
+    ) -> None:
+        self.metric = metric
+        self._make = make
         self._fixed = fixed
-        self._labels = metric.labels
         self._bounds = tuple(Bound(label) for label in metric.labels)
-        self._series: dict[tuple[str, ...], _Made] = {}
+        self._series: dict[tuple[str, ...], _Series] = {}
         for values in _at_zero(metric):
             self.of(*values)
 
-    def of(self, *values: str) -> _Made:
+    def of(self, *values: str) -> _Series:
         """The series of these values of the metric's own labels, in the catalogue's order."""
         found = self._series.get(values)
         if found is not None:
             return found
         bounded = tuple(bound(value) for bound, value in zip(self._bounds, values, strict=True))
         if bounded not in self._series:
-            self._series[bounded] = self._made.labels(*self._fixed, *bounded)
+            self._series[bounded] = self._make()
         return self._series[bounded]
 
     def forget(self, label: str, value: str) -> None:
         """Drop the series of a value that will not come again, and give its place to others."""
-        place = [item.name for item in self._labels].index(label)
+        place = [item.name for item in self.metric.labels].index(label)
         for values in [values for values in self._series if values[place] == value]:
             del self._series[values]
-            self._made.remove(*self._fixed, *values)
         self._bounds[place].forget(value)
+
+    def collect(self) -> Iterator[Shown]:
+        """All series, as they are now."""
+        shown = _family(self.metric, self._fixed)
+        # Copied at once: the thread that counts may begin a series meanwhile.
+        for values, series in tuple(self._series.items()):
+            series.show(shown, [*self._fixed.values(), *values])
+        yield shown
 
 
 class Watched(Collector):
@@ -111,9 +118,8 @@ class Watched(Collector):
             yield metric, self._shown(metric, read())
 
     def _shown(self, metric: Metric, numbers: Mapping[tuple[str, ...], float]) -> Shown:
-        names = [*self._fixed, *(label.name for label in metric.labels)]
-        kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
-        family = kind(metric.family, metric.help, labels=names)
+        shown = _family(metric, self._fixed)
+        family: Any = shown
         bounds = [Bound(label) for label in metric.labels]
         begun = _at_zero(metric) if metric.kind is Kind.COUNTER else ()
         sums: dict[tuple[str, ...], float] = dict.fromkeys(begun, 0.0)
@@ -122,7 +128,7 @@ class Watched(Collector):
             sums[bounded] = sums.get(bounded, 0.0) + number
         for bounded, number in sums.items():
             family.add_metric([*self._fixed.values(), *bounded], number)
-        return family
+        return shown
 
 
 class Instruments:
@@ -137,29 +143,25 @@ class Instruments:
     def __init__(
         self, registry: CollectorRegistry, source: Source, fixed: Mapping[str, str]
     ) -> None:
-        # Twice the lines, for times that nobody asks for.
-        switch_off: Callable[[], None] = disable_created_metrics
-        switch_off()
         self._source = source
         self._fixed = dict(fixed)
         self._registry = registry
         self._families: dict[str, Family[Any]] = {}
-        self._made: dict[str, Collector] = {}
         self._watched = Watched(self._fixed)
         registry.register(self._watched)
         ProcessCollector(registry=registry)
 
-    def counter(self, name: str) -> Family[Counter]:
+    def counter(self, name: str) -> Family[Count]:
         """A counter of the catalogue."""
-        return self._family(name, Kind.COUNTER)
+        return self._of_kind(name, Kind.COUNTER, Count)
 
-    def gauge(self, name: str) -> Family[Gauge]:
+    def gauge(self, name: str) -> Family[Level]:
         """A gauge of the catalogue that is moved up and down."""
-        return self._family(name, Kind.GAUGE)
+        return self._of_kind(name, Kind.GAUGE, Level)
 
-    def histogram(self, name: str) -> Family[Histogram]:
+    def histogram(self, name: str) -> Family[Distribution]:
         """A histogram of the catalogue."""
-        return self._family(name, Kind.HISTOGRAM)
+        return self._of_kind(name, Kind.HISTOGRAM, lambda: Distribution(_BY_NAME[name].buckets))
 
     def watch(self, name: str, read: Read) -> None:
         """Ask `read` for a gauge or counter at each scrape, by the values of its own labels."""
@@ -172,38 +174,39 @@ class Instruments:
 
     def forget(self, label: str, value: str) -> None:
         """Drop every series of a label's value, such as a worker that left for good."""
-        for name, family in self._families.items():
-            if any(item.name == label for item in _BY_NAME[name].labels):
+        for family in self._families.values():
+            if any(item.name == label for item in family.metric.labels):
                 family.forget(label, value)
 
     def known_to_vllm(self) -> Iterator[tuple[Metric, Shown]]:
         """What is shown now and has a name at vLLM, beside its entry in the catalogue."""
-        for name, made in self._made.items():
-            if _BY_NAME[name].vllm:
-                for shown in made.collect():
-                    yield _BY_NAME[name], shown
+        for family in self._families.values():
+            if family.metric.vllm:
+                for shown in family.collect():
+                    yield family.metric, shown
         for metric, shown in self._watched.shown():
             if metric.vllm:
                 yield metric, shown
 
-    def _family(self, name: str, kind: Kind) -> Family[Any]:
-        if name in self._families:
-            return self._families[name]
-        metric = self._metric(name, (kind,))
-        names = [*self._fixed, *(label.name for label in metric.labels)]
-        more: dict[str, Any] = {"buckets": metric.buckets} if kind is Kind.HISTOGRAM else {}
-        made: Any = _MAKERS[kind](
-            metric.family, metric.help, names, registry=self._registry, **more
-        )
-        family: Family[Any] = Family(metric, made, tuple(self._fixed.values()))
-        self._made[name], self._families[name] = made, family
-        return family
+    def _of_kind(self, name: str, kind: Kind, make: Callable[[], _Series]) -> Family[_Series]:
+        if name not in self._families:
+            metric = self._metric(name, (kind,))
+            self._families[name] = Family(metric, make, self._fixed)
+            self._registry.register(self._families[name])
+        return self._families[name]
 
     def _metric(self, name: str, kinds: Iterable[Kind]) -> Metric:
         metric = _BY_NAME[name]
         if metric.kind not in kinds or self._source not in metric.sources:
             raise KeyError(f"{name} is no {'/'.join(kinds)} of {self._source} in the catalogue")
         return metric
+
+
+def _family(metric: Metric, fixed: Mapping[str, str]) -> Shown:
+    """A metric as the library shows it, without any series."""
+    names = [*fixed, *(label.name for label in metric.labels)]
+    family: Shown = _FAMILIES[metric.kind](metric.family, metric.help, labels=names)
+    return family
 
 
 def _at_zero(metric: Metric) -> list[tuple[str, ...]]:

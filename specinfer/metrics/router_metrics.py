@@ -10,12 +10,13 @@ from collections import Counter as Tally
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from specinfer.messages import RoundFacts, Usage
 from specinfer.metrics.catalogue import MAX_POSITION, PART, RANK
 from specinfer.metrics.instruments import Instruments
 from specinfer.metrics.metric import Source
+from specinfer.metrics.series import Count
 from specinfer.metrics.vllm import VllmAliases
 from specinfer.telemetry import Span, current_span
 from specinfer.tree import TokenTree
@@ -283,7 +284,7 @@ def _exemplar(span: Span) -> dict[str, str] | None:
     return {"trace_id": span.trace_id} if span.traced else None
 
 
-def _count_up_to(counters: Sequence[Counter], depth: int) -> None:
+def _count_up_to(counters: Sequence[Count], depth: int) -> None:
     """Count depths 1 to `depth`; those deeper than the last counter count as the deepest."""
     for counter in counters[:depth]:
         counter.inc()
