@@ -19,7 +19,7 @@ MAX_LEVELS = 8
 MAX_RANKS = 4
 # What is believed of a drafter before its first tree: good enough to be tried.
 PRIOR = (0.7, 0.1, 0.04, 0.02)
-PRIOR_TRIALS = 4.0
+PRIOR_TRIALS = 12.0
 # A level leans on the others as if they were so many trials of its own.
 POOLED_TRIALS = 16.0
 MEMORY_TRIALS = 256.0
@@ -28,10 +28,17 @@ MOST_ACCEPTED = 0.99
 KEPT = 0.95
 KEPT_AFTER_PAUSE = 0.5
 SLOPE_TRUST = 1.0
+CLEAR_SPREAD = 4.0
 SNAPSHOT_ROUNDS = 32
 MAX_RECORDS = 32
 MAX_TEMPERATURE_STEPS = 4
+# Passes: how far one may lie from the usual, how many powers of two of rows are told apart, how
+# fast they are forgotten, how many are remembered, and as how many what is hoped of each counts.
 MAX_STEP_RATIO = 4.0
+ROW_CLASSES = 12
+KEPT_PASS = 0.998
+MOST_PASSES = 50.0
+LEANING_PASSES = 1.0
 
 Acceptance = tuple[tuple[float, ...], ...]
 
@@ -124,13 +131,18 @@ class DraftCost:
 
     Both parts are needed: a probe of one level pays the whole fixed part, and a deep tree would
     look dear if that were taken for the price of a level.
+
+    Attributes:
+        known_level: what a drafter measured of one of its passes, 0 when it is not known.
     """
 
     def __init__(self, level_seconds: float = 0.0) -> None:
         """Begin with what a drafter measured of one of its passes, or 0 when it is not known."""
-        self._known_level = level_seconds
+        self.known_level = level_seconds
         # Decayed sums of 1, levels, seconds, levels squared and levels times seconds.
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
+        # Remembered from when trees were of many depths, for probes are all of one.
+        self._learnt_level = level_seconds
 
     def observe(self, levels: int, seconds: float, *, after_pause: bool) -> None:
         """Take in a tree of `levels` levels that came after `seconds`."""
@@ -141,15 +153,17 @@ class DraftCost:
             keep * old + value for old, value in zip(self._sums, new, strict=True)
         )
         self._sums = (one, two, three, four, five)
+        if four - two * two / one > CLEAR_SPREAD:
+            self._learnt_level = self.parts()[1]
 
     def parts(self) -> tuple[float, float]:
         """Fixed seconds and seconds for each level; what is not known costs nothing."""
         weight, levels, seconds, squares, products = self._sums
         if not weight:
-            return 0.0, self._known_level
+            return 0.0, self.known_level
         mean_levels, mean_seconds = levels / weight, seconds / weight
         # While all trees are as deep the slope is a belief: at most the share of a level.
-        believed = min(self._known_level or math.inf, mean_seconds / mean_levels)
+        believed = min(self._learnt_level or math.inf, mean_seconds / mean_levels)
         slope = products - levels * mean_seconds + SLOPE_TRUST * believed
         level = max(0.0, slope / (max(0.0, squares - levels * mean_levels) + SLOPE_TRUST))
         level = min(level, mean_seconds / mean_levels)
@@ -170,6 +184,48 @@ class MovingAverage:
         self._empty = False
 
 
+class LiveCosts:
+    """T(rows, context) as it is now: a worker's own measurement, corrected by the passes it makes.
+
+    The correction is a factor for each power of two of rows, for a machine that is shared, or
+    measured on a bad day, is slower by another factor for few rows than for many. What was not seen
+    for a while is taken to be as fast as it was measured, or as passes are now if that is faster:
+    who hopes too much tries it and learns.
+    """
+
+    def __init__(self, measured: StepCurve) -> None:
+        """Begin with the worker's measurement as it is."""
+        self._measured = measured
+        self._weights, self._sums = [0.0] * ROW_CLASSES, [0.0] * ROW_CLASSES
+        self._all = MovingAverage(1.0, weight=0.02)
+
+    def observe(self, num_rows: int, context_len: int, seconds: float, share: float = 1.0) -> None:
+        """Take in a pass; `share` is the part of it that the teller stands for."""
+        ratio = seconds / self._measured.at(max(1, num_rows), context_len)
+        # One pass that the machine was away from says little of the others.
+        usual = self.factor(num_rows)
+        ratio = min(max(ratio, usual / MAX_STEP_RATIO), usual * MAX_STEP_RATIO)
+        self._all.observe(ratio)
+        keep = KEPT_PASS**share
+        self._weights = [keep * weight for weight in self._weights]
+        self._sums = [keep * total for total in self._sums]
+        place = _row_class(num_rows)
+        # What is seen often follows the machine closely; what is seen seldom is forgotten slowly.
+        room = min(1.0, MOST_PASSES / (self._weights[place] + share))
+        self._weights[place] = room * (self._weights[place] + share)
+        self._sums[place] = room * (self._sums[place] + share * ratio)
+
+    def factor(self, num_rows: int) -> float:
+        """How much longer a pass takes now than when it was measured."""
+        place = _row_class(num_rows)
+        hoped = LEANING_PASSES * min(1.0, self._all.value)
+        return (self._sums[place] + hoped) / (self._weights[place] + LEANING_PASSES)
+
+    def at(self, num_rows: int, context_len: int) -> float:
+        """Seconds of a pass; see `StepCurve.at`."""
+        return self._measured.at(num_rows, context_len) * self.factor(num_rows)
+
+
 class DrafterRecord:
     """What is known of one drafter, under one way of drawing tokens.
 
@@ -187,13 +243,21 @@ class DrafterRecord:
         self._num_rounds, self._next_snapshot = 0, 1
         self.snapshot = self._counts.snapshot()
 
-    def observe(self, tree: TokenTree, accepted: Sequence[int], num_draft_nodes: int) -> list[bool]:
+    def observe(
+        self,
+        tree: TokenTree,
+        accepted: Sequence[int],
+        num_draft_nodes: int,
+        *,
+        after_pause: bool = False,
+    ) -> list[bool]:
         """Count a round's tree; see `AcceptanceCounts.observe`."""
         outcomes = self._counts.observe(tree, accepted, num_draft_nodes)
         self._num_rounds += 1
-        if self._num_rounds >= self._next_snapshot:
-            # Soon at first, for the prior is a guess; then as often as the tables are worth.
-            self._next_snapshot += min(self._num_rounds, SNAPSHOT_ROUNDS)
+        # Soon at first, for the prior is a guess; then as often as the tables are worth. What a
+        # probe found is wanted at once.
+        if after_pause or self._num_rounds >= self._next_snapshot:
+            self._next_snapshot = self._num_rounds + min(self._num_rounds, SNAPSHOT_ROUNDS)
             self.snapshot = self._counts.snapshot()
         return outcomes
 
@@ -202,9 +266,9 @@ class Calibration:
     """What a router has measured, shared by all of its sessions.
 
     Attributes:
-        costs: what the target's passes cost by its own measurement.
-        slowdown: how much longer its passes take now, as a factor.
+        costs: what the target's passes cost.
         overhead_seconds: what the way to the target and back takes beside its passes and queue.
+        num_passes: passes seen; what is made of the costs is worth making again now and then.
     """
 
     def __init__(
@@ -216,9 +280,9 @@ class Calibration:
             costs: of the target.
             draft_costs: asked for those of a drafter, when one is first planned with.
         """
-        self.costs = costs
-        self.slowdown = MovingAverage(1.0, weight=0.02)
+        self.costs = LiveCosts(costs)
         self.overhead_seconds = MovingAverage(0.0, weight=0.05)
+        self.num_passes = 0
         self._draft_costs = draft_costs
         self._records: OrderedDict[tuple[str, int], DrafterRecord] = OrderedDict()
         self._newest = ""
@@ -242,14 +306,30 @@ class Calibration:
         return found
 
     def observe_pass(
-        self, num_rows: int, context_len: int, seconds: float, overhead_seconds: float
+        self,
+        num_rows: int,
+        context_len: int,
+        seconds: float,
+        *,
+        share: float,
+        overhead_seconds: float,
     ) -> None:
-        """Take in a pass that was no prefill, and what the way there and back took."""
-        ratio = seconds / self.costs.at(max(1, num_rows), context_len)
-        # One pass that the machine was away from says little of the others.
-        most = MAX_STEP_RATIO * self.slowdown.value
-        self.slowdown.observe(min(max(ratio, self.slowdown.value / MAX_STEP_RATIO), most))
+        """Take in a pass that was no prefill, and what the way there and back took.
+
+        Args:
+            num_rows: rows of the pass.
+            context_len: keys that each of them saw, or nearly.
+            seconds: the worker's compute.
+            share: part of the rows that were the session's own; the others tell of it too.
+            overhead_seconds: round trip less compute and queue.
+        """
+        self.num_passes += 1
+        self.costs.observe(num_rows, context_len, seconds, share)
         self.overhead_seconds.observe(max(0.0, overhead_seconds))
+
+
+def _row_class(num_rows: int) -> int:
+    return min(max(0, num_rows - 1).bit_length(), ROW_CLASSES - 1)
 
 
 def _falling(chances: Iterable[float]) -> tuple[float, ...]:

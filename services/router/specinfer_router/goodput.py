@@ -27,6 +27,8 @@ STAY_MARGIN = 0.03
 MAX_CHOICES = 1024
 MAX_TABLES = 64
 MAX_NODES = 255
+# Passes after which a choice is made again, for what passes cost is learnt from them.
+PASSES_A_CHOICE = 32
 # Costs and contexts that differ by less than this share of an octave make the same choice.
 STEPS_AN_OCTAVE = 6
 SHIFT_STEP = 0.5
@@ -41,6 +43,7 @@ class RoundCosts:
         num_sessions: sessions that share a pass.
         context_len: keys that each row sees.
         draft_fixed, draft_level: of a propose, and of each level of its tree.
+        known_level: of a level, by the drafter's own measurement; 0 when it is not known.
     """
 
     calibration: Calibration
@@ -48,12 +51,13 @@ class RoundCosts:
     context_len: int
     draft_fixed: float
     draft_level: float
+    known_level: float
 
     def verify(self, num_nodes: int) -> float:
         """A pass that carries `num_nodes` guesses a session, and what comes with every round."""
         known = self.calibration
         seconds = known.costs.at(self.num_sessions * (num_nodes + 1), self.context_len)
-        return seconds * known.slowdown.value + known.overhead_seconds.value
+        return seconds + known.overhead_seconds.value
 
     def draft(self, depth: int) -> float:
         """A propose of `depth` levels."""
@@ -67,13 +71,15 @@ class Choice:
     Attributes:
         num_nodes, depth: of the tree.
         gain: its tokens a second over those of plain decoding.
-        probe_rounds: plain rounds of all sessions that pay for one probe.
+        least_wait, most_wait: plain rounds of all sessions that pay for one probe, if the drafter
+            is as fast as it says, and if it is as slow as it seems.
     """
 
     num_nodes: int
     depth: int
     gain: float
-    probe_rounds: int
+    least_wait: int
+    most_wait: int
 
 
 class AdaptiveShape:
@@ -89,7 +95,8 @@ class AdaptiveShape:
     win by START_MARGIN to begin and by STAY_MARGIN to go on. While it does not, one round is tried
     now and then all the same, for acceptance is unknown without a guess: after PROBE_ROUNDS rounds
     of all sessions together, after twice as many each time it was in vain, and as rarely in the end
-    as keeps the probes' cost below PROBE_SHARE.
+    as keeps the probes' cost below PROBE_SHARE. A drafter that is slow by its own account is not
+    tried more often than that from the beginning.
     """
 
     def __init__(self, default: ShapeQuery, calibration: Calibration) -> None:
@@ -98,6 +105,11 @@ class AdaptiveShape:
         self._calibration = calibration
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
+
+    @property
+    def num_kept(self) -> int:
+        """Choices and tables kept."""
+        return len(self._choices) + len(self._tables)
 
     def history(self, temperature: float, context_len: int) -> RoundHistory:
         """A session's history, which shares what all of them learn."""
@@ -118,7 +130,8 @@ class AdaptiveShape:
             record.num_idle_rounds = record.num_vain_probes = 0
             return replace(asked, max_nodes=choice.num_nodes, max_depth=choice.depth)
         record.num_idle_rounds += 1
-        wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), choice.probe_rounds)
+        wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), choice.most_wait)
+        wait = max(wait, choice.least_wait)
         if record.num_idle_rounds <= wait:
             return replace(asked, max_nodes=0)
         record.num_idle_rounds = 1
@@ -130,12 +143,14 @@ class AdaptiveShape:
     ) -> Choice:
         """The best choice under what is known now, remembered while that hardly changes."""
         known, shift = self._calibration, round(history.shift / SHIFT_STEP)
-        costs = RoundCosts(known, num_sessions, history.context_len, *record.cost.parts())
+        cost = record.cost
+        costs = RoundCosts(
+            known, num_sessions, history.context_len, *cost.parts(), known_level=cost.known_level
+        )
         key = (
             *(record.snapshot, shift, asked.max_nodes, asked.max_depth),
-            num_sessions,
+            *(num_sessions, known.num_passes // PASSES_A_CHOICE),
             *map(_step, (history.context_len, costs.draft_fixed, costs.draft_level)),
-            *map(_step, (known.overhead_seconds.value, known.slowdown.value)),
         )
         found = self._choices.get(key)
         if found is None:
@@ -166,13 +181,23 @@ def best_choice(tokens: TokenTable, costs: RoundCosts) -> Choice:
             goodput = tokens[depth][num_nodes] / (verify + costs.draft(depth))
             if goodput > best_goodput:
                 best_goodput, best_nodes, best_depth = goodput, num_nodes, depth
-    # A probe delays its own session by the drafter, and everybody by one more row.
-    calibration, batch = costs.calibration, costs.num_sessions
-    rows = (calibration.costs.at(count, costs.context_len) for count in (batch, batch + 1))
-    fewer, more = rows
-    probe = costs.draft(1) + batch * (more - fewer) * calibration.slowdown.value
-    probe_rounds = max(PROBE_ROUNDS, math.ceil(probe / (PROBE_SHARE * plain)))
-    return Choice(best_nodes, best_depth, best_goodput * plain, probe_rounds)
+    return Choice(
+        best_nodes,
+        best_depth,
+        best_goodput * plain,
+        least_wait=_rounds_for_a_probe(costs, costs.known_level),
+        most_wait=_rounds_for_a_probe(costs, max(costs.known_level, costs.draft(1))),
+    )
+
+
+def _rounds_for_a_probe(costs: RoundCosts, draft_seconds: float) -> int:
+    """Plain rounds that pay for a probe: it delays its session, and all others by one more row."""
+    batch, known = costs.num_sessions, costs.calibration.costs
+    # Both by the same factor, for the two counts may be of different classes.
+    fewer, more = (known.at(count, costs.context_len) for count in (batch, batch + 1))
+    more *= known.factor(batch) / known.factor(batch + 1)
+    probe = draft_seconds + batch * (more - fewer)
+    return max(PROBE_ROUNDS, math.ceil(probe / (PROBE_SHARE * costs.verify(0))))
 
 
 def shift_acceptance(acceptance: Acceptance, shift: float) -> Acceptance:

@@ -31,7 +31,8 @@ class RoundHistory:
         self._calibration = calibration
         self._temperature = temperature
         self._drafter = ""
-        self._acceptance: float | None = None
+        # How much more often guesses were right than usual, on average, the latest ones most.
+        self._surprise = 0.0
         self._num_rounds = 0
         self._paused = False
 
@@ -43,10 +44,9 @@ class RoundHistory:
     @property
     def shift(self) -> float:
         """How much more often than usual this session's guesses are right, in log odds."""
-        if self._acceptance is None:
-            return 0.0
-        own, usual = _log_odds(self._acceptance), _log_odds(self.record.snapshot.overall)
-        return max(-MAX_SHIFT, min(MAX_SHIFT, own - usual))
+        usual = self.record.snapshot.overall
+        shift = _log_odds(usual + self._surprise) - _log_odds(usual)
+        return max(-MAX_SHIFT, min(MAX_SHIFT, shift))
 
     def observe(self, guess: Guess, checked: Checked, *, context_len: int) -> None:
         """Take in a round: what was guessed and confirmed.
@@ -63,25 +63,28 @@ class RoundHistory:
         if self._num_rounds > 1 and result.compute_seconds > 0:
             away = checked.seconds - result.compute_seconds - result.queue_seconds
             self._calibration.observe_pass(
-                result.num_rows, context_len, result.compute_seconds, away
+                result.num_rows,
+                context_len,
+                result.compute_seconds,
+                share=min(1.0, len(guess.tree) / max(1, result.num_rows)),
+                overhead_seconds=away,
             )
         self._observe_guess(guess, checked)
 
     def _observe_guess(self, guess: Guess, checked: Checked) -> None:
         if not guess.drafter:
             self._paused = True
-            if self._acceptance is not None:
-                self._acceptance += IDLE_WEIGHT * (self.record.snapshot.overall - self._acceptance)
+            self._surprise *= 1.0 - IDLE_WEIGHT
             return
         self._drafter = guess.drafter
         record, paused = self.record, self._paused
         self._paused = False
         usual = record.snapshot.overall
-        outcomes = record.observe(guess.tree, checked.result.accepted, guess.num_draft_nodes)
-        own = usual if self._acceptance is None else self._acceptance
+        outcomes = record.observe(
+            guess.tree, checked.result.accepted, guess.num_draft_nodes, after_pause=paused
+        )
         for right in outcomes:
-            own += OWN_WEIGHT * (right - own)
-        self._acceptance = own
+            self._surprise += OWN_WEIGHT * (right - usual - self._surprise)
         if not guess.after_prefill:
             record.cost.observe(max(1, guess.draft_depth), guess.seconds, after_pause=paused)
 

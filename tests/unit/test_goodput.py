@@ -1,0 +1,192 @@
+"""The adaptive shape: the best choice under what is known, and never much slower than plain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
+from specinfer.step_curve import StepCurve
+from specinfer_router import goodput
+from specinfer_router.calibration import Calibration, Snapshot
+from specinfer_router.goodput import PROBE_ROUNDS, AdaptiveShape, shift_acceptance, sizes
+from specinfer_router.sequoia import expected_tokens
+from tests.kit.simulated_rounds import Simulation, World
+
+FLAT = StepCurve([StepCost(1, 0, 0.010), StepCost(12, 0, 0.010), StepCost(64, 0, 0.100)])
+STEEP = StepCurve([StepCost(1, 0, 0.010), StepCost(64, 0, 0.100)])
+# Of a 1.1 B model on two cores, relative to one row.
+MEASURED = StepCurve(
+    [
+        StepCost(rows, 256, seconds)
+        for rows, seconds in ((1, 0.05), (8, 0.058), (16, 0.09), (32, 0.17), (64, 0.34))
+    ]
+)
+CURVES = {"flat": FLAT, "steep": STEEP, "measured": MEASURED}
+GOOD = ((0.7, 0.12, 0.05, 0.02),)
+FADING = ((0.7, 0.1, 0.03), (0.6, 0.1, 0.03), (0.4, 0.1, 0.03), (0.2, 0.05, 0.01))
+BAD = ((0.05, 0.02),)
+ANY = SpeculationOptions()
+CAP = ShapeQuery(max_nodes=12, max_depth=6)
+
+
+def planned(
+    curve: StepCurve,
+    acceptance: Sequence[Sequence[float]],
+    *,
+    sessions: int = 1,
+    fixed: float = 0.0,
+    level: float = 0.0005,
+) -> ShapeQuery:
+    """The first plan of a session whose drafter is known to be like this."""
+    calibration = Calibration(curve)
+    policy = AdaptiveShape(CAP, calibration)
+    history = policy.history(0.0, 100)
+    tuples = tuple(tuple(row) for row in acceptance)
+    history.record.snapshot = Snapshot(tuples, sum(tuples[0]))
+    for depth in (1, 2, 4, 8) * 8:
+        history.record.cost.observe(depth, fixed + depth * level, after_pause=False)
+    return policy.plan(ANY, history, sessions)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("acceptance", [GOOD, FADING, BAD], ids=["good", "fading", "bad"])
+@pytest.mark.parametrize("sessions", [1, 3, 16, 64])
+def test_the_choice_is_the_best_of_all_by_the_documented_formula(
+    curve: str, acceptance: Sequence[Sequence[float]], sessions: int
+) -> None:
+    costs, fixed, level = CURVES[curve], 0.001, 0.0005
+    table = expected_tokens(acceptance, 12, 6)
+
+    def speed(nodes: int, depth: int) -> float:
+        return table[depth][nodes] / (costs.at(sessions * (nodes + 1)) + fixed + depth * level)
+
+    pairs = [(nodes, depth) for nodes in range(1, 13) for depth in range(1, min(nodes, 6) + 1)]
+    best, plain = max(pairs, key=lambda pair: speed(*pair)), 1.0 / costs.at(sessions)
+    shape = planned(costs, acceptance, sessions=sessions, fixed=fixed, level=level)
+    if speed(*best) <= (1.0 + goodput.STAY_MARGIN) * plain:
+        assert shape.max_nodes == 0
+    else:
+        assert speed(shape.max_nodes, shape.max_depth) == pytest.approx(speed(*best), rel=1e-6)
+
+
+def test_rows_that_are_not_free_leave_no_room_at_64_sessions() -> None:
+    assert planned(MEASURED, GOOD, sessions=1).max_nodes > 3
+    for curve in CURVES.values():
+        assert planned(curve, FADING, sessions=64).max_nodes <= 1
+    assert planned(FLAT, BAD, sessions=64).max_nodes == 0
+
+
+def test_a_slow_drafter_is_not_waited_for() -> None:
+    assert planned(FLAT, GOOD, fixed=0.05).max_nodes == 0
+    assert planned(FLAT, GOOD, level=0.05).max_nodes == 0
+
+
+def test_requests_that_name_a_shape_get_it() -> None:
+    policy = AdaptiveShape(CAP, Calibration(FLAT))
+    history = policy.history(0.0, 100)
+    assert policy.plan(SpeculationOptions(widths=(2, 2)), history, 1).widths == (2, 2)
+    assert policy.plan(SpeculationOptions(enabled=False), history, 1).max_nodes == 0
+    assert policy.plan(SpeculationOptions(max_nodes=3), history, 1).max_nodes <= 3
+
+
+def simulation(world: World, sessions: int) -> Simulation:
+    drafter = (StepCost(1, 0, world.draft_level),)
+    policy = AdaptiveShape(CAP, Calibration(world.costs, lambda: drafter))
+    return Simulation(world, policy, sessions, seed=sessions)
+
+
+def plain_speed(world: World, sessions: int) -> float:
+    return sessions / world.costs.at(sessions, world.context_len)
+
+
+@pytest.mark.parametrize("curve", ["steep", "measured"])
+@pytest.mark.parametrize("acceptance", [FADING, BAD], ids=["fading", "bad"])
+@pytest.mark.parametrize("sessions", [1, 4, 64])
+@pytest.mark.parametrize("level", [0.0005, 0.004, 0.2])
+def test_it_is_never_much_slower_than_plain_whatever_the_load(
+    curve: str, acceptance: Sequence[Sequence[float]], sessions: int, level: float
+) -> None:
+    world = World(CURVES[curve], acceptance, draft_level=level)
+    rounds = {1: 400, 4: 150, 64: 20}[sessions]
+    cluster = simulation(world, sessions)
+    cluster.run(rounds // 2)
+    assert cluster.run(rounds).speed >= 0.97 * plain_speed(world, sessions)
+
+
+@pytest.mark.parametrize(("sessions", "least"), [(1, 2.0), (4, 1.3)])
+def test_it_comes_near_the_best_tree_there_is(sessions: int, least: float) -> None:
+    world = World(MEASURED, FADING)
+    table = expected_tokens(FADING, 12, 6)
+    best = max(
+        sessions
+        * table[depth][nodes]
+        / (MEASURED.at(sessions * (nodes + 1)) + 0.0005 * (1 + depth))
+        for nodes in range(1, 13)
+        for depth in range(1, min(nodes, 6) + 1)
+    )
+    cluster = simulation(world, sessions)
+    cluster.run(400 // sessions)
+    speed = cluster.run(1200 // sessions).speed
+    assert speed > 0.93 * best
+    assert speed > least * plain_speed(world, sessions)
+
+
+def test_costs_that_were_told_wrong_are_learnt_from_the_passes_themselves() -> None:
+    told, real = FLAT, StepCurve([StepCost(1, 0, 0.010), StepCost(12, 0, 0.060)])
+    policy = AdaptiveShape(CAP, Calibration(told))
+    cluster = Simulation(World(real, FADING), policy, 1, seed=1)
+    assert cluster.run(1).num_nodes > 10, "rows look free"
+    cluster.run(300)
+    assert cluster.run(900).speed >= 0.97 * plain_speed(cluster.world, 1)
+
+
+def test_a_drafter_that_is_never_right_costs_its_probes_and_is_found_out_when_it_improves() -> None:
+    world = World(MEASURED, ((1e-9, 1e-9),))
+    cluster = simulation(world, 1)
+    cluster.run(100)
+    useless = cluster.run(500)
+    assert 0 < useless.num_nodes <= 500 // PROBE_ROUNDS
+    assert useless.speed > 0.99 * plain_speed(world, 1)
+    world.acceptance = GOOD
+    cluster.run(1500)
+    assert cluster.run(300).speed > 1.5 * plain_speed(world, 1)
+
+
+def test_a_session_whose_guesses_are_better_than_usual_gets_a_deeper_tree() -> None:
+    policy, rows = AdaptiveShape(CAP, Calibration(STEEP)), (((0.5, 0.1),), ((0.92, 0.05),))
+    usual, lucky = (Simulation(World(STEEP, row), policy, 1, seed=2) for row in rows)
+    for _ in range(100):
+        usual.run(2)
+        lucky.run(1)
+    assert lucky.last_shapes[0].max_depth > usual.last_shapes[0].max_depth
+    assert lucky.run(100).num_tokens > 1.3 * usual.run(100).num_tokens
+
+
+@given(st.floats(-2, 2))
+def test_a_shift_keeps_chances_and_their_order(shift: float) -> None:
+    for row, moved in zip(FADING, shift_acceptance(FADING, shift), strict=True):
+        assert (sum(moved) > sum(row)) == (shift > 0 and sum(moved) != sum(row))
+        assert 0 < sum(moved) < 1
+        assert sorted(moved, reverse=True) == list(moved)
+
+
+@given(st.integers(0, 255))
+def test_sizes_end_with_the_largest(largest: int) -> None:
+    found = list(sizes(largest))
+    assert found == sorted(set(found))
+    assert not largest or (found[0], found[-1]) == (1, largest)
+    assert len(found) <= 45
+
+
+def test_planning_is_cheap_and_what_it_keeps_is_bounded() -> None:
+    policy = AdaptiveShape(ShapeQuery(max_nodes=63, max_depth=8), Calibration(MEASURED))
+    start = time.perf_counter()
+    for context in range(3000):
+        policy.plan(ANY, policy.history(0.0, context), 1 + context % 64)
+    assert (time.perf_counter() - start) / 3000 < 0.002
+    assert policy.num_kept <= goodput.MAX_CHOICES + goodput.MAX_TABLES
