@@ -102,7 +102,8 @@ OPERATION = Label(
 )
 ROW_KIND = Label("kind", ("prefill", "root", "guess"))
 BLOCK_STATE = Label("state", ("used", "free", "cached"))
-PROPOSAL_OUTCOME = Label("outcome", ("done", "late", "stuck"))
+PROPOSAL_END = Label("outcome", ("done", "late", "stuck"))
+AHEAD_END = Label("outcome", ("hit", "miss"))
 
 SPECULATION = (
     counter(
@@ -363,14 +364,11 @@ WORK = (
         "Calls refused since the session belongs to another router now.",
         sources=WORKERS,
     ),
-    counter(
-        "proposals",
-        "trees",
-        "Trees answered, by how their growth ended.",
-        PROPOSAL_OUTCOME,
-        sources=DRAFT,
-    ),
+    counter("proposals", "trees", "Trees by how their growth ended.", PROPOSAL_END, sources=DRAFT),
     counter("proposed_tokens", "tokens", "Tokens guessed.", sources=DRAFT),
+    counter("ahead_trees", "trees", "Trees begun unasked, by their use.", AHEAD_END, sources=DRAFT),
+    counter("ahead_passes", "steps", "Passes for trees that nobody had asked for.", sources=DRAFT),
+    counter("ahead_rows", "rows", "Rows of those passes.", sources=DRAFT),
     histogram(
         "proposal_seconds", "seconds", "From a propose's arrival to its tree.", _FAST, sources=DRAFT
     ),

@@ -135,9 +135,21 @@ class DraftMetrics(WorkerMetrics):
         self._proposals = self._instruments.counter("proposals")
         self._tokens = self._instruments.counter("proposed_tokens").of()
         self._seconds = self._instruments.histogram("proposal_seconds").of()
+        self._ahead = self._instruments.counter("ahead_trees")
+        self._ahead_passes = self._instruments.counter("ahead_passes").of()
+        self._ahead_rows = self._instruments.counter("ahead_rows").of()
 
     def observe_proposal(self, outcome: str, num_tokens: int, seconds: float) -> None:
         """Count one answered propose; see the catalogue for the outcomes."""
         self._proposals.of(outcome).inc()
         self._tokens.inc(num_tokens)
         self._seconds.observe(seconds)
+
+    def observe_ahead(self, outcome: str) -> None:
+        """Count a tree that was begun ahead, once it is known whether it can be used."""
+        self._ahead.of(outcome).inc()
+
+    def observe_ahead_pass(self, num_rows: int) -> None:
+        """Count a pass for trees that nobody had asked for."""
+        self._ahead_passes.inc()
+        self._ahead_rows.inc(num_rows)

@@ -103,7 +103,9 @@ class Walk:
 
     def __init__(self, seed: int, num_blocks: int) -> None:
         self.rng = random.Random(seed)
-        self.bench: Bench = table_drafter(num_blocks=num_blocks, max_sessions=4, prefill_rows=4)
+        self.bench: Bench = table_drafter(
+            num_blocks=num_blocks, max_sessions=4, prefill_rows=4, ahead=seed % 2 == 1
+        )
         self.targets: dict[str, Target] = {}
         self.epochs: dict[str, int] = {}
         self.num_compared = 0

@@ -122,10 +122,12 @@ def test_a_built_worker_describes_itself(tmp_path: Path) -> None:
         worker.engine.close("a")
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+@pytest.fixture(scope="module", params=["off", "on"])
+def worker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Worker:
     folder = write_tiny_llama(tmp_path_factory.mktemp("draft"))
-    built = build_worker(Settings(model=folder, dtype="float32", kv_blocks=64, threads=1))
+    built = build_worker(
+        Settings(model=folder, dtype="float32", kv_blocks=64, threads=1, ahead=request.param)
+    )
     built.engine.start()
     return built
 

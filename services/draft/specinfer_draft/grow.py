@@ -62,6 +62,7 @@ class GrowingTree:
         self.parents = [-1]
         self.depths = [0]
         self.scores = [0.0]
+        self._children: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -72,7 +73,12 @@ class GrowingTree:
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)
         self.scores.append(score)
+        self._children[(parent, token_id)] = len(self.token_ids) - 1
         return len(self.token_ids) - 1
+
+    def child(self, parent: int, token_id: int) -> int | None:
+        """The child of a node that carries a token, or None."""
+        return self._children.get((parent, token_id))
 
     def path_token_ids(self, node: int) -> list[int]:
         """Tokens from below the root down to `node`, both ends included."""

@@ -30,6 +30,9 @@ class Settings(WorkerSettings):
     prefill_rows: int = setting(128, "most rows of prompts in a pass that carries trees")
     score_floor: float = setting(-5.0, "lowest log score of a best-first node")
     least_reach: float = setting(0.15, "least chance of being reached that a level is grown for")
+    ahead: str = setting(
+        "auto", "draft ahead while the target verifies: on, off, or auto: on unless on a CPU"
+    )
     spread: float = setting(1.0, "how far the target's logits are taken to lie from the drafter's")
 
     def __post_init__(self) -> None:
@@ -40,8 +43,18 @@ class Settings(WorkerSettings):
             raise InvalidRequest(
                 "score_floor is negative and least_reach between 0 and 1", field="score_floor"
             )
+        if self.ahead not in ("auto", "on", "off"):
+            raise InvalidRequest(f"ahead is auto, on or off, got {self.ahead}", field="ahead")
         if not 0 <= self.spread < float("inf"):
             raise InvalidRequest("spread is 0 or more", field="spread")
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether idle time goes into guesses that may never be asked for.
+
+        A CPU is mostly shared with the verifier, whose step such guesses would slow down.
+        """
+        return self.ahead == "on" or (self.ahead == "auto" and not self.device.startswith("cpu"))
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:

@@ -61,6 +61,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         prefill_rows=settings.prefill_rows,
         thrift=Thrift(settings.score_floor, settings.least_reach),
         spread=settings.spread,
+        ahead=settings.goes_ahead,
     )
     info = _describe(settings, loaded, runner)
     drafter = ModelDrafter(runner, blocks, limits, device=loaded.device)

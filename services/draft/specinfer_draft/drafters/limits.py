@@ -26,6 +26,7 @@ class DrafterLimits:
         max_rows: most rows of a pass.
         prefill_rows: most rows of prompts in a pass that carries trees too.
         thrift: when best-first growing is no longer worth its cost.
+        ahead: whether to go on with the next tree while the last one is verified.
         spread: scale of the difference between target's and drafter's logits (see `forecast`).
 
     Raises:
@@ -40,6 +41,7 @@ class DrafterLimits:
     prefill_rows: int = 128
     thrift: Thrift = NO_THRIFT
     spread: float = 1.0
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tree_nodes <= min(self.max_rows, MAX_TREE_NODES):

@@ -29,9 +29,11 @@ from specinfer.grammar import GrammarState
 from specinfer.messages import DraftResult
 from specinfer.metrics import DraftMetrics
 from specinfer.sampling import SamplingParams
+from specinfer_draft.drafters.ahead import go_ahead
 from specinfer_draft.drafters.forecast import DrawForecast, NoiseCache, rank
 from specinfer_draft.drafters.limits import DrafterLimits, check_open, check_tokens
 from specinfer_draft.drafters.passes import PassPlanner, Plan, Share
+from specinfer_draft.drafters.search import TreeSearch
 from specinfer_draft.drafters.session import DraftSession, Growth, ProposeQuery, fit_shape
 from specinfer_draft.grow import Candidates, GrowingTree, Wave, check_shape
 from specinfer_engine.batch import SequenceRows
@@ -177,7 +179,9 @@ class ModelDrafter:
         # Checked before anything changes: an error answers this call alone.
         session.check(query)
         self._drop_growth(session, Cancelled("a newer proposal for the session came"))
-        session.advance(query)
+        ahead, known = session.ahead, session.advance(query)
+        if ahead is not None and self._counts is not None:
+            self._counts.observe_ahead("hit" if known else "miss")
         shape = fit_shape(
             query.shape,
             max_nodes=self.limits.max_tree_nodes - 1,
@@ -185,10 +189,11 @@ class ModelDrafter:
             max_depth=self.limits.max_model_len - num_tokens + 1,
         )
         root = session.state.token_ids[-1]
-        session.growth = Growth(query, future, root, shape, self.limits.thrift)
+        search = TreeSearch(root, shape, self.limits.thrift, *(known or ()))
+        session.growth = Growth(query, future, search)
         session.forecast.begin(session.state.token_ids)
         self._planner.start_growing(session)
-        if session.growth.wave is None:
+        if search.wave is None:
             self._finish(session)
             self._deliver()
 
@@ -216,7 +221,7 @@ class ModelDrafter:
         num_stuck = self._finish_stuck()
         self._deliver()
         if not plan:
-            return num_late + num_stuck > 0
+            return num_late + num_stuck > 0 or self._run_ahead()
         shares = list(plan.values())
         candidates = self._look(shares, self._forward(plan))
         end = self._clock()
@@ -227,6 +232,22 @@ class ModelDrafter:
         for share, found in zip(shares, candidates, strict=True):
             self._take(share, found, start, end)
         self._deliver()
+        return True
+
+    def _run_ahead(self) -> bool:
+        """One pass for trees that nobody has asked for yet; whether there was any."""
+        plan = self._planner.plan_ahead()
+        if not plan:
+            return False
+        shares = list(plan.values())
+        for share, found in zip(shares, self._look(shares, self._forward(plan)), strict=True):
+            ahead = share.session.ahead
+            assert ahead is not None
+            if share.num_chunk:
+                share.session.state.commit(range(share.num_chunk))
+            ahead.take(found)
+        if self._counts is not None:
+            self._counts.observe_ahead_pass(sum(len(share.rows.token_ids) for share in shares))
         return True
 
     def _forward(self, plan: Plan) -> list[Tensor]:
@@ -241,10 +262,10 @@ class ModelDrafter:
         """Candidates of every row wanted, for each share; one top-k for the whole pass."""
         forecasts, branch = [], 0
         for share, rows in zip(shares, logits, strict=True):
-            growth = share.session.growth
-            if share.rows.logit_rows and growth is not None and growth.wave is not None:
-                forecasts.append(_forecast(share.session, growth.tree, growth.wave, rows))
-                branch = max(branch, growth.wave.branch)
+            search = share.session.search
+            if share.rows.logit_rows and search is not None and search.wave is not None:
+                forecasts.append(_forecast(share.session, search.tree, search.wave, rows))
+                branch = max(branch, search.wave.branch)
         if not forecasts:
             return [[] for _ in shares]
         z = forecasts[0] if len(forecasts) == 1 else torch.cat(forecasts)
@@ -265,8 +286,8 @@ class ModelDrafter:
         if growth.first_pass is None:
             growth.first_pass = start
         if candidates:
-            growth.take(candidates)
-            if growth.wave is None:
+            growth.search.take(candidates)
+            if growth.search.wave is None:
                 self._finish(session)
 
     def _count_pass(self, shares: Sequence[Share], seconds: float) -> None:
@@ -313,11 +334,14 @@ class ModelDrafter:
         """End a session's proposal with the best of what was found; `_deliver` hands it out."""
         growth = session.growth
         assert growth is not None
+        tree, shape = growth.search.result(), growth.search.shape
         self._planner.stop_growing(session)
+        if outcome == "done" and self.limits.ahead and go_ahead(session, tree, shape, self.limits):
+            self._planner.start_ahead(session)
         first_pass = self._clock() if growth.first_pass is None else growth.first_pass
         result = DraftResult(
             growth.query.epoch,
-            growth.result(),
+            tree,
             queue_seconds=max(0.0, first_pass - growth.query.arrival),
             compute_seconds=growth.compute_seconds,
         )

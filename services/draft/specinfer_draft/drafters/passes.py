@@ -3,9 +3,12 @@
     waves      the next level of every tree that grows, and the few new tokens before its root
     prefill    chunks of longer prompts, proposals first, in what `prefill_rows` leaves them
 
+    ahead      when there is nothing else to do: trees that nobody has asked for yet
+
 so a long prompt slows the trees of others by one chunk a pass and never stops them. Trees are
-served in the order in which their queries came. When blocks run out, sessions that grow nothing
-lose theirs, the least recently used first, then the youngest proposal; the oldest always gets on.
+served in the order in which their queries came. When blocks run out, what went ahead is dropped,
+then sessions that grow nothing lose theirs, the least recently used first, then the youngest
+proposal; the oldest always gets on.
 This module knows nothing of tensors, models or clocks.
 """
 
@@ -65,6 +68,7 @@ class PassPlanner:
         self._prefill_rows = prefill_rows
         self._growing: dict[str, DraftSession] = {}
         self._prefilling: dict[str, DraftSession] = {}
+        self._ahead: dict[str, DraftSession] = {}
 
     @property
     def growing(self) -> list[DraftSession]:
@@ -81,12 +85,14 @@ class PassPlanner:
         session = self.sessions.pop(session_id)
         self.stop_growing(session)
         self._prefilling.pop(session_id, None)
+        self._ahead.pop(session_id, None)
         session.state.free()
         return session
 
     def start_growing(self, session: DraftSession) -> None:
         """A query came: the session is the most recently used and its proposal the youngest."""
         self.sessions.move_to_end(session.session_id)
+        self._ahead.pop(session.session_id, None)
         self._growing[session.session_id] = session
 
     def stop_growing(self, session: DraftSession) -> None:
@@ -99,6 +105,36 @@ class PassPlanner:
         if self._growing.pop(session.session_id, None) and session.state.num_missing > SHORT_CHUNK:
             session.prefill_eagerly = True
             self._prefilling[session.session_id] = session
+
+    def start_ahead(self, session: DraftSession) -> None:
+        """The session's next tree is looked for whenever there is nothing else to do."""
+        self._prefilling.pop(session.session_id, None)
+        self._ahead[session.session_id] = session
+
+    def plan_ahead(self) -> Plan:
+        """A pass for trees that nobody has asked for; takes no blocks from anybody.
+
+        It is short, as a proposal that comes meanwhile has to wait for its end.
+        """
+        plan: Plan = {}
+        for session in list(self._ahead.values()):
+            search, state = session.ahead, session.state
+            if search is None or search.wave is None:
+                del self._ahead[session.session_id]
+                continue
+            num_rows = state.num_missing if search.at_root else len(search.wave.nodes)
+            num_slots = num_rows if search.at_root else search.num_scratch
+            if _num_rows(plan) + num_rows > (self._prefill_rows if plan else self._max_rows):
+                continue
+            if state.blocks_needed(num_slots) > self._blocks.num_free_blocks:
+                session.drop_ahead()
+                continue
+            copies = state.reserve(num_slots)
+            if search.at_root:
+                plan[session.session_id] = _chunk(session, num_rows, copies, (num_rows - 1,))
+            else:
+                plan[session.session_id] = Share(session, search.wave_rows(state), 0, copies)
+        return plan
 
     def plan(self) -> Plan:
         """The next pass; empty when there is nothing to do or nothing fits."""
@@ -125,17 +161,17 @@ class PassPlanner:
 
     def _plan_tree(self, plan: Plan, session: DraftSession) -> None:
         """Rows of a session whose prompt is done: what is new up to the root, or a wave below."""
-        growth, state = session.growth, session.state
-        assert growth is not None
-        if state.num_missing:
+        search, state = session.search, session.state
+        assert search is not None
+        if search.at_root:
             self._plan_chunk(plan, session, self._max_rows - _num_rows(plan))
             return
-        wave = growth.wave
+        wave = search.wave
         if wave is None or _num_rows(plan) + len(wave.nodes) > self._max_rows:
             return
-        if self._make_room(plan, session, growth.num_scratch):
-            copies = state.reserve(growth.num_scratch)
-            plan[session.session_id] = Share(session, growth.wave_rows(state), 0, copies)
+        if self._make_room(plan, session, search.num_scratch):
+            copies = state.reserve(search.num_scratch)
+            plan[session.session_id] = Share(session, search.wave_rows(state), 0, copies)
 
     def _plan_chunk(self, plan: Plan, session: DraftSession, max_rows: int) -> None:
         """Committed tokens without keys and values; in the background all but the root."""
@@ -147,16 +183,15 @@ class PassPlanner:
         if count < 1 or not self._make_room(plan, session, count):
             return
         copies = state.reserve(count)
-        start = state.num_cached
         wanted = (count - 1,) if session.growth and count == state.num_missing else ()
-        rows = SequenceRows.chain(
-            state.token_ids[start : start + count], start, state.block_table, wanted
-        )
-        plan[session.session_id] = Share(session, rows, count, copies)
+        plan[session.session_id] = _chunk(session, count, copies, wanted)
 
     def _make_room(self, plan: Plan, session: DraftSession, num_slots: int) -> bool:
         """Free blocks until `num_slots` fit, taking them from those who have to yield."""
         while session.state.blocks_needed(num_slots) > self._blocks.num_free_blocks:
+            if self._ahead:
+                self._ahead.popitem()[1].drop_ahead()
+                continue
             victim = next(self._victims(session), None)
             if victim is None:
                 if session.growth and not self._others_hold(session):
@@ -184,6 +219,16 @@ class PassPlanner:
         return any(
             other.state.block_table for other in self.sessions.values() if other is not session
         )
+
+
+def _chunk(session: DraftSession, count: int, copies: Moves, wanted: tuple[int, ...]) -> Share:
+    """The next `count` tokens without keys and values; their slots are reserved."""
+    state = session.state
+    start = state.num_cached
+    tokens = state.token_ids[start : start + count]
+    return Share(
+        session, SequenceRows.chain(tokens, start, state.block_table, wanted), count, copies
+    )
 
 
 def _num_rows(plan: Plan) -> int:

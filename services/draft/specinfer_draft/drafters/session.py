@@ -1,4 +1,4 @@
-"""One session as a model drafter sees it, and the tree that grows for it.
+"""One session as a model drafter sees it, and what is known of its next tokens.
 
 Plain state, owned by the engine's thread. This module knows nothing of passes, pools or gRPC.
 """
@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 
 from specinfer.errors import InvalidRequest, StaleEpoch
 from specinfer.messages import DraftResult, ShapeQuery
-from specinfer.tree import TokenTree
 from specinfer_draft.drafters.forecast import DrawForecast
-from specinfer_draft.grow import Candidates, Expansion, GrowingTree, Thrift, Wave, expand
-from specinfer_engine.batch import SequenceRows
+from specinfer_draft.drafters.search import TreeSearch
+from specinfer_draft.grow import Thrift
 from specinfer_engine.sequence import SequenceState
 
 
@@ -39,86 +38,23 @@ class ProposeQuery:
     deadline: float
 
 
+@dataclass(eq=False)
 class Growth:
-    """A tree on its way: the search, and which of its nodes lie in which scratch slot.
-
-    Scratch node j of a session with n committed tokens lies at logical slot n + j. Nodes get their
-    scratch index in the order in which they are looked at; leaves never get one.
+    """A proposal that is being worked on.
 
     Attributes:
         query: what was asked.
         future: takes the answer.
-        tree: what was found so far.
-        wave: nodes to look at in the next pass; None when the search is over.
+        search: the tree that grows.
         first_pass: when the first pass that carried it began, or None.
         compute_seconds: time in passes that carried it.
     """
 
-    def __init__(
-        self,
-        query: ProposeQuery,
-        future: Future[DraftResult],
-        root_token_id: int,
-        shape: ShapeQuery,
-        thrift: Thrift,
-    ) -> None:
-        self.query = query
-        self.future = future
-        self.first_pass: float | None = None
-        self.compute_seconds = 0.0
-        self._root_token_id = root_token_id
-        self._shape = shape
-        self._thrift = thrift
-        self.restart()
-
-    def restart(self) -> None:
-        """Search from the root again, because the keys and values of the nodes are gone."""
-        self.tree = GrowingTree(self._root_token_id)
-        self._expansion: Expansion = expand(self.tree, self._shape, self._thrift)
-        self._scratch: dict[int, int] = {}
-        self._ancestors: list[int] = []
-        self.wave: Wave | None = next(self._expansion, None)
-
-    @property
-    def at_root(self) -> bool:
-        """Whether the root is what has to be looked at next."""
-        return self.wave is not None and self.wave.nodes[0] == 0
-
-    @property
-    def num_scratch(self) -> int:
-        """Scratch slots that the next wave takes together with the earlier ones."""
-        return len(self._ancestors) + (len(self.wave.nodes) if self.wave else 0)
-
-    def wave_rows(self, state: SequenceState) -> SequenceRows:
-        """Rows of the next wave below the root, and a scratch slot for each of them."""
-        assert self.wave is not None
-        nodes, first_node = self.wave.nodes, len(self._ancestors)
-        for node in nodes:
-            above = self._scratch.get(self.tree.parents[node])
-            bits = 0 if above is None else self._ancestors[above]
-            self._scratch[node] = len(self._ancestors)
-            self._ancestors.append(bits | (1 << len(self._ancestors)))
-        return SequenceRows(
-            token_ids=tuple(self.tree.token_ids[node] for node in nodes),
-            context_len=len(state),
-            first_node=first_node,
-            # The root stands at len(state) - 1, so depth 1 stands where the context ends.
-            depths=tuple(self.tree.depths[node] - 1 for node in nodes),
-            ancestors=tuple(self._ancestors[first_node:]),
-            block_table=tuple(state.block_table),
-            logit_rows=tuple(range(len(nodes))),
-        )
-
-    def take(self, candidates: Sequence[Candidates]) -> None:
-        """Give the search what the wave's pass has shown."""
-        try:
-            self.wave = self._expansion.send(candidates)
-        except StopIteration:
-            self.wave = None
-
-    def result(self) -> TokenTree:
-        """The best of what was found."""
-        return self.tree.cut(self._shape.max_nodes)
+    query: ProposeQuery
+    future: Future[DraftResult]
+    search: TreeSearch
+    first_pass: float | None = None
+    compute_seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -131,6 +67,9 @@ class DraftSession:
         state: committed tokens and where their keys and values lie.
         forecast: how the target draws.
         growth: the proposal that is being worked on, or None.
+        ahead: the search for the next tree while the last one is verified, or None; `state` ends
+            with the tokens that it takes for granted then, from index `num_told` on.
+        num_told: tokens that the router has told of.
         prefill_eagerly: whether the prompt is computed before a query asks for it.
         owner: how often the session was claimed when it was opened.
         stream: the stream that opened it last, or None.
@@ -141,9 +80,19 @@ class DraftSession:
     state: SequenceState
     forecast: DrawForecast
     growth: Growth | None = None
+    ahead: TreeSearch | None = None
+    num_told: int = 0
     prefill_eagerly: bool = True
     owner: int = 0
     stream: object | None = None
+
+    def __post_init__(self) -> None:
+        self.num_told = len(self.state)
+
+    @property
+    def search(self) -> TreeSearch | None:
+        """The tree that grows, for a proposal or ahead of one."""
+        return self.ahead if self.growth is None else self.growth.search
 
     def check(self, query: ProposeQuery) -> None:
         """Change nothing, and say whether the query can be answered.
@@ -153,23 +102,26 @@ class DraftSession:
                 held.
             InvalidRequest: when no token is left.
         """
-        num_held = len(self.state.token_ids)
         if query.epoch < self.epoch:
             raise StaleEpoch(f"session {self.session_id[:256]} is at epoch {self.epoch}")
-        if query.known_len > num_held:
+        if query.known_len > self.num_told:
             raise StaleEpoch(
-                f"session {self.session_id[:256]} holds {num_held} tokens, not {query.known_len}; "
-                "open it again"
+                f"session {self.session_id[:256]} holds {self.num_told} tokens, "
+                f"not {query.known_len}; open it again"
             )
         if query.known_len + len(query.new_token_ids) < 1:
             raise InvalidRequest("a session keeps at least its root", field="known_len")
 
-    def advance(self, query: ProposeQuery) -> None:
+    def advance(self, query: ProposeQuery) -> tuple[TreeSearch, int] | None:
         """Move to the tokens that the query tells of, keeping what agrees with them.
 
-        The root always ends up without keys and values, since the pass over it begins the tree.
-        Accepted nodes are computed again instead of being moved: they ride in the root's pass,
-        which has to be made anyway, and no slot is held between rounds.
+        The root always ends up without committed keys and values, since the pass over it begins the
+        tree. Accepted nodes are computed again instead of being moved: they ride in the root's
+        pass, which has to be made anyway.
+
+        Returns:
+            The search that went ahead and its node which is the root now, where it had come so far;
+            its scratch slots are held then, and the root's keys and values are in one of them.
 
         Raises as `check` does.
         """
@@ -182,16 +134,36 @@ class DraftSession:
             agreed += 1
         agreed = min(agreed, total - 1)
         rest = [*held[agreed : query.known_len], *new[max(agreed - query.known_len, 0) :]]
+        ahead, self.ahead = self.ahead, None
+        foreseen = ahead is not None and agreed == len(held) and self.state.num_missing == 0
+        node = ahead.find(rest) if ahead is not None and foreseen else None
         self.state.truncate(agreed)
+        if node is None:
+            self.state.release_scratch()
         self.state.append(rest)
-        self.epoch = query.epoch
+        self.num_told, self.epoch = total, query.epoch
+        return None if ahead is None or node is None else (ahead, node)
+
+    def go_ahead(self, token_ids: Sequence[int], shape: ShapeQuery, thrift: Thrift) -> None:
+        """Take for granted that these tokens come next, and begin a tree below the last of them."""
+        self.state.append(token_ids)
+        self.ahead = TreeSearch(self.state.token_ids[-1], shape, thrift)
+        self.forecast.begin(self.state.token_ids)
+
+    def drop_ahead(self) -> None:
+        """Take nothing for granted any more."""
+        if self.ahead is not None:
+            self.ahead = None
+            self.state.truncate(self.num_told)
+            self.state.release_scratch()
 
     def give_up_blocks(self) -> None:
         """Free everything in the pool; it is computed again when a query needs it."""
+        self.drop_ahead()
         self.state.free()
         self.prefill_eagerly = False
         if self.growth is not None:
-            self.growth.restart()
+            self.growth.search.restart()
 
 
 def fit_shape(shape: ShapeQuery, *, max_nodes: int, max_depth: int) -> ShapeQuery:
