@@ -64,6 +64,7 @@ lint: setup ## ruff, import contracts, sizes, the references of SDK and metrics,
 	$(BIN)/python tools/generate_settings.py --check
 	$(BIN)/python tools/generate_metrics.py --check
 	$(BIN)/python tools/generate_rules.py --check
+	$(BIN)/python tools/generate_performance.py --check
 	$(BIN)/python deploy/grafana/build_dashboards.py --check
 
 types: setup ## mypy (strict) and pyright
@@ -78,8 +79,8 @@ protos-check: setup $(GENERATORS) ## lint the protos; specinfer/v1 must be what 
 	$(BIN)/buf format --diff --exit-code
 	.venv-protos/bin/python tools/generate_protos.py --check
 
-bench: setup ## speculation on against off, interleaved, on a local cluster
-	@$(BIN)/specinfer bench $(ARGS)
+bench: setup ## everything that is measured, in 15 minutes; writes docs/performance.md
+	@$(BIN)/python -m specinfer_bench.suite $(ARGS)
 
 lossless: setup ## prove that speculation changes no token
 	@$(BIN)/specinfer lossless $(ARGS)

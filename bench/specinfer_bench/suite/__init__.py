@@ -1,0 +1,1 @@
+"""`make bench`: the short form of every benchmark, its files, and the page that shows them."""

@@ -1,0 +1,175 @@
+"""Runs parts one after the other, each as a process that cannot take the others with it.
+
+A part that fails, hangs or is not there is told of with its reason, and the next one runs. This
+module knows nothing of what parts measure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from specinfer_bench.machine import machine_facts
+from specinfer_bench.suite.parts import Part
+
+DONE, FAILED, TIMED_OUT, ABSENT, LEFT_OUT = "done", "failed", "timed out", "absent", "left out"
+# Less time than this is not worth starting anything in.
+LEAST_SECONDS = 20.0
+END_SECONDS = 15.0
+LOOK_SECONDS = 0.5
+KEPT_LINES = 200
+KEPT_CHARACTERS = 200
+REASON_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """How a part went.
+
+    Attributes:
+        title: of the part.
+        command: as others would write it.
+        state: done, failed, timed out, absent or left out.
+        reason: why it is not done, or "".
+        seconds: how long it ran.
+        busy_cores: cores that other work kept busy just before it began.
+    """
+
+    title: str
+    command: str
+    state: str
+    reason: str = ""
+    seconds: float = 0.0
+    busy_cores: float = 0.0
+
+
+def run_parts(
+    parts: Sequence[Part],
+    root: Path,
+    results: Path,
+    budget_seconds: float,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, PartResult]:
+    """Run the parts in order while there is time; returns how each went, by its name.
+
+    Args:
+        parts: what to run.
+        root: folder in which the commands run.
+        results: folder for the files that they leave, below `root`.
+        budget_seconds: for all of them.
+        tell: told of each part as it begins and ends.
+    """
+    deadline = time.monotonic() + budget_seconds
+    found: dict[str, PartResult] = {}
+    for part in parts:
+        tell(f"{part.name}: {part.title}")
+        found[part.name] = run_part(part, root, results, deadline - time.monotonic())
+        tell(f"  {found[part.name].state}, {found[part.name].seconds:.0f} s")
+    return found
+
+
+def run_part(part: Part, root: Path, results: Path, seconds: float) -> PartResult:
+    """Run one part, for at most `seconds` and at most its limit."""
+    output = results / f"{part.name}.json"
+    words = list(part.words)
+    if part.writes:
+        words += ["--output", str(output.relative_to(root))]
+    command = shlex.join(words)
+    if part.needs and not (root / part.needs).exists():
+        return PartResult(part.title, command, ABSENT, f"there is no {part.needs}")
+    if seconds < LEAST_SECONDS:
+        return PartResult(part.title, command, LEFT_OUT, "the time was up before it")
+    busy = busy_cores(LOOK_SECONDS)
+    begun = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        state, reason = _run(_resolved(words), root, min(seconds, part.limit_seconds), said)
+        printed = _lines(said)
+    took = round(time.monotonic() - begun, 1)
+    if state == DONE and part.writes and not output.is_file():
+        state, reason = FAILED, "it left no file"
+    if state == DONE and not part.writes:
+        _keep(printed, command, busy, output)
+    if state != DONE and printed:
+        reason = f"{reason}: {printed[-1]}"[:REASON_CHARACTERS]
+    return PartResult(part.title, command, state, reason, took, busy)
+
+
+def busy_cores(seconds: float) -> float:
+    """Cores that were busy on this machine while we waited; 0.0 where it does not tell."""
+    before = _processor_seconds()
+    time.sleep(seconds)
+    after = _processor_seconds()
+    return round(max(0.0, (after - before) / seconds), 1)
+
+
+def _processor_seconds() -> float:
+    """Processor time of all cores since the start, without that of idling or waiting for disks."""
+    try:
+        line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, interrupts, soft, stolen = (int(each) for each in line.split()[1:9])
+    ticks = user + nice + system + interrupts + soft + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _resolved(words: Sequence[str]) -> list[str]:
+    """The command with this interpreter, or the script that is installed beside it."""
+    first = sys.executable if words[0] == "python" else str(Path(sys.executable).parent / words[0])
+    return [first, *words[1:]]
+
+
+def _run(command: Sequence[str], root: Path, seconds: float, said: IO[str]) -> tuple[str, str]:
+    """How it ended, and why not well."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return FAILED, str(error)
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT, f"not within {seconds:.0f} seconds"
+    finally:
+        _end(process)
+    return (DONE, "") if status == 0 else (FAILED, f"exit status {status}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a part: its whole process group, first kindly."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
+            return
+
+
+def _lines(said: IO[str]) -> list[str]:
+    said.seek(0)
+    lines = [line.rstrip()[:KEPT_CHARACTERS] for line in said if line.strip()]
+    return lines[-KEPT_LINES:]
+
+
+def _keep(printed: Sequence[str], command: str, busy: float, output: Path) -> None:
+    """Write what a part printed as its file."""
+    setup = {"command": command, "machine": machine_facts(), "busy_cores": busy}
+    text = json.dumps({"lines": printed, "setup": setup}, indent=2)
+    output.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,166 @@
+"""Results as Markdown, one function for each kind of part. Knows nothing of files or pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from specinfer_bench.suite.results import Document
+
+ARM_NAMES = {"off": "off", "static": "on, one shape", "by_cost": "chosen by cost"}
+MAX_ROWS = 40
+COUNT_NAMES = {
+    "requests": "requests",
+    "prompt_tokens": "prompt tokens",
+    "generation_tokens": "tokens generated",
+    "first_tokens": "first tokens",
+    "first_token_seconds": "seconds to first tokens, in all",
+    "request_seconds": "seconds of requests, in all",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed_table(documents: Mapping[str, Document]) -> str:
+    """Speculation against plain decoding, a row for each `specinfer bench`."""
+    head = (
+        *("target", "temperature", "speedup (min to max)", "tokens/s off", "on"),
+        *("tokens a round", "first token ms off", "on", "identical"),
+    )
+    return table(head, [_speed_row(each) for each in documents.values()])
+
+
+def _speed_row(report: Document) -> list[str]:
+    options, arms = report["setup"]["options"], report["arms"]
+    off, on = arms["off"], arms["on"]
+    return [
+        options["grow"] or "demo",
+        f"{options['temperature']:g}",
+        f"**{report['speedup']:.2f}** ({report['speedup_min']:.2f} to {report['speedup_max']:.2f})",
+        f"{off['tokens_per_second']:.1f}",
+        f"{on['tokens_per_second']:.1f}",
+        f"{on['tokens_per_round']:.2f}",
+        f"{off['first_token_ms']:.0f}",
+        f"{on['first_token_ms']:.0f}",
+        _yes(report["identical"]),
+    ]
+
+
+def sweep_table(report: Document) -> str:
+    """Speed of all sessions together by their number, then what the goals say."""
+    head = ["sessions"]
+    for arm in ARM_NAMES.values():
+        head.append(f"{arm}, tokens/s")
+    head += [f"{name} over off" for arm, name in ARM_NAMES.items() if arm != "off"]
+    head += ["tokens a round, by cost", "identical"]
+    return table(head, [_sweep_row(cell) for cell in report["cells"]]) + "\n\n" + _goals(report)
+
+
+def _sweep_row(cell: Document) -> list[str]:
+    arms = cell["arms"]
+    return [
+        str(cell["sessions"]),
+        *(f"{arms[arm]['tokens_per_second']:.1f}" for arm in ARM_NAMES),
+        f"{arms['static']['ratio']:.2f}",
+        f"**{arms['by_cost']['ratio']:.2f}**",
+        f"{arms['by_cost']['tokens_per_event']:.2f}",
+        _yes(cell["identical"]),
+    ]
+
+
+def _goals(report: Document) -> str:
+    lowest, low_load = report["lowest_by_cost"], report["lowest_by_cost_low_load"]
+    parts = [
+        f"Chosen by cost, the lowest ratio at any load is {lowest:.2f} "
+        f"(goal {report['goal_any_load']:.2f}: {_met(lowest >= report['goal_any_load'])})"
+    ]
+    if low_load is not None:
+        parts.append(
+            f"at one to four sessions {low_load:.2f} "
+            f"(goal {report['goal_low_load']:.1f}: {_met(low_load >= report['goal_low_load'])})"
+        )
+    return "; ".join(parts) + "."
+
+
+def open_table(documents: Mapping[str, Document]) -> str:
+    """What clients see whose requests come when they come."""
+    first = next(iter(documents.values()))["objective"]
+    head = (
+        *("speculation", "requests/s", "done", "failed", "dropped", "late", "tokens/s"),
+        *("first token ms p50", "p90", "p99", "ms a token p50", "p99", "gap ms p50", "p99"),
+        "goodput, requests/s",
+    )
+    says = (
+        f"Goodput counts requests with their first token within {first['first_token_seconds']:g} s "
+        f"of their scheduled arrival and {1e3 * first['token_seconds']:g} ms a token after that."
+    )
+    return table(head, [_open_row(each) for each in documents.values()]) + "\n\n" + says
+
+
+def _open_row(report: Document) -> list[str]:
+    found = report["summary"]
+    first, token, gap = found["first_token_ms"], found["token_ms"], found["gap_ms"]
+    return [
+        ARM_NAMES[report["speculation"]],
+        f"{report['offered_per_second']:.2f}",
+        *(str(found[name]) for name in ("done", "failed", "dropped", "late")),
+        f"{found['tokens_per_second']:.1f}",
+        *(f"{first[rank]:.0f}" for rank in ("p50", "p90", "p99")),
+        *(f"{token[rank]:.1f}" for rank in ("p50", "p99")),
+        *(f"{gap[rank]:.0f}" for rank in ("p50", "p99")),
+        f"**{found['goodput']['per_second']:.2f}** ({found['goodput']['share']:.0%})",
+    ]
+
+
+def agreement_table(documents: Mapping[str, Document]) -> str:
+    """The clients' numbers beside those that the router shows to Prometheus."""
+    head = ("speculation", "number", "clients", "router", "difference")
+    return table(head, [row for each in documents.values() for row in _agreement_rows(each)])
+
+
+def _agreement_rows(report: Document) -> Iterator[list[str]]:
+    for name, title in COUNT_NAMES.items():
+        both = report["prometheus"][name]
+        yield [
+            ARM_NAMES[report["speculation"]],
+            title,
+            *(f"{both[side]:.6g}" for side in ("client", "router")),
+            f"{both['difference']:+.1%}",
+        ]
+
+
+def numbers_table(report: Document) -> str:
+    """Any report's numbers by their names: for parts that have no table of their own."""
+    found = [row for row in _numbers("", report) if not row[0].startswith("setup")]
+    return table(("number", "value"), found[:MAX_ROWS])
+
+
+def _numbers(name: str, value: Any) -> Iterator[list[str]]:
+    title = name.replace("_", " ")
+    if isinstance(value, Mapping) and set(value) == {"median", "low", "high"}:
+        low, high = f"{value['low']:.4g}", f"{value['high']:.4g}"
+        yield [title, f"{value['median']:.4g} ({low} to {high})"]
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _numbers(f"{name}, {key}" if name else str(key), each)
+    elif isinstance(value, bool):
+        yield [title, _yes(value)]
+    elif isinstance(value, int | float):
+        yield [title, f"{value:.4g}" if isinstance(value, float) else str(value)]
+
+
+def printed(report: Document) -> str:
+    """What a part printed, as it stands."""
+    return "```\n" + "\n".join(report["lines"]) + "\n```"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "**NO**"
+
+
+def _met(value: bool) -> str:
+    return "met" if value else "not met"

@@ -1,0 +1,232 @@
+"""`make bench`: parts that cannot take each other along, and pages that say what the files say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specinfer.errors import InvalidRequest
+from specinfer_bench.load.agreement import SERIES, Agreement
+from specinfer_bench.load.arrivals import Arrival
+from specinfer_bench.load.asking import BY_COST, OFF
+from specinfer_bench.load.observation import DONE as REQUEST_DONE
+from specinfer_bench.load.observation import Observation
+from specinfer_bench.load.open_loop import Clock
+from specinfer_bench.load.summary import Objective, summary
+from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
+from specinfer_bench.report import ArmReport, BenchReport
+from specinfer_bench.suite import running
+from specinfer_bench.suite.page import PICTURES, SECTIONS, filled
+from specinfer_bench.suite.parts import Part, all_parts
+from specinfer_bench.suite.pictures import SWEEP, stale
+from specinfer_bench.suite.plots import draw_all
+from specinfer_bench.suite.results import Results, write_summary
+from specinfer_bench.suite.running import (
+    ABSENT,
+    DONE,
+    FAILED,
+    LEFT_OUT,
+    TIMED_OUT,
+    PartResult,
+    run_part,
+    run_parts,
+)
+from tests.kit.virtual_time import run_in_virtual_time
+from tests.kit.waiting import until
+
+ROOT = Path(__file__).resolve().parents[2]
+MACHINE = {"processor": "a processor", "cores": 2}
+WRITE = "import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text('{}')"
+
+
+@pytest.fixture(autouse=True)
+def short_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "LOOK_SECONDS", 0.01)
+
+
+def part(name: str, code: str, **options: Any) -> Part:
+    return Part(name, name, ("python", "-c", code), **{"limit_seconds": 60.0, **options})
+
+
+def test_each_part_is_told_of_and_none_stops_the_others(tmp_path: Path) -> None:
+    parts = [
+        part("fails", "raise SystemExit('no luck')"),
+        part("not-there", WRITE, needs="a/file"),
+        part("no-file", "pass"),
+        part("prints", "print('12 ms')", writes=False),
+        part("works", WRITE),
+    ]
+    found = run_parts(parts, tmp_path, tmp_path, budget_seconds=600)
+    assert [found[each.name].state for each in parts] == [FAILED, ABSENT, FAILED, DONE, DONE]
+    assert found["fails"].reason == "exit status 1: no luck"
+    assert found["not-there"].reason == "there is no a/file"
+    assert found["works"].command.endswith("--output works.json")
+    assert json.loads((tmp_path / "prints.json").read_text())["lines"] == ["12 ms"]
+
+
+def test_what_the_time_does_not_reach_is_left_out(tmp_path: Path) -> None:
+    found = run_parts([part("late", WRITE)], tmp_path, tmp_path, budget_seconds=1.0)
+    assert found["late"].state == LEFT_OUT
+    assert not (tmp_path / "late.json").exists()
+
+
+async def test_a_part_that_hangs_ends_with_all_it_started(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        "child.wait()"
+    )
+    hanging = part("hangs", code, limit_seconds=3.0)
+    found = await asyncio.to_thread(run_part, hanging, tmp_path, tmp_path, 100.0)
+    assert (found.state, found.reason) == (TIMED_OUT, "not within 3 seconds")
+    pid = int((tmp_path / "pid").read_text())
+    await until(lambda: not is_running(pid), "the part's child has ended")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_the_parts_have_names_of_their_own_and_the_kernels_are_found() -> None:
+    names = [each.name for each in all_parts(ROOT)]
+    assert len(set(names)) == len(names)
+    assert "kernels-tree-attention" in names
+    assert "kernels-timing" not in names
+
+
+def speed_report(speedup: float) -> dict[str, object]:
+    arm = ArmReport(40.0, 25.0, 4.0, {})
+    options = {"grow": "200m", "temperature": 0.8}
+    setup = {"machine": MACHINE, "options": options}
+    arms = {"off": arm, "on": replace(arm, tokens_per_second=40.0 * speedup)}
+    report = BenchReport(speedup, speedup, speedup, True, (), 3.0, None, arms, 2, 64, setup)
+    return report.as_dict()
+
+
+async def ask(arrival: Arrival, seen: Observation, clock: Clock) -> None:
+    await asyncio.sleep(0.01 * arrival.max_tokens)
+    seen.events.append((clock(), arrival.max_tokens))
+
+
+def sweep_document() -> dict[str, object]:
+    options = SweepOptions(sessions=(1, 8), max_tokens=10, repeats=1)
+    report = run_in_virtual_time(run_sweep(dict.fromkeys(ARMS, ask), ["a"], options))
+    return {**asdict(report), "setup": {"machine": MACHINE}}
+
+
+def open_document(speculation: str) -> dict[str, object]:
+    objective = Objective(0.5, 0.1)
+    seen = [Observation(0.0, 0.0, [(0.3, 2), (0.7, 8)], ended=0.7, outcome=REQUEST_DONE)]
+    row = {"scheduled": 0.0, "first_token": 0.3, "ended": 0.7, "outcome": REQUEST_DONE}
+    return {
+        "objective": asdict(objective),
+        "speculation": speculation,
+        "offered_per_second": 1.0,
+        "summary": asdict(summary(seen, objective)),
+        "prometheus": {name: asdict(Agreement(3.0, 3.0, 0.0, True)) for name in SERIES},
+        "requests": [row],
+        "setup": {"machine": MACHINE},
+    }
+
+
+def write_results(folder: Path, speedup: float = 4.5) -> None:
+    documents = {
+        "speed-200m-t0.8": speed_report(speedup),
+        "load-sweep": sweep_document(),
+        "load-open-off": open_document(OFF),
+        "load-open-by-cost": open_document(BY_COST),
+        "peers-200m": {"reports": [], "skipped": {"vllm": "not installed"}, "setup": {}},
+        "router-cost": {"router_ms": {"median": 0.19, "low": 0.1, "high": 0.2}, "good": True},
+        "kernels-kv-cache": {"lines": ["8 rows   0.1 ms"], "setup": {}},
+    }
+    for name, document in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    found = {name: PartResult(name, f"run {name}", DONE, seconds=9.0) for name in documents}
+    found["overlap"] = PartResult("overlap", "run overlap", FAILED, "exit status 1: a | b")
+    write_summary(folder, found, order=list(found))
+
+
+EMPTY = "Mine.\n" + "".join(
+    f"<!-- {name}: begin -->\n<!-- {name}: end -->\nMore.\n" for name in SECTIONS
+)
+
+
+def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    page = filled(EMPTY, Results.read(tmp_path))
+    for said in (
+        "| 200m | 0.8 | **4.50** (4.50 to 4.50) | 40.0 | 180.0 |",
+        "| 8 | 800.0 | 800.0 | 800.0 | 1.00 | **1.00** | 10.00 | yes |",
+        "(goal 0.97: met)",
+        "(goal 1.5: not met)",
+        "| 300 | 300 | 300 |",
+        "skipped: not installed",
+        "| router ms | 0.19 (0.1 to 0.2) |",
+        "8 rows   0.1 ms",
+        "*overlap: failed, exit status 1: a / b.*",
+        "Nothing else ran on it.",
+    ):
+        assert said in page, said
+    assert page.count("More.") == len(SECTIONS)
+    assert filled(page, Results.read(tmp_path)) == page
+
+
+def test_a_page_of_other_numbers_is_noticed(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    page = filled(EMPTY, Results.read(tmp_path))
+    write_results(tmp_path, speedup=4.6)
+    assert filled(page, Results.read(tmp_path)) != page
+
+
+def test_without_results_a_page_says_so(tmp_path: Path) -> None:
+    assert filled(EMPTY, Results.read(tmp_path)).count("Not measured yet") == len(SECTIONS)
+
+
+@pytest.mark.parametrize("text", ["<!-- nothing: begin -->", "<!-- speed: begin -->"])
+def test_marks_without_a_section_or_an_end_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="section"):
+        filled(text, Results())
+
+
+def test_a_part_run_again_takes_its_own_place(tmp_path: Path) -> None:
+    order = ["a", "b"]
+    old = PartResult("", "", ABSENT, "old")
+    write_summary(tmp_path, {"a": old, "b": old, "gone": old}, order)
+    write_summary(tmp_path, {"a": replace(old, reason="new")}, order)
+    found = Results.read(tmp_path).parts
+    assert {name: each.reason for name, each in found.items()} == {"a": "new", "b": "old"}
+    assert list(found) == order
+
+
+def test_pictures_carry_their_numbers_and_old_ones_are_noticed(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    pictures = tmp_path / "pictures"
+    draw_all(Results.read(tmp_path), pictures)
+    assert stale(Results.read(tmp_path), pictures) == []
+    drawn = (pictures / SWEEP).read_text()
+    assert "sessions at once" in drawn
+    assert "chosen by cost" in drawn
+    draw_all(Results.read(tmp_path), pictures)
+    assert (pictures / SWEEP).read_text() == drawn
+    (tmp_path / "load-sweep.json").write_text(json.dumps({**sweep_document(), "note": 1}))
+    assert stale(Results.read(tmp_path), pictures) == [SWEEP]
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("docs/performance.md", PICTURES), ("README.md", f"docs/{PICTURES}")]
+)
+def test_our_pages_are_those_of_our_files(name: str, pictures: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    results = Results.read(ROOT / "bench" / "results")
+    assert filled(text, results, pictures) == text
+    assert stale(results, ROOT / "docs" / PICTURES) == []
