@@ -284,6 +284,14 @@ def test_a_sweep_says_how_much_faster_each_arm_is() -> None:
     assert eight["static"].ratio == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("max_seconds", "turns"), [(0.0, 1), (9.0, 2), (100.0, 3)])
+def test_a_sweep_begins_no_turn_that_would_end_too_late(max_seconds: float, turns: int) -> None:
+    asks = simulated(dict.fromkeys(ARMS, 0.01))
+    # A turn takes three arms of ten requests of a tenth of a second each; the first also warms up.
+    options = SweepOptions((1,), 10, max_tokens=10, repeats=3, max_seconds=max_seconds)
+    assert run_in_virtual_time(run_sweep(asks, PROMPTS, options)).turns == turns
+
+
 def test_another_token_in_one_arm_is_not_identical() -> None:
     asks = simulated(dict.fromkeys(ARMS, 0.01), lies=BY_COST)
     options = SweepOptions(sessions=(2,), max_tokens=2, repeats=1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sessions", default=default, help="sessions at once, a cell each")
     parser.add_argument("--requests-a-session", type=int, default=SweepOptions.requests_a_session)
     parser.add_argument("--repeats", type=int, default=SweepOptions.repeats, help="turns of a cell")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="begin no turn past it")
 
 
 @contextmanager
@@ -105,6 +107,7 @@ async def _report(arguments: argparse.Namespace, cluster: Cluster) -> dict[str, 
             requests_a_session=arguments.requests_a_session,
             max_tokens=arguments.max_tokens,
             repeats=arguments.repeats,
+            max_seconds=arguments.max_seconds,
             seed=arguments.seed,
         )
         return await sweep_report(cluster, prompts, options, arguments.temperature)

@@ -8,6 +8,7 @@ right. This module starts nothing.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -140,7 +141,11 @@ async def sweep_report(
         }
         report = await run_sweep(asks, prompts, options, progress=_say)
     return {
-        "options": asdict(options) | {"temperature": temperature},
+        "options": {
+            # JSON has no infinity.
+            **{name: value for name, value in asdict(options).items() if value != math.inf},
+            "temperature": temperature,
+        },
         "static_widths": SPECULATION[ARMS[1]].widths,
         **asdict(report),
         "trusted": report.identical,

@@ -2,13 +2,16 @@
 
 Each cell keeps a number of sessions busy with the same requests and takes the speed of them all
 together. The arms of a cell run one after the other and their order turns, so that a machine whose
-speed wanders is fair to all; ratios are taken turn by turn. This module starts nothing.
+speed wanders is fair to all; all cells get a turn before any gets another; ratios are taken turn by
+turn. This module starts nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from specinfer.errors import InternalError, InvalidRequest
@@ -35,7 +38,8 @@ class SweepOptions:
         requests_a_session: requests that each session gets on average; no cell has fewer than
             MIN_REQUESTS in all.
         max_tokens: tokens of each answer.
-        repeats: turns of each cell.
+        repeats: most turns of each cell.
+        max_seconds: no further turn begins that would not end within so long; one always runs.
         seed: of the first request.
 
     Raises:
@@ -46,6 +50,7 @@ class SweepOptions:
     requests_a_session: int = 2
     max_tokens: int = 64
     repeats: int = 3
+    max_seconds: float = math.inf
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -97,12 +102,14 @@ class SweepReport:
     """The cells, and what they say about the goals.
 
     Attributes:
+        turns: times that every arm of every cell ran.
         lowest_by_cost: smallest ratio of the arm chosen by cost, over all cells.
         lowest_by_cost_low_load: smallest of those at up to LOW_LOAD_SESSIONS sessions, or None.
         identical: whether no output differed anywhere.
     """
 
     cells: tuple[Cell, ...]
+    turns: int
     goal_any_load: float
     goal_low_load: float
     lowest_by_cost: float
@@ -128,6 +135,15 @@ class _Turn:
         return [seen.token_ids for seen in self.observations]
 
 
+@dataclass
+class _Cell:
+    """A number of sessions, and what its arms gave so far."""
+
+    sessions: int
+    requests: list[Arrival]
+    turns: dict[str, list[_Turn]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+
+
 async def run_sweep(
     asks: Mapping[str, Ask],
     prompts: Sequence[str],
@@ -145,18 +161,35 @@ async def run_sweep(
     Raises:
         InternalError: when a request fails: speeds of unequal work are not compared.
     """
-    cells = []
-    for sessions in options.sessions:
-        requests = _requests(prompts, sessions, options)
-        turns: dict[str, list[_Turn]] = {arm: [] for arm in ARMS}
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    cells = [
+        _Cell(sessions, _requests(prompts, sessions, options)) for sessions in options.sessions
+    ]
+    done = 0
+    # Another turn that takes as long as those before must end in time.
+    while done < options.repeats and _in_time(loop.time() - begun, done, options.max_seconds):
+        for cell in cells:
+            await _one_turn(cell, asks, done, progress)
+        done += 1
+    return _report([_summed(cell) for cell in cells], done)
+
+
+def _in_time(seconds: float, done: int, limit: float) -> bool:
+    return not done or seconds * (done + 1) / done <= limit
+
+
+async def _one_turn(
+    cell: _Cell, asks: Mapping[str, Ask], turn: int, progress: Callable[[str], None]
+) -> None:
+    """Run every arm once, each turn in another order."""
+    if turn == 0:
         # Prefix caches and lazy set-up: every arm finds the same.
-        await _turn(asks[OFF], _short(requests), sessions)
-        for turn in range(options.repeats):
-            for arm in (*ARMS[turn % len(ARMS) :], *ARMS[: turn % len(ARMS)]):
-                turns[arm].append(await _turn(asks[arm], requests, sessions))
-                progress(f"{sessions} sessions, {arm}: {turns[arm][-1].speed:.1f} tokens/s")
-        cells.append(_cell(sessions, turns))
-    return _report(cells)
+        await _turn(asks[OFF], _short(cell.requests), cell.sessions)
+    for arm in (*ARMS[turn % len(ARMS) :], *ARMS[: turn % len(ARMS)]):
+        found = await _turn(asks[arm], cell.requests, cell.sessions)
+        cell.turns[arm].append(found)
+        progress(f"{cell.sessions} sessions, {arm}: {found.speed:.1f} tokens/s")
 
 
 def _requests(prompts: Sequence[str], sessions: int, options: SweepOptions) -> list[Arrival]:
@@ -180,11 +213,12 @@ async def _turn(ask: Ask, requests: Sequence[Arrival], sessions: int) -> _Turn:
     return _Turn(observations)
 
 
-def _cell(sessions: int, turns: Mapping[str, Sequence[_Turn]]) -> Cell:
+def _summed(cell: _Cell) -> Cell:
+    turns = cell.turns
     reference = turns[OFF][0].tokens
     plain = [turn.speed for turn in turns[OFF]]
     return Cell(
-        sessions,
+        cell.sessions,
         requests=len(reference),
         identical=all(turn.tokens == reference for arm in ARMS for turn in turns[arm]),
         arms={arm: _arm_cell(plain, turns[arm]) for arm in ARMS},
@@ -207,11 +241,12 @@ def _arm_cell(plain: Sequence[float], turns: Sequence[_Turn]) -> ArmCell:
     )
 
 
-def _report(cells: Sequence[Cell]) -> SweepReport:
+def _report(cells: Sequence[Cell], turns: int) -> SweepReport:
     by_cost = {cell.sessions: cell.arms[BY_COST].ratio for cell in cells}
     low = [ratio for sessions, ratio in by_cost.items() if sessions <= LOW_LOAD_SESSIONS]
     return SweepReport(
         cells=tuple(cells),
+        turns=turns,
         goal_any_load=GOAL_ANY_LOAD,
         goal_low_load=GOAL_LOW_LOAD,
         lowest_by_cost=min(by_cost.values()),

@@ -63,7 +63,7 @@ PARTS = (
     Part(
         "load-sweep",
         "speed by number of sessions",
-        (*_SWEEP.split(), *"--requests-a-session 1 --max-tokens 32 --repeats 1".split()),
+        (*_SWEEP.split(), *"--requests-a-session 1 --max-tokens 32 --max-seconds 150".split()),
         limit_seconds=240.0,
     ),
     Part(
