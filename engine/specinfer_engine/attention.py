@@ -140,6 +140,14 @@ def attend(
     """
     key_cache, value_cache = paged_pass.caches[call.layer_index]
     write_kv(key, value, key_cache, value_cache, paged_pass.slot_mapping)
+    return attend_written(query, call, scale, paged_pass)
+
+
+def attend_written(
+    query: Tensor, call: AttentionCall, scale: float, paged_pass: PagedPass
+) -> Tensor:
+    """Attend from every row of one layer whose keys and values are in the pool; as `attend`."""
+    key_cache, value_cache = paged_pass.caches[call.layer_index]
     return tree_attention(
         query,
         key_cache,

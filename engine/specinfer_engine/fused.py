@@ -23,32 +23,31 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from specinfer_engine.attention import AttentionCall, PagedPass, attend
+from specinfer.errors import InvalidCheckpoint
+from specinfer_engine.attention import AttentionCall, PagedPass, attend_written
 from specinfer_engine.batch import ForwardBatch
-from specinfer_engine.rowwise import RotaryTable, apply_elementwise
-from specinfer_kernels import PackedLinear, pack_linear, padded_rows
+from specinfer_engine.rowwise import RotaryTable
+from specinfer_kernels import (
+    HeadNorms,
+    PackedLinear,
+    RotaryPlaces,
+    add_rms_norm,
+    pack_linear,
+    padded_rows,
+    rms_norm,
+    rotate_and_write_kv,
+    silu_multiply,
+)
 
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """Root mean square normalisation over the last dimension (Zhang and Sennrich, 2019).
-
-    Attributes:
-        weight: [width].
-        epsilon: added to the mean square.
-    """
+    """Root mean square normalisation of rows: weight [width], epsilon added to the mean square."""
 
     weight: Tensor
     epsilon: float
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """values [..., width], computed in float32 as the stock modules do."""
-        wide = values.to(torch.float32)
-        square = wide.pow(2).mean(-1, keepdim=True)
-        normed = wide * torch.rsqrt(square.add_(self.epsilon))
-        return self.weight * normed.to(values.dtype)
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,14 @@ class Layer:
 
     Attributes:
         attention_norm, mlp_norm: before each half.
-        query_norm, key_norm: over each head (Qwen 3), or None.
+        head_norms: over each query and key (Qwen 3), or None.
         query_key_value, output, gate_up, down: the four products.
         call: shape and window of its attention.
         scale: factor on the scores.
     """
 
     attention_norm: Norm
-    query_norm: Norm | None
-    key_norm: Norm | None
+    head_norms: HeadNorms | None
     query_key_value: PackedLinear
     output: PackedLinear
     mlp_norm: Norm
@@ -94,43 +92,39 @@ class FusedDecoder:
 
     def __call__(self, batch: ForwardBatch, paged_pass: PagedPass) -> Tensor:
         """One pass: logits [num_logits, vocab_size] in the model's format."""
-        # Padded once here instead of in every product; no row looks at the others.
-        padding = (0, padded_rows(batch.num_rows) - batch.num_rows)
-        hidden = functional.embedding(functional.pad(batch.input_ids[0], padding), self._embedding)
-        cosines, sines = self._rotary(hidden, functional.pad(batch.position_ids, padding))
-        # [num_rows, 1, head_dim]; the half that moves up brings its sign with the sine.
-        cosines, sines = cosines[0].unsqueeze(1), sines[0].unsqueeze(1)
-        half = sines.shape[2] // 2
-        signed = torch.cat((-sines[..., :half], sines[..., half:]), 2)
-        for layer in self._layers:
-            mixed = _attention(layer, layer.attention_norm(hidden), cosines, signed, paged_pass)
-            hidden = hidden + layer.output.forward(mixed)
-            gate_up = layer.gate_up.forward(layer.mlp_norm(hidden))
-            gate, up = gate_up.chunk(2, 1)
-            hidden = hidden + layer.down.forward(apply_elementwise(functional.silu, gate) * up)
-        wanted = hidden.index_select(0, batch.logit_index)
-        return self._head.forward(self._norm(wanted))
+        places = RotaryPlaces(
+            batch.position_ids[0], paged_pass.slot_mapping, *self._rotary.tables(self._embedding)
+        )
+        # Where products want more rows, they are added once here; no row looks at the others.
+        padding = padded_rows(batch.num_rows) - batch.num_rows
+        token_ids = functional.pad(batch.input_ids[0], (0, padding))
+        hidden = functional.embedding(token_ids, self._embedding)
+        first = self._layers[0].attention_norm
+        normed = rms_norm(hidden, first.weight, first.epsilon)
+        following = (*(layer.attention_norm for layer in self._layers[1:]), None)
+        for layer, norm in zip(self._layers, following, strict=True):
+            mixed = _attention(layer, normed, places, paged_pass)
+            update = layer.output.forward(mixed)
+            normed = add_rms_norm(hidden, update, layer.mlp_norm.weight, layer.mlp_norm.epsilon)
+            update = layer.down.forward(silu_multiply(layer.gate_up.forward(normed)))
+            if norm is not None:
+                normed = add_rms_norm(hidden, update, norm.weight, norm.epsilon)
+        wanted, update = (rows.index_select(0, batch.logit_index) for rows in (hidden, update))
+        return self._head.forward(
+            add_rms_norm(wanted, update, self._norm.weight, self._norm.epsilon)
+        )
 
 
-def _attention(
-    layer: Layer, hidden: Tensor, cosines: Tensor, signed: Tensor, paged_pass: PagedPass
-) -> Tensor:
+def _attention(layer: Layer, normed: Tensor, places: RotaryPlaces, paged_pass: PagedPass) -> Tensor:
     """Attention before its output product, [num_rows, num_heads * head_dim]; padding rows are 0."""
     call = layer.call
-    num_rows, heads, kv_heads = hidden.shape[0], call.num_heads, call.num_kv_heads
-    mixed = layer.query_key_value.forward(hidden).view(num_rows, -1, call.head_dim)
-    turning, value = mixed[:, : heads + kv_heads], mixed[:, heads + kv_heads :]
-    if layer.query_norm is not None and layer.key_norm is not None:
-        turning = torch.cat(
-            (layer.query_norm(turning[:, :heads]), layer.key_norm(turning[:, heads:])), 1
-        )
-    # Rotary positions (Su et al., 2021): halves of a head swap places.
-    swapped = turning.roll(call.head_dim // 2, 2)
-    turned = turning * cosines + swapped * signed
-    count = paged_pass.slot_mapping.shape[0]
-    query, key = turned[:count, :heads], turned[:count, heads:]
-    output = attend(query, key, value[:count], call, layer.scale, paged_pass).view(count, -1)
-    return functional.pad(output, (0, 0, 0, num_rows - count))
+    count = places.positions.shape[0]
+    key_cache, value_cache = paged_pass.caches[call.layer_index]
+    mixed = layer.query_key_value.forward(normed)[:count]
+    query = rotate_and_write_kv(mixed, places, key_cache, value_cache, layer.head_norms)
+    output = attend_written(query, call, layer.scale, paged_pass).view(count, -1)
+    padding = normed.shape[0] - count
+    return functional.pad(output, (0, 0, 0, padding)) if padding else output
 
 
 def fuse(
@@ -162,12 +156,9 @@ def _is_plain(source: Any) -> bool:
 
 def _layer(source: Any, call: AttentionCall) -> Layer:
     attention, mlp = source.self_attn, source.mlp
-    query_norm = getattr(attention, "q_norm", None)
-    key_norm = getattr(attention, "k_norm", None)
     return Layer(
         attention_norm=_norm(source.input_layernorm),
-        query_norm=None if query_norm is None else _norm(query_norm),
-        key_norm=None if key_norm is None else _norm(key_norm),
+        head_norms=_head_norms(attention),
         query_key_value=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
         output=_joined(attention.o_proj),
         mlp_norm=_norm(source.post_attention_layernorm),
@@ -180,6 +171,15 @@ def _layer(source: Any, call: AttentionCall) -> Layer:
 
 def _norm(source: Any) -> Norm:
     return Norm(source.weight.detach(), float(source.variance_epsilon))
+
+
+def _head_norms(attention: Any) -> HeadNorms | None:
+    if getattr(attention, "q_norm", None) is None or getattr(attention, "k_norm", None) is None:
+        return None
+    query, key = _norm(attention.q_norm), _norm(attention.k_norm)
+    if query.epsilon != key.epsilon:
+        raise InvalidCheckpoint("query and key norms differ in their epsilon")
+    return HeadNorms(query.weight, key.weight, query.epsilon)
 
 
 def _joined(*linears: nn.Linear) -> PackedLinear:

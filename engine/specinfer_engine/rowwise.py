@@ -72,13 +72,17 @@ class RotaryTable(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Cosines and sines [1, num_rows, rotary_dim] of position_ids [1, num_rows]."""
+        rows = position_ids[0]
+        tables = self.tables(x, *args, **kwargs)
+        return tuple(table.index_select(0, rows).unsqueeze(0) for table in tables)
+
+    def tables(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions, [num_positions, rotary_dim] of the dtype of x."""
         key = (*args, *sorted(kwargs.items()))
         tables = self._tables.get(key)
         if tables is None:
             tables = self._tables[key] = self._compute(x, args, kwargs)
-        rows = position_ids[0]
-        cosines, sines = tables
-        return cosines.index_select(1, rows), sines.index_select(1, rows)
+        return tables
 
     def _compute(
         self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -89,7 +93,7 @@ class RotaryTable(nn.Module):
             positions = torch.arange(start, start + _TABLE_STEP, device=x.device)
             inside = positions.clamp_max(self._max_model_len - 1)[None]
             parts.append(self._rotary(x, inside, *args, **kwargs))
-        cosines, sines = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+        cosines, sines = (torch.cat(column, 1)[0] for column in zip(*parts, strict=True))
         return cosines, sines
 
 

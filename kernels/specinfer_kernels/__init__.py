@@ -1,10 +1,18 @@
-"""Kernels of specinfer: paged tree attention, KV moves, seeded sampling, row-invariant linear.
+"""Kernels of specinfer: paged tree attention, KV moves, decoder rows, seeded sampling, linear.
 
 Each op is one name in four places: the op here, its definition in `reference`, a test and a bench.
 The package imports torch and nothing of ours; it knows no model, session or scheduler.
 """
 
 from specinfer_kernels.backends import Backend, available_backends, backend_name
+from specinfer_kernels.decoder_rows import (
+    HeadNorms,
+    RotaryPlaces,
+    add_rms_norm,
+    rms_norm,
+    rotate_and_write_kv,
+    silu_multiply,
+)
 from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
 from specinfer_kernels.kv_cache import compact_kv, copy_blocks, write_kv
 from specinfer_kernels.packed_linear import PackedLinear, pack_linear, padded_rows
@@ -30,9 +38,12 @@ __all__ = [
     "AttentionLayout",
     "Backend",
     "BackendUnavailableError",
+    "HeadNorms",
     "KernelInputError",
     "PackedLinear",
     "Purpose",
+    "RotaryPlaces",
+    "add_rms_norm",
     "available_backends",
     "backend_name",
     "compact_kv",
@@ -41,7 +52,10 @@ __all__ = [
     "gumbel_noise",
     "pack_linear",
     "padded_rows",
+    "rms_norm",
+    "rotate_and_write_kv",
     "sample_gumbel",
+    "silu_multiply",
     "tree_attention",
     "write_kv",
 ]

@@ -49,7 +49,7 @@ def write_kv(
     if chosen == "native" and _native_takes(key, value, slot_mapping):
         native.write_kv(key, value, key_cache, value_cache, slot_mapping)
         return
-    _check_indices("slot_mapping", slot_mapping, key_cache.shape[0] * key_cache.shape[1])
+    check_indices("slot_mapping", slot_mapping, key_cache.shape[0] * key_cache.shape[1])
     reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
 
 
@@ -87,11 +87,12 @@ def _check_moves(pool: Tensor, sources: Tensor, targets: Tensor, limit: int) -> 
         )
     if sources.shape != targets.shape:
         raise KernelInputError(f"{sources.shape[0]} sources but {targets.shape[0]} targets")
-    _check_indices("sources", sources, limit)
-    _check_indices("targets", targets, limit)
+    check_indices("sources", sources, limit)
+    check_indices("targets", targets, limit)
 
 
-def _check_indices(name: str, indices: Tensor, limit: int) -> None:
+def check_indices(name: str, indices: Tensor, limit: int) -> None:
+    """Raise KernelInputError unless indices are a flat int64 and (on a CPU) in 0..limit - 1."""
     if indices.dtype != torch.int64 or indices.dim() != 1:
         raise KernelInputError(
             f"{name} must be a flat int64, got {indices.dtype} {list(indices.shape)}"

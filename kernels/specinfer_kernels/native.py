@@ -22,6 +22,8 @@ _MESSAGES = {
     4: "each row's own bit must be set in ancestors and be its last (parents come before children)",
     6: "slot_mapping names a slot outside the cache",
     7: "the native kernel does not take this dtype",
+    8: "positions names a position outside the tables",
+    9: "the native kernel does not take heads this large",
 }
 _POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -58,6 +60,10 @@ def _load() -> ctypes.CDLL | str:
         return str(error)
     library.specinfer_tree_attention.argtypes = [ctypes.POINTER(AttentionArguments)]
     library.specinfer_write_kv.argtypes = [_POINTER] * 5 + [_LONG] * 8
+    library.specinfer_rms_norm.argtypes = [_POINTER] * 4 + [_LONG] * 4 + [_DOUBLE] + [_LONG] * 2
+    library.specinfer_silu_multiply.argtypes = [_POINTER] + [_LONG] * 3 + [_POINTER] + [_LONG] * 2
+    rotate = [_POINTER] * 10 + [_LONG] * 7 + [_DOUBLE] + [_LONG] * 2
+    library.specinfer_rotate_and_write_kv.argtypes = rotate
     library.specinfer_gumbel_noise.argtypes = [_POINTER] * 2 + [_LONG] * 2 + [_POINTER, _LONG]
     library.specinfer_gumbel_noise.restype = None
     library.specinfer_sample_gumbel.argtypes = [_POINTER] + [_LONG] * 4 + [_POINTER] * 4 + [_LONG]
@@ -75,6 +81,19 @@ def _library() -> ctypes.CDLL:
     if isinstance(library, str):
         raise BackendUnavailableError(library)
     return library
+
+
+def native_library() -> ctypes.CDLL:
+    """The loaded library, for modules with entry points of their own.
+
+    Raises BackendUnavailableError when there is none.
+    """
+    return _library()
+
+
+def raise_for(status: int) -> None:
+    """Turn an entry point's status into MemoryError or KernelInputError; 0 is fine."""
+    _raise_for(status)
 
 
 def _raise_for(status: int) -> None:

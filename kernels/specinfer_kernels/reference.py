@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 WORD_BITS = 64
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -127,6 +128,56 @@ def write_kv(
     """Put each row's key and value into its slot."""
     key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key)
     value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value)
+
+
+def rms_norm(values: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Each row over its root mean square, rounded, times the weight, as the stock modules do it."""
+    wide = values.to(torch.float32)
+    square = wide.pow(2).mean(-1, keepdim=True)
+    normed = wide * torch.rsqrt(square.add_(epsilon))
+    return weight * normed.to(values.dtype)
+
+
+def add_rms_norm(hidden: Tensor, update: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """hidden += update, then its norm."""
+    return rms_norm(hidden.add_(update), weight, epsilon)
+
+
+def silu_multiply(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up; the exponential in float64, rounded once."""
+    gate, up = gate_up.chunk(2, 1)
+    return functional.silu(gate.double()).to(gate.dtype) * up
+
+
+def rotate_and_write_kv(
+    mixed: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """Norm of each head if there are weights, then its turn; keys and values into their slots."""
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    heads = mixed.view(mixed.shape[0], -1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), 1)
+    if query_weight is not None and key_weight is not None:
+        query, key = rms_norm(query, query_weight, epsilon), rms_norm(key, key_weight, epsilon)
+    # [num_rows, 1, head_dim]
+    cosine, sine = cosines[positions].unsqueeze(1), sines[positions].unsqueeze(1)
+    write_kv(_turned(key, cosine, sine), value, key_cache, value_cache, slot_mapping)
+    return _turned(query, cosine, sine)
+
+
+def _turned(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions (Su et al., 2021): halves of a head swap places, one changes its sign."""
+    first, second = heads.chunk(2, 2)
+    return heads * cosine + torch.cat((-second, first), 2) * sine
 
 
 def compact_kv(pool: Tensor, sources: Tensor, targets: Tensor) -> None:

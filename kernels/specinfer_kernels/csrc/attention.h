@@ -55,6 +55,8 @@ enum Status {
     kNoMemory = 5,
     kBadSlot = 6,
     kBadDtype = 7,
+    kBadPosition = 8,
+    kBadHead = 9,
 };
 
 constexpr int kBlock = 64;        // keys of one block; part of the definition of the result's bits
@@ -181,31 +183,6 @@ template <class V> inline void transpose(V* rows) {
         }
 }
 #endif
-
-// One vector of a stored row, widened; lanes at and past `count` are zero.
-inline Floats load_row(const float* from, int64_t count) {
-    if (count >= lanes<float>()) return load(from);
-    Floats vector{};
-    if (count > 0) std::memcpy(&vector, from, size_t(count) * sizeof(float));
-    return vector;
-}
-
-inline Doubles load_row(const double* from, int64_t count) {
-    if (count >= lanes<double>()) return load(from);
-    Doubles vector{};
-    if (count > 0) std::memcpy(&vector, from, size_t(count) * sizeof(double));
-    return vector;
-}
-
-inline Floats load_row(const BFloat16* from, int64_t count) {
-    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-    Halves halves{};
-    if (count >= lanes<float>())
-        std::memcpy(&halves, from, sizeof(halves));
-    else if (count > 0)
-        std::memcpy(&halves, from, size_t(count) * sizeof(BFloat16));
-    return (Floats)(__builtin_convertvector(halves, Ints) << 16);
-}
 
 // Scratch of one thread, all 64-byte aligned, sizes fixed by the arguments. The first four hold
 // what runs along a kv head's blocks, for every head of a unit; the others serve one block.

@@ -1,6 +1,7 @@
 // The C interface of the native kernels: plain pointers and integers, no framework.
 
 #include "attention.h"
+#include "rows.h"
 #include "sampling.h"
 
 using namespace specinfer;
@@ -22,6 +23,16 @@ void sample_rows(const T* logits, int64_t stride, int64_t num_rows, int64_t voca
 
 int threads_for(int64_t work, int64_t units, int64_t num_threads) {
     return work < kSerialWork || units < 2 ? 1 : int(num_threads);
+}
+
+template <class Run> int with_dtype(int64_t dtype, const Run& run) {
+    if (dtype == 0)
+        run(Rows<float>{});
+    else if (dtype == 1)
+        run(Rows<BFloat16>{});
+    else
+        return kBadDtype;
+    return kFine;
 }
 
 }  // namespace
@@ -63,6 +74,45 @@ int specinfer_write_kv(const char* key, const char* value, char* key_cache, char
                         size_t(head_bytes));
         }
     return kFine;
+}
+
+// Rows of `hidden` get `update` added first where there is one.
+int specinfer_rms_norm(void* hidden, const void* update, const void* weight, void* output,
+                       int64_t num_rows, int64_t width, int64_t hidden_stride,
+                       int64_t update_stride, double epsilon, int64_t dtype,
+                       int64_t num_threads) {
+    const NormArguments a{hidden, update,        weight,        output, num_rows,
+                          width,  hidden_stride, update_stride, epsilon};
+    const int threads = threads_for(num_rows * width * 2, num_rows, num_threads);
+    return with_dtype(dtype, [&](auto rows) { rows.norm_rows(a, threads); });
+}
+
+int specinfer_silu_multiply(const void* gate_up, int64_t stride, int64_t num_rows, int64_t width,
+                            void* output, int64_t dtype, int64_t num_threads) {
+    const int threads = threads_for(num_rows * width * 8, num_rows, num_threads);
+    return with_dtype(dtype, [&](auto rows) {
+        rows.gate_rows(gate_up, stride, num_rows, width, output, threads);
+    });
+}
+
+int specinfer_rotate_and_write_kv(const void* mixed, const void* cosines, const void* sines,
+                                  const int64_t* positions, const int64_t* slots,
+                                  const void* query_weight, const void* key_weight, void* query,
+                                  void* key_cache, void* value_cache, int64_t num_rows,
+                                  int64_t mixed_stride, int64_t num_heads, int64_t num_kv_heads,
+                                  int64_t head_dim, int64_t num_positions, int64_t num_slots,
+                                  double epsilon, int64_t dtype, int64_t num_threads) {
+    const RotaryArguments a{mixed,      cosines,      sines,     positions,    slots,
+                            query_weight, key_weight, query,     key_cache,    value_cache,
+                            num_rows,   mixed_stride, num_heads, num_kv_heads, head_dim, epsilon};
+    if (head_dim > kMostHeadDim) return kBadHead;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        if (slots[row] < 0 || slots[row] >= num_slots) return kBadSlot;
+        if (positions[row] < 0 || positions[row] >= num_positions) return kBadPosition;
+    }
+    const int64_t work = num_rows * (num_heads + num_kv_heads) * head_dim * 4;
+    const int threads = threads_for(work, num_rows, num_threads);
+    return with_dtype(dtype, [&](auto rows) { rows.turn_rows(a, threads); });
 }
 
 void specinfer_gumbel_noise(const int64_t* seeds, const int64_t* positions, int64_t num_rows,

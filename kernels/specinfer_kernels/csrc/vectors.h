@@ -171,4 +171,54 @@ inline Doubles gumbel_from_words(const Words& words) {
     return -exact_log(-exact_log(uniform));
 }
 
+// One vector of a stored row, widened; lanes at and past `count` are zero.
+inline Floats load_row(const float* from, int64_t count) {
+    if (count >= lanes<float>()) return load(from);
+    Floats vector{};
+    if (count > 0) std::memcpy(&vector, from, size_t(count) * sizeof(float));
+    return vector;
+}
+
+inline Doubles load_row(const double* from, int64_t count) {
+    if (count >= lanes<double>()) return load(from);
+    Doubles vector{};
+    if (count > 0) std::memcpy(&vector, from, size_t(count) * sizeof(double));
+    return vector;
+}
+
+inline Floats load_row(const BFloat16* from, int64_t count) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    Halves halves{};
+    if (count >= lanes<float>())
+        std::memcpy(&halves, from, sizeof(halves));
+    else if (count > 0)
+        std::memcpy(&halves, from, size_t(count) * sizeof(BFloat16));
+    return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+}
+
+// The first `count` lanes of a vector, rounded to the stored format.
+inline void store_row(float* to, const Floats& vector, int64_t count) {
+    if (count >= lanes<float>()) return store(to, vector);
+    std::memcpy(to, &vector, size_t(count) * sizeof(float));
+}
+
+inline void store_row(double* to, const Doubles& vector, int64_t count) {
+    if (count >= lanes<double>()) return store(to, vector);
+    std::memcpy(to, &vector, size_t(count) * sizeof(double));
+}
+
+inline void store_row(BFloat16* to, const Floats& vector, int64_t count) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    const Bits bits = (Bits)vector;
+    const Bits near = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    const Bits quiet = (bits >> 16) | 0x40u;                        // a NaN must stay a NaN
+    const Halves halves = __builtin_convertvector(vector == vector ? near : quiet, Halves);
+    const int64_t kept = count < lanes<float>() ? count : lanes<float>();
+    if (kept == lanes<float>())
+        std::memcpy(to, &halves, sizeof(halves));
+    else
+        std::memcpy(to, &halves, size_t(kept) * sizeof(BFloat16));
+}
+
 }  // namespace specinfer

@@ -1,0 +1,201 @@
+"""What a decoder layer does to its rows between the products: norms, gates, rotary positions.
+
+Each is one pass over memory where plain torch makes five to ten. Values are rounded to their dtype
+where the stock modules of `transformers` round them, sums are taken in float32, and a
+row's bits depend on that row alone. Knows no model: a layer is its weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specinfer_kernels import native_rows, reference
+from specinfer_kernels.backends import Backend, choose_backend
+from specinfer_kernels.errors import KernelInputError
+from specinfer_kernels.kv_cache import check_indices
+
+
+@dataclass(frozen=True)
+class RotaryPlaces:
+    """Where the rows of one pass stand, for all layers. All on the device of the caches.
+
+    positions: int64 [num_rows]. slot_mapping: int64 [num_rows], distinct slots of the pool.
+    cosines, sines: [num_positions, head_dim], one row a position; both halves of a row count.
+
+    Shapes and dtypes are checked here, once for all layers of a pass: KernelInputError.
+    """
+
+    positions: Tensor
+    slot_mapping: Tensor
+    cosines: Tensor
+    sines: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("positions", "slot_mapping"):
+            tensor = getattr(self, name)
+            if tensor.dtype != torch.int64 or tensor.dim() != 1 or not tensor.is_contiguous():
+                raise KernelInputError(
+                    f"{name} must be a flat int64, got {tensor.dtype} {list(tensor.shape)}"
+                )
+        if self.positions.shape != self.slot_mapping.shape:
+            raise KernelInputError("positions and slot_mapping differ in their number of rows")
+        tables = (self.cosines, self.sines)
+        if self.cosines.shape != self.sines.shape or self.cosines.dim() != 2:
+            raise KernelInputError("cosines and sines must be of one shape [positions, head_dim]")
+        if self.cosines.dtype != self.sines.dtype or self.cosines.shape[1] % 2:
+            raise KernelInputError("cosines and sines must have one dtype and an even head_dim")
+        if not all(table.is_contiguous() for table in tables):
+            raise KernelInputError("cosines and sines must be contiguous")
+        devices = {tensor.device for tensor in (self.positions, self.slot_mapping, *tables)}
+        if len(devices) > 1:
+            raise KernelInputError("the places of a pass are on different devices")
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of each head before it is turned (Qwen 3): weights [head_dim] of the rows' dtype."""
+
+    query: Tensor
+    key: Tensor
+    epsilon: float
+
+
+def rms_norm(
+    values: Tensor, weight: Tensor, epsilon: float, *, backend: Backend | None = None
+) -> Tensor:
+    """weight * values / root mean square of each row (Zhang and Sennrich, 2019).
+
+    values: [num_rows, width], last dimension contiguous; weight: [width] of the same dtype. Returns
+    a contiguous [num_rows, width]. Raises KernelInputError on a wrong shape, stride or dtype.
+    """
+    if _takes_native(values, weight, backend):
+        return native_rows.rms_norm(values, None, weight, epsilon)
+    return reference.rms_norm(values, weight, epsilon)
+
+
+def add_rms_norm(
+    hidden: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Add `update` to `hidden` in place, as a residual stream does, and return its rms_norm.
+
+    hidden, update: [num_rows, width], last dimension contiguous, one dtype. Returns and raises as
+    rms_norm does.
+    """
+    if update.shape != hidden.shape or update.dtype != hidden.dtype:
+        raise KernelInputError(
+            f"update must be {hidden.dtype} {list(hidden.shape)}, "
+            f"got {update.dtype} {list(update.shape)}"
+        )
+    if update.stride(-1) != 1 or update.device != hidden.device:
+        raise KernelInputError("update must lie as hidden does, on its device")
+    if _takes_native(hidden, weight, backend):
+        return native_rows.rms_norm(hidden, update, weight, epsilon)
+    return reference.add_rms_norm(hidden, update, weight, epsilon)
+
+
+def silu_multiply(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """silu(gate) * up of rows that hold both side by side (SwiGLU, Shazeer, 2020).
+
+    gate_up: [num_rows, 2 * width], last dimension contiguous. Returns a contiguous
+    [num_rows, width]. Raises KernelInputError on a wrong shape or stride.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.stride(1) != 1:
+        raise KernelInputError(
+            f"gate_up must be [num_rows, 2 * width] without gaps, got {list(gate_up.shape)}"
+        )
+    if choose_backend(gate_up.device, backend, gate_up.dtype, native_rows.DTYPE_CODES) == "native":
+        return native_rows.silu_multiply(gate_up)
+    return reference.silu_multiply(gate_up)
+
+
+def rotate_and_write_kv(
+    mixed: Tensor,
+    places: RotaryPlaces,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    norms: HeadNorms | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Turn queries and keys to their positions and put keys and values into their slots, in place.
+
+    Rotary positions as in Su et al. (2021), halves of a head swapping places. mixed:
+    [num_rows, (num_heads + 2 * num_kv_heads) * head_dim], queries, keys and values of a row side by
+    side. key_cache, value_cache: contiguous [num_blocks, block_size, num_kv_heads, head_dim].
+    Returns the queries, contiguous [num_rows, num_heads, head_dim]; keys never exist outside the
+    cache. Raises KernelInputError on a wrong shape, dtype, device or (on a CPU) slot or position.
+    """
+    _check_rotation(mixed, places, key_cache, value_cache, norms)
+    chosen = choose_backend(key_cache.device, backend, mixed.dtype, native_rows.DTYPE_CODES)
+    if chosen == "native":
+        rotate = native_rows.rotate_and_write_kv
+    else:
+        check_indices("slot_mapping", places.slot_mapping, key_cache.shape[0] * key_cache.shape[1])
+        check_indices("positions", places.positions, places.cosines.shape[0])
+        rotate = reference.rotate_and_write_kv
+    weights = (None, None, 0.0) if norms is None else (norms.query, norms.key, norms.epsilon)
+    return rotate(
+        mixed,
+        places.positions,
+        places.slot_mapping,
+        places.cosines,
+        places.sines,
+        key_cache,
+        value_cache,
+        *weights,
+    )
+
+
+def _takes_native(values: Tensor, weight: Tensor, backend: Backend | None) -> bool:
+    """Whether the native kernel serves; the checks of both norms."""
+    if values.dim() != 2 or weight.shape != values.shape[1:] or weight.dtype != values.dtype:
+        raise KernelInputError(
+            f"rows [num_rows, width] and a weight [width] of one dtype, got {values.dtype} "
+            f"{list(values.shape)} and {weight.dtype} {list(weight.shape)}"
+        )
+    if values.stride(1) != 1 or not weight.is_contiguous() or weight.device != values.device:
+        raise KernelInputError("rows and weight must be without gaps and on one device")
+    return choose_backend(values.device, backend, values.dtype, native_rows.DTYPE_CODES) == "native"
+
+
+def _check_rotation(
+    mixed: Tensor,
+    places: RotaryPlaces,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    norms: HeadNorms | None,
+) -> None:
+    if key_cache.dim() != 4 or value_cache.shape != key_cache.shape:
+        raise KernelInputError(
+            f"caches must have one 4-dimensional shape, got {list(key_cache.shape)} "
+            f"and {list(value_cache.shape)}"
+        )
+    _, _, num_kv_heads, head_dim = key_cache.shape
+    rows, width = places.positions.shape[0], mixed.shape[-1]
+    whole = width % head_dim == 0 and width >= (2 * num_kv_heads + 1) * head_dim
+    if mixed.dim() != 2 or mixed.shape[0] != rows or not whole or mixed.stride(1) != 1:
+        raise KernelInputError(
+            f"mixed must be {rows} rows of queries and {num_kv_heads} keys and values of "
+            f"{head_dim}, got {list(mixed.shape)}"
+        )
+    if places.cosines.shape[1] != head_dim:
+        raise KernelInputError(
+            f"cosines are of {places.cosines.shape[1]} dimensions, heads of {head_dim}"
+        )
+    tensors = [mixed, key_cache, value_cache, places.cosines]
+    if norms is not None:
+        tensors += [norms.query, norms.key]
+        if not norms.query.shape == norms.key.shape == (head_dim,):
+            raise KernelInputError(f"norms must be of [{head_dim}]")
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise KernelInputError(f"dtypes differ: {[str(tensor.dtype) for tensor in tensors]}")
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise KernelInputError("rows, tables and caches are on different devices")
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise KernelInputError("the caches must be contiguous")
