@@ -24,6 +24,7 @@ from specinfer.sampling import SamplingParams
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
 from specinfer_router.asking import Ask, Asking, Place, Question
+from specinfer_router.first_answer import first_answer
 from specinfer_router.guess import Guess, usable_tree
 from specinfer_router.hedging import HedgeBudget
 from specinfer_router.pool import WorkerPool
@@ -136,11 +137,7 @@ class DraftSeat:
         going = list(asks)
         while going:
             limit = question.deadline if hedge_at is None else hedge_at
-            await asyncio.wait(
-                [ask.answer for ask in going],
-                timeout=max(0.0, limit - time.monotonic()),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await first_answer([ask.answer for ask in going], limit - time.monotonic())
             answered = [ask for ask in going if ask.answer.done()]
             for ask in answered:
                 going.remove(ask)

@@ -1,6 +1,8 @@
 """One long-lived stream to each worker: frames of items out, one result for each item back.
 
-Items queued in the same turn of the event loop leave in one frame. A malformed result fails its own
+Items queued in the same turn of the event loop leave in one frame. Each is written out once: a
+message of one item is queued as its bytes, and such bytes in a row are the message of all items
+(protobuf's repeated fields add up). A malformed result fails its own
 item; a broken stream fails all that wait, and the link connects again by itself, with growing and
 jittered pauses. This module knows nothing of rounds, retries or which worker is chosen.
 """
@@ -37,7 +39,7 @@ from specinfer_router.hedging import MovingQuantile
 
 log = logging.getLogger(__name__)
 
-ItemT = TypeVar("ItemT", bound=Message)
+FrameT = TypeVar("FrameT", bound=Message)
 _Answer = TypeVar("_Answer")
 
 
@@ -71,7 +73,7 @@ class _Pending:
     convert: Callable[[Any], Any]
 
 
-class WorkerLink(ABC, Generic[ItemT]):
+class WorkerLink(ABC, Generic[FrameT]):
     """What draft and verify links share: connecting, frames, and results by item.
 
     Attributes:
@@ -128,7 +130,7 @@ class WorkerLink(ABC, Generic[ItemT]):
         self._failures = 0
         self._given_up = asyncio.Event()
         self._next_item_id = 1
-        self._outbox: deque[ItemT] = deque()
+        self._outbox: deque[bytes] = deque()
         self._wake = asyncio.Event()
         self._pending: dict[int, _Pending] = {}
         self._task: asyncio.Task[None] | None = None
@@ -182,21 +184,19 @@ class WorkerLink(ABC, Generic[ItemT]):
         """Ask the worker what it is."""
 
     @abstractmethod
-    def _open_stream(self) -> grpc.aio.StreamStreamCall[Any, Any]:
-        """Begin the stream."""
-
-    @abstractmethod
-    def _frame(self, items: list[ItemT]) -> Message:
-        """The frame that carries these items."""
+    def _open_stream(self) -> grpc.aio.StreamStreamCall[bytes, Any]:
+        """Begin the stream, whose requests are written out already."""
 
     def _item_id(self) -> int:
         self._next_item_id += 1
         return self._next_item_id - 1
 
     def _send(
-        self, item: ItemT, item_id: int, session_id: str, convert: Callable[[Any], _Answer]
+        self, frame: FrameT, item_id: int, session_id: str, convert: Callable[[Any], _Answer]
     ) -> asyncio.Future[_Answer]:
-        """Queue an item for the next frame; the future ends with its result or a typed error.
+        """Queue a frame of one item, to leave in the next one; the future ends with its result.
+
+        An item that fails ends it with a typed error.
 
         Raises:
             Unavailable: there is no connection.
@@ -210,15 +210,15 @@ class WorkerLink(ABC, Generic[ItemT]):
                 f"{len(self._pending)} items wait for the {self.tier} worker at {self.address}",
                 retry_after=1.0,
             )
-        if item.ByteSize() > self._limits.max_frame_bytes:
+        written = frame.SerializeToString()
+        if len(written) > self._limits.max_frame_bytes:
             raise InvalidRequest(
-                f"an item of {item.ByteSize()} bytes is larger than a frame may be "
+                f"an item of {len(written)} bytes is larger than a frame may be "
                 f"({self._limits.max_frame_bytes})"
             )
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(_mark_retrieved)
         self._pending[item_id] = _Pending(session_id, answer, convert)
-        self._outbox.append(item)
+        self._outbox.append(written)
         self._wake.set()
         return answer
 
@@ -279,7 +279,7 @@ class WorkerLink(ABC, Generic[ItemT]):
         self.attempted.set()
         self._on_ready()
 
-    async def _read(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+    async def _read(self, call: grpc.aio.StreamStreamCall[bytes, Any]) -> None:
         while True:
             frame = cast(Any, await call.read())
             if frame is grpc.aio.EOF:
@@ -298,22 +298,22 @@ class WorkerLink(ABC, Generic[ItemT]):
         await self._given_up.wait()
         raise Unavailable(f"the {self.tier} worker at {self.address} does not answer any more")
 
-    async def _write(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+    async def _write(self, call: grpc.aio.StreamStreamCall[bytes, Any]) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._outbox:
                 try:
-                    await call.write(self._frame(self._take_items()))
+                    await call.write(b"".join(self._take_items()))
                 except asyncio.InvalidStateError as error:
                     raise Unavailable(f"the stream to {self.address} broke") from error
 
-    def _take_items(self) -> list[ItemT]:
+    def _take_items(self) -> list[bytes]:
         """Items for one frame, in order, within its bounds; at least one."""
         items = [self._outbox.popleft()]
-        num_bytes = items[0].ByteSize()
+        num_bytes = len(items[0])
         while self._outbox and len(items) < self._limits.max_frame_items:
-            num_bytes += self._outbox[0].ByteSize()
+            num_bytes += len(self._outbox[0])
             if num_bytes > self._limits.max_frame_bytes:
                 break
             items.append(self._outbox.popleft())
@@ -334,20 +334,22 @@ class WorkerLink(ABC, Generic[ItemT]):
                 raise error
             pending.answer.set_result(pending.convert(result))
         except SpecinferError as failure:
-            pending.answer.set_exception(failure)
+            _fail(pending.answer, failure)
         except Exception:
             # A fault of ours or a result that nobody foresaw: it is this item's alone.
             log.exception("a result of the %s worker at %s broke us", self.tier, self.address)
-            pending.answer.set_exception(
-                InternalError(f"a result of the {self.tier} worker cannot be read")
+            _fail(
+                pending.answer,
+                InternalError(f"a result of the {self.tier} worker cannot be read"),
             )
 
     def _fail_pending(self) -> None:
         pending, self._pending = self._pending, {}
         for item in pending.values():
             if not item.answer.done():
-                item.answer.set_exception(
-                    Unavailable(f"the stream to the {self.tier} worker at {self.address} broke")
+                _fail(
+                    item.answer,
+                    Unavailable(f"the stream to the {self.tier} worker at {self.address} broke"),
                 )
 
     def _log_failure(self, error: grpc.aio.AioRpcError | SpecinferError) -> None:
@@ -357,7 +359,7 @@ class WorkerLink(ABC, Generic[ItemT]):
         log.log(level, "%s worker at %s: %s", self.tier, self.address, told.message)
 
 
-def _mark_retrieved(answer: asyncio.Future[Any]) -> None:
-    """Nobody may be left to look at an answer; asyncio is not to complain about that."""
-    if not answer.cancelled():
-        answer.exception()
+def _fail(answer: asyncio.Future[Any], error: SpecinferError) -> None:
+    answer.set_exception(error)
+    # Nobody may be left to look at it; asyncio is not to complain about that.
+    answer.exception()

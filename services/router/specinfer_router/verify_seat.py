@@ -31,6 +31,7 @@ from specinfer.telemetry import current_span
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
 from specinfer_router.deadlines import RoundWait, StepDeadline
+from specinfer_router.first_answer import first_answer
 from specinfer_router.pool import WorkerPool
 from specinfer_router.worker_links import VerifyLink
 
@@ -278,7 +279,7 @@ class VerifySeat:
         until = since + allowed.seconds
         while True:
             limit = until - time.monotonic()
-            await asyncio.wait((stepping,), timeout=min(limit, LOOK_SECONDS) if late else limit)
+            await first_answer((stepping,), min(limit, LOOK_SECONDS) if late else limit)
             if stepping.done():
                 return
             passed = time.monotonic() >= until

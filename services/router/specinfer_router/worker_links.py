@@ -52,7 +52,7 @@ class TokenizerFiles:
     eos_token: str
 
 
-class DraftLink(WorkerLink[draft_pb2.DraftItem]):
+class DraftLink(WorkerLink[draft_pb2.DraftRequest]):
     """A stream to a draft worker. Methods raise as `WorkerLink._send` does."""
 
     tier = "draft"
@@ -70,8 +70,9 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
         traceparent: str = "",
     ) -> asyncio.Future[None]:
         """Let the worker follow a session whose last token is the root."""
-        item = draft_pb2.DraftItem(
-            item_id=self._item_id(),
+        frame, item_id = draft_pb2.DraftRequest(), self._item_id()
+        frame.items.add(
+            item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
@@ -83,7 +84,7 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
                 grammar=grammar_to_wire(grammar),
             ),
         )
-        return self._send(item, item.item_id, session_id, _nothing)
+        return self._send(frame, item_id, session_id, _nothing)
 
     def propose(
         self,
@@ -98,8 +99,9 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
         traceparent: str = "",
     ) -> asyncio.Future[DraftResult]:
         """Ask for a tree below the last of the new tokens, or of the known ones."""
-        item = draft_pb2.DraftItem(
-            item_id=self._item_id(),
+        frame, item_id = draft_pb2.DraftRequest(), self._item_id()
+        frame.items.add(
+            item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
@@ -111,32 +113,34 @@ class DraftLink(WorkerLink[draft_pb2.DraftItem]):
                 deadline_seconds=deadline_seconds,
             ),
         )
-        return self._send(item, item.item_id, session_id, draft_result_from_wire)
+        return self._send(frame, item_id, session_id, draft_result_from_wire)
 
     def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> asyncio.Future[None]:
         """Let the worker drop a session."""
-        item = draft_pb2.DraftItem(
-            item_id=self._item_id(),
+        frame, item_id = draft_pb2.DraftRequest(), self._item_id()
+        frame.items.add(
+            item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
             close=draft_pb2.CloseDraft(),
         )
-        return self._send(item, item.item_id, session_id, _nothing)
+        return self._send(frame, item_id, session_id, _nothing)
 
     async def _fetch_info(self, seconds: float) -> WorkerInfo:
         stub = draft_pb2_grpc.DraftServiceStub(self._channel)
         answer = await stub.GetInfo(draft_pb2.DraftServiceGetInfoRequest(), timeout=seconds)
         return worker_info_from_wire(answer.info)
 
-    def _open_stream(self) -> grpc.aio.StreamStreamCall[Any, Any]:
-        return draft_pb2_grpc.DraftServiceStub(self._channel).Draft()
+    def _open_stream(self) -> grpc.aio.StreamStreamCall[bytes, Any]:
+        method: grpc.aio.StreamStreamMultiCallable[bytes, Any] = self._channel.stream_stream(
+            "/specinfer.v1.DraftService/Draft",
+            response_deserializer=draft_pb2.DraftResponse.FromString,
+        )
+        return method()
 
-    def _frame(self, items: list[draft_pb2.DraftItem]) -> draft_pb2.DraftRequest:
-        return draft_pb2.DraftRequest(items=items)
 
-
-class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
+class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
     """A stream to a verify worker. Methods raise as `WorkerLink._send` does."""
 
     tier = "verify"
@@ -155,8 +159,9 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
         traceparent: str = "",
     ) -> asyncio.Future[None]:
         """Bring a session to the worker; its last token is the root."""
-        item = verify_pb2.VerifyItem(
-            item_id=self._item_id(),
+        frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
+        frame.items.add(
+            item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
@@ -169,7 +174,7 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
                 grammar=grammar_to_wire(grammar),
             ),
         )
-        return self._send(item, item.item_id, session_id, _nothing)
+        return self._send(frame, item_id, session_id, _nothing)
 
     def step(
         self,
@@ -181,26 +186,28 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
         traceparent: str = "",
     ) -> asyncio.Future[VerifyResult]:
         """Have a tree checked and what it confirms committed to the worker's KV."""
-        item = verify_pb2.VerifyItem(
-            item_id=self._item_id(),
+        frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
+        frame.items.add(
+            item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
             traceparent=traceparent,
             step=verify_pb2.VerifyStep(tree=tree_to_wire(tree)),
         )
-        return self._send(item, item.item_id, session_id, verify_result_from_wire)
+        return self._send(frame, item_id, session_id, verify_result_from_wire)
 
     def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> asyncio.Future[None]:
         """Let the worker give a session's KV up."""
-        item = verify_pb2.VerifyItem(
-            item_id=self._item_id(),
+        frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
+        frame.items.add(
+            item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
             close=verify_pb2.CloseVerify(),
         )
-        return self._send(item, item.item_id, session_id, _nothing)
+        return self._send(frame, item_id, session_id, _nothing)
 
     async def fetch_tokenizer(self, seconds: float = 60.0) -> TokenizerFiles:
         """The target's tokenizer; raises the worker's error, or ResourceExhausted if it is huge."""
@@ -231,11 +238,12 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyItem]):
         answer = await stub.GetInfo(verify_pb2.VerifyServiceGetInfoRequest(), timeout=seconds)
         return worker_info_from_wire(answer.info)
 
-    def _open_stream(self) -> grpc.aio.StreamStreamCall[Any, Any]:
-        return verify_pb2_grpc.VerifyServiceStub(self._channel).Verify()
-
-    def _frame(self, items: list[verify_pb2.VerifyItem]) -> verify_pb2.VerifyRequest:
-        return verify_pb2.VerifyRequest(items=items)
+    def _open_stream(self) -> grpc.aio.StreamStreamCall[bytes, Any]:
+        method: grpc.aio.StreamStreamMultiCallable[bytes, Any] = self._channel.stream_stream(
+            "/specinfer.v1.VerifyService/Verify",
+            response_deserializer=verify_pb2.VerifyResponse.FromString,
+        )
+        return method()
 
 
 def _nothing(result: Any) -> None:
