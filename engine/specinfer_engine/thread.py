@@ -35,7 +35,7 @@ class EngineThread:
         step: does one unit of work; returns whether it did any.
         max_pending: most items submitted and not yet completed.
         idle_seconds: how long the thread sleeps at most between looks for work that only time
-            brings, such as the eviction of idle sessions.
+            brings, such as the eviction of idle sessions; a function is asked before each sleep.
         on_failure: called on the thread, once, when a step has failed.
     """
 
@@ -45,7 +45,7 @@ class EngineThread:
         step: Callable[[], bool],
         *,
         max_pending: int = 4096,
-        idle_seconds: float = 1.0,
+        idle_seconds: float | Callable[[], float] = 1.0,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         self._step = step
@@ -143,7 +143,9 @@ class EngineThread:
     def _take_items(self, *, wait: bool) -> None:
         """Handle everything in the inbox; wait for the first item when there is no work."""
         try:
-            item = self._inbox.get(wait, self._idle_seconds if wait else None)
+            idle = self._idle_seconds
+            seconds = (idle() if callable(idle) else idle) if wait else None
+            item = self._inbox.get(wait, seconds)
             while True:
                 if item is not None:
                     self._handle(*item)

@@ -26,6 +26,7 @@ from specinfer.grammar import GrammarState
 from specinfer.messages import VerifyResult, WorkerLoad
 from specinfer.metrics import VerifyMetrics
 from specinfer.sampling import SamplingParams
+from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
@@ -34,6 +35,7 @@ from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
 from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
 from specinfer_verify.counting import CountPass, count_in, count_nothing
+from specinfer_verify.gathering import Gathering
 from specinfer_verify.scheduler import ScheduledRows, Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
 from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
@@ -98,8 +100,12 @@ class VerifyEngine:
         self._next_sweep = 0.0
         self._empty = threading.Event()
         self._empty.set()
+        self._gathering = Gathering(self.limits.max_rows)
         self._thread = EngineThread(
-            "verify-engine", self.run_pass, idle_seconds=IDLE_SECONDS, on_failure=on_failure
+            "verify-engine",
+            self.run_pass,
+            idle_seconds=lambda: self._gathering.pause or IDLE_SECONDS,
+            on_failure=on_failure,
         )
 
     def start(self) -> None:
@@ -114,6 +120,10 @@ class VerifyEngine:
     def count_with(self, metrics: VerifyMetrics) -> None:
         """Count passes, and show what is held; to be called before `start`."""
         self._count = count_in(metrics, self._scheduler, self._blocks, self._fence)
+
+    def gather_with(self, costs: StepCurve) -> None:
+        """Let passes wait for sessions that are due where it pays; to be called before `start`."""
+        self._gathering.costs = costs
 
     @property
     def num_preemptions(self) -> int:
@@ -218,7 +228,8 @@ class VerifyEngine:
         """One pass: schedule, run, walk and commit. Returns whether there was anything to do."""
         start = self._clock()
         self._evict_idle(start)
-        plan = self._scheduler.schedule(start)
+        waits = self._gathering.waits(start, self._scheduler.sessions.values())
+        plan = [] if waits else self._scheduler.schedule(start)
         if not plan:
             return False
         logits = self._run(plan)
@@ -254,6 +265,7 @@ class VerifyEngine:
                 session.last_active = self._clock()
                 session.pending = None
                 session.answered = True
+                session.absence.leave(session.last_active, len(step.tree))
                 for future in step.futures:
                     set_result(future, outcome.result)
 
@@ -353,6 +365,7 @@ class VerifyEngine:
             max_nodes=self.limits.max_slots - session.base_len,
         )
         session.pending = PendingStep(tree, fitting, tuple(kept), arrival, [future])
+        session.absence.come_back(arrival)
 
     def _close(self, session_id: str, reason: SpecinferError) -> None:
         if session_id not in self._scheduler.sessions:

@@ -5,8 +5,9 @@ Plain state, owned by the engine's thread. This module knows nothing of tensors,
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specinfer.errors import StaleEpoch
 from specinfer.grammar import GrammarState
@@ -14,6 +15,11 @@ from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_engine.sequence import SequenceState
+
+# A session that is away for longer than this many times what is usual is not waited for.
+PATIENCE = 2.0
+SLACK_SECONDS = 0.001
+ABSENCE_WEIGHT = 0.5
 
 
 @dataclass
@@ -38,6 +44,43 @@ class PendingStep:
 
 
 @dataclass
+class Absence:
+    """How long a session is away between an answer and its next step.
+
+    Attributes:
+        answered: when it was answered last, or None before the first time.
+        seconds: moving average of its absences; infinite until there was one.
+        num_rows: rows of the step that was answered.
+    """
+
+    answered: float | None = None
+    seconds: float = math.inf
+    num_rows: int = 0
+
+    def leave(self, now: float, num_rows: int) -> None:
+        """It was answered."""
+        self.answered, self.num_rows = now, num_rows
+
+    def come_back(self, now: float) -> None:
+        """Its next step is here."""
+        if self.answered is None:
+            return
+        away = max(0.0, now - self.answered)
+        known = math.isfinite(self.seconds)
+        self.seconds = self.seconds + ABSENCE_WEIGHT * (away - self.seconds) if known else away
+
+    @property
+    def due(self) -> float:
+        """When it is expected back."""
+        return math.inf if self.answered is None else self.answered + self.seconds
+
+    @property
+    def latest(self) -> float:
+        """Until when it is waited for."""
+        return self.due + (PATIENCE - 1) * self.seconds + SLACK_SECONDS
+
+
+@dataclass
 class Session:
     """One session's place in the worker.
 
@@ -59,6 +102,7 @@ class Session:
         owner: how often the session was claimed when it was opened.
         stream: the stream that opened it last, or None.
         answered: whether a step was answered since it holds blocks.
+        absence: how long it is away between its steps.
     """
 
     session_id: str
@@ -77,6 +121,12 @@ class Session:
     owner: int = 0
     stream: object | None = None
     answered: bool = False
+    absence: Absence = field(default_factory=Absence)
+
+    @property
+    def wants_prefill(self) -> bool:
+        """Whether tokens before its root are to be computed now."""
+        return self.num_missing > 0 and (self.pending is not None or self.prefill_eagerly)
 
     @property
     def base_len(self) -> int:
