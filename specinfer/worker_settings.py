@@ -15,6 +15,7 @@ from specinfer.rpc import TlsSettings
 from specinfer.settings import required_setting, setting
 from specinfer.telemetry import TraceSettings
 
+KEEP, RENEW, OFF = "keep", "renew", "off"
 _AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
 
 
@@ -40,6 +41,9 @@ class WorkerSettings:
     max_rows: int = setting(256, "most rows of a pass")
     drain_seconds: float = setting(30.0, "how long work may go on after SIGTERM")
     threads: int = setting(0, "threads of a pass on a CPU; 0 leaves it to torch")
+    profile: str = setting(
+        KEEP, "measured cost of passes: keep it in the cache folder, renew it, or off: no file"
+    )
     worker_id: str = setting("", "unique name of this worker; made up if empty")
     redis: str = setting("", "URL of the Redis that routers find us by; empty: they are told")
     redis_password_file: Path | None = setting(None, "file that holds Redis's password")
@@ -75,6 +79,8 @@ class WorkerSettings:
             raise InvalidRequest("--tls-ca needs --tls-certificate and --tls-key", field="tls")
         if self.threads < 0:
             raise InvalidRequest("threads is at least 0", field="threads")
+        if self.profile not in (KEEP, RENEW, OFF):
+            raise InvalidRequest("--profile is keep, renew or off", field="profile")
         check_group(self.group)
 
     @property

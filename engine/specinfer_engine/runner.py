@@ -6,22 +6,16 @@ means are not its business. Not thread-safe; the engine's thread owns it.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from specinfer.messages import StepCost
 from specinfer_engine.attention import PagedPass, layer_caches
 from specinfer_engine.batch import ForwardBatch, SequenceRows, build_batch
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.rowwise import capped
 from specinfer_kernels import compact_kv, copy_blocks
-
-_MEASURED_PASSES = 3
-_MEASURE_SECONDS = 2.0
 
 
 class Runner:
@@ -72,37 +66,6 @@ class Runner:
         """Copy whole blocks, in every layer (copy-on-write)."""
         if sources:
             copy_blocks(self.pool, self._indices(sources), self._indices(targets))
-
-    def measure_step_costs(
-        self, row_counts: Sequence[int], context_len: int
-    ) -> tuple[StepCost, ...]:
-        """Time a pass of each number of rows over `context_len` keys; medians of three.
-
-        Writes into the first blocks of the pool, so call it before any session opens. Stops early
-        when the passes together took two seconds, after at least one of each. Counts that do not
-        fit the pool or the model are left out; the context shrinks to what fits.
-        """
-        room = min(self.num_blocks * self.block_size, self.loaded.max_model_len)
-        counts = [count for count in row_counts if 1 <= count < room]
-        context = max(0, min(context_len, room - max(counts, default=0)))
-        spent = 0.0
-        costs = []
-        for count in counts:
-            table = range(-(-(context + count) // self.block_size))
-            rows = SequenceRows.chain((0,) * count, context, table, range(count))
-            times: list[float] = []
-            self.forward([rows])
-            while len(times) < _MEASURED_PASSES and (not times or spent < _MEASURE_SECONDS):
-                times.append(self._time_forward(rows))
-                spent += times[-1]
-            costs.append(StepCost(count, context, statistics.median(times)))
-        return tuple(costs)
-
-    def _time_forward(self, rows: SequenceRows) -> float:
-        start = time.perf_counter()
-        # Reading a value makes a device finish.
-        self.forward([rows])[0][0, 0].item()
-        return time.perf_counter() - start
 
     def _indices(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.loaded.device)

@@ -203,14 +203,6 @@ def test_logits_are_float32_for_smaller_formats(folder: Path) -> None:
     assert logits.dtype == torch.float32
 
 
-def test_step_costs_are_measured_for_what_fits(loaded: LoadedModel) -> None:
-    runner = Runner(loaded, num_blocks=4, block_size=8)
-    costs = runner.measure_step_costs((1, 4, 32), context_len=100)
-    assert [cost.num_rows for cost in costs] == [1, 4]
-    assert {cost.context_len for cost in costs} == {28}
-    assert all(cost.seconds > 0 for cost in costs)
-
-
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 16), (4, 0)])
 def test_an_empty_pool_is_refused(loaded: LoadedModel, num_blocks: int, block_size: int) -> None:
     with pytest.raises(ValueError, match="holds nothing"):

@@ -23,10 +23,12 @@ from specinfer_draft.settings import Settings
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
+from specinfer_engine.profiling import profile_steps
 from specinfer_engine.runner import Runner
+from specinfer_engine.step_profile import ProfileGrid
 
 MEASURED_ROWS = (1, 4, 16, 64)
-MEASURED_CONTEXT = 256
+MEASURED_CONTEXTS = (256,)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _make_grammars(loaded: LoadedModel) -> GrammarChecker:
 
 
 def _describe(settings: Settings, loaded: LoadedModel, runner: Runner) -> WorkerInfo:
-    rows = [count for count in MEASURED_ROWS if count <= settings.max_rows]
+    rows = tuple(count for count in MEASURED_ROWS if count <= settings.max_rows)
     return WorkerInfo(
         worker_id=settings.worker_id or f"draft-{uuid.uuid4().hex[:12]}",
         model_name=loaded.name,
@@ -103,6 +105,6 @@ def _describe(settings: Settings, loaded: LoadedModel, runner: Runner) -> Worker
         num_blocks=runner.num_blocks,
         block_size=settings.block_size,
         row_invariant=loaded.row_invariant,
-        step_costs=runner.measure_step_costs(rows, MEASURED_CONTEXT),
+        step_costs=profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile),
         version=__version__,
     )

@@ -15,17 +15,20 @@ from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
 from specinfer.prefixes import PrefixChanges
+from specinfer.step_curve import StepCurve
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
+from specinfer_engine.profiling import profile_steps
 from specinfer_engine.runner import Runner
+from specinfer_engine.step_profile import ProfileGrid
 from specinfer_verify.checks import Limits
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.settings import Settings
 
 ACCEPTANCE_RULES = ("match",)
 MEASURED_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64)
-MEASURED_CONTEXT = 256
+MEASURED_CONTEXTS = (128, 1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         silent_seconds=settings.silent_seconds,
         session_idle_seconds=settings.session_idle_seconds,
     )
-    rows = [count for count in MEASURED_ROWS if count <= settings.max_rows]
-    costs = runner.measure_step_costs(rows, MEASURED_CONTEXT)
+    rows = tuple(count for count in MEASURED_ROWS if count <= settings.max_rows)
+    costs = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
     engine = VerifyEngine(runner, blocks, limits, on_failure=on_failure)
+    engine.gather_with(StepCurve(costs))
     info = WorkerInfo(
         worker_id=settings.worker_id or f"verify-{uuid.uuid4().hex[:12]}",
         model_name=loaded.name,
