@@ -1,17 +1,23 @@
 """Linear layers whose row bits do not depend on the number of rows.
 
-On a CPU a float32 or bfloat16 weight is prepacked once for oneDNN, which reads it faster at few
-rows than `F.linear` does and gives a row the same bits for every number of rows from two on; rows
-are padded to one of a few numbers. Everything else runs `F.linear`, on a CPU in row blocks of one
-fixed size with both feature counts padded with zeros to whole vectors: the library's edge code for
-odd sizes sums in another order at some row offsets. Knows no model: a layer is a weight and a bias.
+On a CPU a float32 or bfloat16 weight is packed once: for the C++ product where the processor has
+what it needs, which gives a row the same bits for every number of rows; else for oneDNN, which
+does so from two rows on and gets its rows padded to one of a few numbers. Everything else runs
+`F.linear`, on a CPU in row blocks of one fixed size with both feature counts padded with zeros to
+whole vectors: the library's edge code for odd sizes sums in another order at some row offsets.
+Knows no model: a layer is a weight and a bias.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specinfer_kernels.errors import KernelInputError
+from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
+from specinfer_kernels.native_linear import multiply_native, native_linear_serves, pack_native
+
+Layout = Literal["native", "onednn", "plain"]
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # Numbers of rows grow in these steps up to these numbers, see `padded_rows`.
@@ -27,40 +33,41 @@ _FEATURE_MULTIPLE = 16
 class PackedLinear(nn.Module):
     """y = x W^T + b. Made by `pack_linear`; inference only.
 
-    in_features, out_features: int. dtype: of weight and input. packed: oneDNN layout or plain.
+    in_features, out_features: int. dtype: of weight and input. layout: how the weight is kept.
     row_invariant: whether a row's bits are promised not to depend on the other rows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, packed: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, layout: Layout) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self.packed = packed
+        self.layout = layout
         self.row_invariant = weight.device.type == "cpu"
+        self._native = pack_native(weight, bias, self.dtype) if layout == "native" else None
+        if self._native is not None:
+            return
         # Plain attributes: an opaque oneDNN tensor cannot be a buffer of a state dict.
         self._bias = None if bias is None else bias.detach().clone()
         self._weight = weight.detach()
-        if packed:
+        if layout == "onednn":
             self._weight = _reorder(self._weight)
         elif self.row_invariant:
             self._pad_features()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] of the weight's dtype to [..., out_features]."""
+        if self._native is not None:
+            return multiply_native(self._native, x)
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise KernelInputError(
                 f"linear takes {self.dtype} [..., {self.in_features}], "
                 f"got {x.dtype} {list(x.shape)}"
             )
-        num_rows = x.numel() // self.in_features
-        padding = padded_rows(num_rows) - num_rows
-        if self.packed and not padding:
-            return self._packed(x)
         rows = x.reshape(-1, self.in_features)
-        if self.packed:
-            result = self._packed(functional.pad(rows, (0, 0, 0, padding)))[:num_rows]
-        elif num_rows == 0:
+        if rows.shape[0] == 0:
             result = rows.new_empty(0, self.out_features)
+        elif self.layout == "onednn":
+            result = self._stepped(rows)
         elif self.row_invariant:
             result = self._blocked(rows)
         else:
@@ -68,8 +75,7 @@ class PackedLinear(nn.Module):
         return result.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        kind = "packed" if self.packed else "plain"
-        return f"{self.in_features}, {self.out_features}, {self.dtype}, {kind}"
+        return f"{self.in_features}, {self.out_features}, {self.dtype}, {self.layout}"
 
     def _pad_features(self) -> None:
         columns, rows = (
@@ -82,11 +88,18 @@ class PackedLinear(nn.Module):
             self._bias = functional.pad(self._bias, (0, rows))
         self._weight = self._weight.contiguous()
 
-    def _packed(self, rows: Tensor) -> Tensor:
+    def _stepped(self, rows: Tensor) -> Tensor:
+        count = rows.shape[0]
+        padding = _stepped_rows(count) - count
         result: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self._weight, self._bias, "none", [], ""
+            functional.pad(rows, (0, 0, 0, padding)) if padding else rows,
+            self._weight,
+            self._bias,
+            "none",
+            [],
+            "",
         )
-        return result
+        return result[:count]
 
     def _blocked(self, rows: Tensor) -> Tensor:
         count = rows.shape[0]
@@ -102,20 +115,31 @@ class PackedLinear(nn.Module):
 def padded_rows(num_rows: int) -> int:
     """Rows that a packed layer computes for `num_rows`; a caller that pads once saves it in each.
 
-    Never one or two: oneDNN sums a single row in another order, and of a large weight four rows are
-    read faster than fewer (measured: by a third). Beyond that the numbers are few, because oneDNN
+    The native product takes any number of rows as it is.
+    """
+    return num_rows if native_linear_serves(torch.bfloat16) else _stepped_rows(num_rows)
+
+
+def _stepped_rows(num_rows: int) -> int:
+    """Rows that oneDNN is given.
+
+    Never one or two: it sums a single row in another order, and of a large weight four rows are
+    read faster than fewer (measured: by a third). Beyond that the numbers are few, because it
     compiles and keeps a kernel for each number of rows of each layer.
     """
     step = next((step for most, step in _ROW_STEPS if num_rows <= most), _LAST_ROW_STEP)
     return -(-num_rows // step) * step
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+def pack_linear(
+    weight: Tensor, bias: Tensor | None = None, *, layout: Layout | None = None
+) -> PackedLinear:
     """The row-invariant form of a linear layer; keep it instead of the weight.
 
     weight: [out_features, in_features]; bias: [out_features] of the same dtype, or None. A packed
-    layer holds a copy in oneDNN's layout and no reference to `weight`. Raises KernelInputError on
-    a wrong shape or dtype.
+    layer holds a copy in its layout, the fastest by default, and no reference to `weight`. Raises
+    KernelInputError on a wrong shape or dtype, BackendUnavailableError when a layout that is asked
+    for does not serve this weight here.
     """
     if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise KernelInputError(
@@ -125,7 +149,23 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         raise KernelInputError(
             f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}"
         )
-    return PackedLinear(weight, bias, can_pack(weight))
+    served = layouts(weight)
+    if layout is not None and layout not in served:
+        raise BackendUnavailableError(
+            f"the layout {layout} does not serve {weight.dtype} on {weight.device} here"
+        )
+    return PackedLinear(weight, bias, layout or served[0])
+
+
+def layouts(weight: Tensor) -> tuple[Layout, ...]:
+    """The layouts that serve this weight here, fastest first."""
+    found: list[Layout] = []
+    if weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES:
+        if native_linear_serves(weight.dtype):
+            found.append("native")
+        if _onednn_serves(weight.dtype):
+            found.append("onednn")
+    return (*found, "plain")
 
 
 def _reorder(weight: Tensor) -> Tensor:
@@ -134,11 +174,8 @@ def _reorder(weight: Tensor) -> Tensor:
     return reordered
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN's prepacked linear serves this weight here."""
-    if weight.device.type != "cpu" or weight.dtype not in _PACKED_DTYPES:
-        return False
+def _onednn_serves(dtype: torch.dtype) -> bool:
     if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return False
     # Without AVX-512 or its like oneDNN refuses to lay bfloat16 weights out.
-    return weight.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

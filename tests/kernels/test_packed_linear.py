@@ -1,4 +1,7 @@
-"""Row-invariant linear layers: a row's bits are the same among 1 to 1,024 rows at any offset."""
+"""Row-invariant linear layers: a row's bits are the same among 1 to 1,024 rows at any offset.
+
+Every layout that serves a dtype here is held to it.
+"""
 
 from collections.abc import Callable
 
@@ -7,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specinfer_kernels import KernelInputError, PackedLinear, pack_linear, padded_rows
+from specinfer_kernels import (
+    BackendUnavailableError,
+    KernelInputError,
+    PackedLinear,
+    pack_linear,
+    padded_rows,
+)
+from specinfer_kernels.native_linear import native_linear_serves
+from specinfer_kernels.packed_linear import Layout, _stepped_rows, layouts
 from tests.kernels.cases import same_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -22,13 +33,16 @@ SHAPES = [
     (1, 3),
     (500, 1),
 ]
+CASES: list[tuple[torch.dtype, Layout]] = [
+    (dtype, layout) for dtype in DTYPES for layout in layouts(torch.zeros(1, 1, dtype=dtype))
+]
 ROWS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 100, 127, 256, 513, 1000, 1024)
 OFFSETS = (1, 2, 3, 5, 8, 13, 16, 30)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 
 
 def make(
-    in_features: int, out_features: int, dtype: torch.dtype
+    in_features: int, out_features: int, dtype: torch.dtype, layout: Layout | None = None
 ) -> tuple[Tensor, Tensor, Tensor, PackedLinear]:
     """weight, bias, 1,024 rows and the layer."""
     generator = torch.Generator().manual_seed(in_features * 7919 + out_features)
@@ -36,7 +50,7 @@ def make(
     bias = torch.randn(out_features, generator=generator)
     rows = torch.randn(1024, in_features, generator=generator)
     weight, bias, rows = weight.to(dtype), bias.to(dtype), rows.to(dtype)
-    return weight, bias, rows, pack_linear(weight, bias)
+    return weight, bias, rows, pack_linear(weight, bias, layout=layout)
 
 
 def differing(layer: Callable[[Tensor], Tensor], rows: Tensor) -> list[tuple[int, int]]:
@@ -51,11 +65,14 @@ def differing(layer: Callable[[Tensor], Tensor], rows: Tensor) -> list[tuple[int
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
-def test_bits_of_a_row_are_its_own(dtype: torch.dtype, in_features: int, out_features: int) -> None:
-    weight, bias, rows, layer = make(in_features, out_features, dtype)
+def test_bits_of_a_row_are_its_own(
+    dtype: torch.dtype, layout: Layout, in_features: int, out_features: int
+) -> None:
+    weight, bias, rows, layer = make(in_features, out_features, dtype, layout)
     assert layer.row_invariant
+    assert layer.layout == layout
     assert differing(layer, rows) == []
     expected = functional.linear(rows[:9].double(), weight.double(), bias.double())
     torch.testing.assert_close(
@@ -63,12 +80,21 @@ def test_bits_of_a_row_are_its_own(dtype: torch.dtype, in_features: int, out_fea
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_unpacked_form_is_row_invariant_too(dtype: torch.dtype) -> None:
-    for in_features, out_features in SHAPES:
-        weight, bias, rows, _ = make(in_features, out_features, dtype)
-        layer = PackedLinear(weight, bias, packed=False)
-        assert differing(layer, rows[:256]) == []
+def test_the_native_product_is_right_for_every_number_of_rows() -> None:
+    """Sums of 2,816 products in float32, from values that bfloat16 holds."""
+    dtype = torch.float32
+    if not native_linear_serves(torch.bfloat16):
+        pytest.skip("this processor has no product of bfloat16 with sums in float32")
+    weight, _, rows, _ = make(2816, 96, torch.bfloat16)
+    layer = pack_linear(weight)
+    expected = rows[:40].double() @ weight.double().T
+    whole = layer(rows[:40])
+    assert all(same_bits(layer(rows[:count]), whole[:count]) for count in range(1, 41))
+    # Half a unit in the last place of bfloat16, and what the sum itself may be off by.
+    error = (whole.double() - expected).abs() - expected.abs() * 2**-8
+    assert error.max() <= 1e-5
+    wide = pack_linear(weight.to(dtype))(rows[:40].to(dtype)).double()
+    assert (wide - expected).norm() / expected.norm() < 3e-6
 
 
 def test_other_rows_do_not_matter() -> None:
@@ -93,35 +119,41 @@ def test_negative_control_a_sum_that_follows_the_row_count_is_detected() -> None
     assert {(0, count) for count in (1, 2, 3, 5, 8, 15)} <= set(failed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype, layout: Layout) -> None:
     for in_features, out_features in ((704, 256), (33, 65)):
-        _, _, rows, layer = make(in_features, out_features, dtype)
+        _, _, rows, layer = make(in_features, out_features, dtype, layout)
         outputs = []
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             outputs.append([layer(rows[:count]) for count in (1, 4, 64, 512)])
-        assert all(same_bits(one, two) for one, two in zip(*outputs, strict=True))
+        one, two, three = outputs
+        assert all(same_bits(a, b) for a, b in zip(one, two, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(one, three, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shapes_and_strides(dtype: torch.dtype) -> None:
-    _, _, rows, layer = make(100, 37, dtype)
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
+def test_shapes_and_strides(dtype: torch.dtype, layout: Layout) -> None:
+    _, _, rows, layer = make(100, 37, dtype, layout)
     whole = layer(rows[:12])
     assert layer(rows[0]).shape == (37,)
     assert same_bits(layer(rows[:12].view(3, 4, 100)), whole.view(3, 4, 37))
     assert layer(rows[:0]).shape == (0, 37)
     assert whole.is_contiguous()
-    strided = rows[:24:2]
-    assert same_bits(layer(strided), layer(strided.contiguous()))
-    without = pack_linear(torch.randn(37, 100).to(dtype))
+    wider = torch.cat((rows, rows), 1)
+    for strided in (rows[:24:2], rows[:100, :24].T, wider[:5, 50:150], rows[:1].expand(14, -1)):
+        assert same_bits(layer(strided), layer(strided.contiguous()))
+    without = pack_linear(torch.randn(37, 100).to(dtype), layout=layout)
     assert without(rows[:3]).shape == (3, 37)
 
 
 def test_packing_keeps_no_second_copy() -> None:
     weight = torch.randn(64, 64)
-    layer = pack_linear(weight)
-    assert layer.packed
+    layout = layouts(weight)[0]
+    if layout == "plain":
+        pytest.skip("no packed layout here")
+    layer = pack_linear(weight, layout=layout)
+    assert layer.layout == layout
     assert list(layer.parameters()) == []
     assert "64, 64" in repr(layer)
     expected = layer(torch.ones(2, 64))
@@ -144,11 +176,33 @@ def test_refuses_bad_input() -> None:
     for rows in (torch.randn(3, 6), torch.randn(3, 7).double()):
         with pytest.raises(KernelInputError, match="linear takes"):
             layer(rows)
+    with pytest.raises(BackendUnavailableError, match="onednn"):
+        pack_linear(weight.double(), layout="onednn")
+    with pytest.raises(BackendUnavailableError, match="native"):
+        pack_linear(weight.double(), layout="native")
 
 
-def test_numbers_of_rows_are_few_and_never_one() -> None:
-    padded = {padded_rows(count) for count in range(1, 1025)}
-    assert all(padded_rows(count) >= count for count in range(1025))
-    assert padded_rows(0) == 0
+def test_special_values_stay_what_they_are() -> None:
+    """Infinities and NaN pass through, and a NaN is not rounded into an infinity."""
+    for dtype, layout in CASES:
+        layer = pack_linear(torch.eye(48, dtype=dtype), layout=layout)
+        rows = torch.ones(3, 48, dtype=dtype)
+        rows[1, 5], rows[2, 7] = float("inf"), float("nan")
+        result = layer(rows)
+        assert torch.equal(result[0], rows[0])
+        assert result[1, 5] == float("inf")
+        assert result[2].isnan().all()
+
+
+def test_numbers_of_rows_for_onednn_are_few_and_never_one() -> None:
+    padded = {_stepped_rows(count) for count in range(1, 1025)}
+    assert all(_stepped_rows(count) >= count for count in range(1025))
+    assert _stepped_rows(0) == 0
     assert min(padded) == 4
     assert len(padded) <= 24
+
+
+def test_the_native_product_needs_no_padding() -> None:
+    native = native_linear_serves(torch.bfloat16)
+    assert padded_rows(0) == 0
+    assert padded_rows(5) == (5 if native else 8)

@@ -1,6 +1,7 @@
 // The C interface of the native kernels: plain pointers and integers, no framework.
 
 #include "attention.h"
+#include "linear.h"
 #include "rows.h"
 #include "sampling.h"
 
@@ -136,6 +137,25 @@ int specinfer_sample_gumbel(const void* logits, int64_t dtype, int64_t stride, i
     else
         return kBadDtype;
     return kFine;
+}
+
+// Whether specinfer_linear serves weights of this kind on this processor.
+int specinfer_linear_serves(int64_t kind) { return linear_serves(kind); }
+
+int specinfer_linear(const LinearWeight* weight, const void* input, int64_t row_stride,
+                     int64_t num_rows, void* output, int64_t num_threads) {
+    if (num_rows == 0) return kFine;
+    try {
+        const LinearRows rows{input, output, num_rows, row_stride};
+        return linear(*weight, rows, num_threads) ? kFine : kBadDtype;
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
+}
+
+// Lets the system back memory that is about to be written by large pages; a hint, never a failure.
+void specinfer_advise_large_pages(char* memory, int64_t num_bytes) {
+    advise_large_pages(memory, num_bytes);
 }
 
 }  // extern "C"

@@ -1,0 +1,129 @@
+"""The C++ product of packed weights: packing, and calls on tensors.
+
+A weight [out, in] is stored as panels of 32 outputs, [out / 32][steps][2][16][inputs of a word]: a
+step is one 32-bit word of each output, which holds one float32, two bfloat16 of neighbouring inputs
+or as many int8. Missing outputs and inputs are zeros. Knows no layer and makes no choice of layout.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specinfer_kernels.errors import KernelInputError
+from specinfer_kernels.native import native_failure, native_library, raise_for
+
+_PANEL = 32
+_LANES = 16
+# Kinds of csrc/linear.h and inputs of a word, by dtype of the rows and whether weights are int8.
+_KINDS = {
+    (torch.float32, False): (0, 1),
+    (torch.bfloat16, False): (1, 2),
+    (torch.float32, True): (2, 1),
+    (torch.bfloat16, True): (3, 2),
+}
+
+
+class LinearWeight(ctypes.Structure):
+    """The C struct of the same name in csrc/linear.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "kind")),
+    )
+
+
+@dataclass(frozen=True)
+class NativeWeight:
+    """A packed weight and what the library is told of it.
+
+    Attributes:
+        tensors: panels, scale and bias, which `arguments` points into.
+        dtype: of rows and outputs.
+        in_features, out_features: as before packing.
+        arguments: reference to the C struct, made once.
+        entry: the library's function.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+    arguments: Any
+    entry: Any
+
+
+def native_linear_serves(dtype: torch.dtype, int8: bool = False) -> bool:
+    """Whether this machine multiplies rows of `dtype` by weights of `dtype`, or by int8 ones."""
+    if (dtype, int8) not in _KINDS or native_failure():
+        return False
+    return bool(native_library().specinfer_linear_serves(_KINDS[dtype, int8][0]))
+
+
+def pack_native(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: Tensor | None = None
+) -> NativeWeight:
+    """Lay a weight out for `multiply_native`.
+
+    weight: [out, in] of `dtype`, or int8 with its `scale`, float32 [out]; bias: [out] or None.
+    """
+    library = native_library()
+    kind, inputs = _KINDS[dtype, weight.dtype == torch.int8]
+    out_features, in_features = weight.shape
+    panels = -(-out_features // _PANEL)
+    padding = (0, -in_features % inputs, 0, panels * _PANEL - out_features)
+    padded = functional.pad(weight.detach(), padding) if any(padding) else weight.detach()
+    ordered = padded.reshape(panels, 2, _LANES, -1, inputs).permute(0, 3, 1, 2, 4)
+    packed = torch.empty(ordered.shape, dtype=weight.dtype)
+    library.specinfer_advise_large_pages(packed.data_ptr(), packed.numel() * packed.element_size())
+    packed.copy_(ordered)
+    outer = tuple(
+        None
+        if values is None
+        else functional.pad(values.detach().float(), padding[2:]).contiguous()
+        for values in (scale, bias)
+    )
+    pointers = (None if values is None else values.data_ptr() for values in outer)
+    struct = LinearWeight(packed.data_ptr(), *pointers, in_features, out_features, kind)
+    return NativeWeight(
+        (packed, *outer),
+        dtype,
+        in_features,
+        out_features,
+        ctypes.byref(struct),
+        library.specinfer_linear,
+    )
+
+
+def multiply_native(weight: NativeWeight, x: Tensor) -> Tensor:
+    """x [..., in_features] of the weight's dtype to [..., out_features].
+
+    Raises KernelInputError for rows of another dtype, width or device.
+    """
+    shape = x.shape
+    if x.dtype != weight.dtype or shape[-1] != weight.in_features or not x.is_cpu:
+        raise KernelInputError(
+            f"linear takes {weight.dtype} [..., {weight.in_features}] on cpu, "
+            f"got {x.dtype} {list(shape)} on {x.device}"
+        )
+    rows = x if len(shape) == 2 else x.reshape(-1, weight.in_features)
+    row_stride, stride = rows.stride()
+    if stride != 1:
+        rows = rows.contiguous()
+        row_stride = weight.in_features
+    num_rows = rows.shape[0]
+    output = torch.empty((num_rows, weight.out_features), dtype=weight.dtype)
+    status = weight.entry(
+        weight.arguments,
+        rows.data_ptr(),
+        row_stride,
+        num_rows,
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise_for(status)
+    return output if len(shape) == 2 else output.view(*shape[:-1], weight.out_features)
