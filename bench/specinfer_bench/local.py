@@ -36,6 +36,7 @@ from specinfer_bench.measure import Sample
 from specinfer_bench.options import BenchOptions
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.settings import Settings as DraftSettings
+from specinfer_draft.worker import Worker as DraftWorker
 from specinfer_draft.worker import build_worker as build_drafter
 from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.cluster import Cluster
@@ -192,21 +193,25 @@ def local_router(model: Path, draft: Path, dtype: str) -> Iterator[Router]:
     """
     verifier = build_verifier(VerifySettings(model=model, dtype=dtype))
     drafter = build_drafter(DraftSettings(model=draft, dtype=dtype))
-    verifier.engine.start()
-    drafter.engine.start()
+    with running(verifier.engine), running(drafter.engine):
+        yield router_over(verifier, drafter)
+
+
+@contextmanager
+def running(engine: DraftEngine | VerifyEngine) -> Iterator[None]:
+    """Start an engine and stop it with the block."""
+    engine.start()
     try:
-        yield _build_router(
-            verifier,
-            LocalVerifyLink(verifier.engine, verifier.info),
-            LocalDraftLink(drafter.engine, drafter.info),
-        )
+        yield
     finally:
-        drafter.engine.stop()
-        verifier.engine.stop()
+        engine.stop()
 
 
-def _build_router(worker: Worker, verify: LocalVerifyLink, draft: LocalDraftLink) -> Router:
+def router_over(worker: Worker, drafter: DraftWorker) -> Router:
+    """A router over two workers of this process, whose engines run; several may share them."""
     # The casts say what the classes above are for: they stand where the network's links stand.
+    verify = LocalVerifyLink(worker.engine, worker.info)
+    draft = LocalDraftLink(drafter.engine, drafter.info)
     cluster = LocalCluster(
         worker.info,
         WorkerPool([cast(VerifyLink, verify)], asyncio.Event()),
@@ -241,6 +246,11 @@ async def run_local(router: Router, prompt: str, seed: int, options: BenchOption
         stop=StopConditions(max_tokens=options.max_tokens),
         speculation=SpeculationOptions(),
     )
+    return await run_request(router, request)
+
+
+async def run_request(router: Router, request: GenerateRequest) -> Sample:
+    """One request through a router of this process; raises what the router raises."""
     begun = time.perf_counter()
     first: float | None = None
     token_ids: list[int] = []

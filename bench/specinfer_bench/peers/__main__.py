@@ -1,0 +1,208 @@
+"""Our engine beside those a user could pick instead: `python -m specinfer_bench.peers --help`.
+
+The same prompts, weights, number format, threads and lengths; every engine in turn. The target is a
+grown one (`specinfer_training.grow`): it costs what a model of that size costs and says what the
+demo's says. Limit the cores for all engines alike with `taskset`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from specinfer.errors import SpecinferError
+from specinfer.messages import ChatMessage
+from specinfer_bench.grown import default_cache, grown_target
+from specinfer_bench.machine import machine_facts
+from specinfer_bench.options import GROWN_PRESETS
+from specinfer_bench.peers.hugging_face import Transformers
+from specinfer_bench.peers.interleave import run_all
+from specinfer_bench.peers.llama_cpp import LlamaCpp
+from specinfer_bench.peers.open_vino import OpenVino
+from specinfer_bench.peers.others import Sglang, Vllm
+from specinfer_bench.peers.ours import PLAIN, SPECULATIVE, Cluster, OneProcess
+from specinfer_bench.peers.peer import Arm, Pair, Peer, Task
+from specinfer_bench.peers.report import build_report
+from specinfer_bench.peers.table import peers_table
+from specinfer_bench.prompts import read_prompts
+from specinfer_engine.checkpoint import read_checkpoint
+from specinfer_router.tokenizer import ServedTokenizer
+
+MODULE = "specinfer_bench.peers"
+PEERS: tuple[Peer, ...] = (
+    Cluster(),
+    OneProcess(),
+    Transformers(),
+    LlamaCpp(),
+    Vllm(),
+    Sglang(),
+    OpenVino(),
+)
+DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
+
+
+def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
+    """Arguments that the comparison shares with the ablations."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=(document or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--grow", choices=GROWN_PRESETS, help="size of the target; default: the demo's own")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weights")
+    add("--model", type=Path, default=DEMO / "target", help="folder of the target")
+    add("--draft", type=Path, default=DEMO / "draft", help="folder of the drafter")
+    add("--prompts", type=Path, default=DEMO / "prompts.jsonl", help="JSON lines with a prompt")
+    add("--num-prompts", type=int, default=8, help="how many of them")
+    add("--max-tokens", type=int, default=64, help="most tokens for a prompt")
+    add("--repeats", type=int, default=2, help="runs of every prompt in every arm")
+    add("--seed", type=int, default=1, help="of the first prompt; each has its own")
+    add(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.8],
+        metavar="T",
+        help="one report for each; 0 is greedy",
+    )
+    add("--output", type=Path, help="write the results to this file as JSON")
+    return parser
+
+
+def make_pair(arguments: argparse.Namespace) -> Pair:
+    """The models that were asked for, the target grown; raises InvalidRequest."""
+    target = arguments.model
+    if arguments.grow is not None:
+        target = grown_target(target, arguments.grow, arguments.dtype)
+    return Pair(
+        target=target,
+        draft=arguments.draft,
+        dtype=arguments.dtype,
+        threads=len(os.sched_getaffinity(0)),
+        eos_token_ids=frozenset(read_checkpoint(target).eos_token_ids),
+        cache=default_cache().parent / "peers",
+    )
+
+
+def make_tasks(arguments: argparse.Namespace, pair: Pair, temperature: float) -> list[Task]:
+    """The prompts as text and tokens, through the chat template where the model has one."""
+    files = read_checkpoint(pair.target).tokenizer_files
+    tokenizer = ServedTokenizer(
+        files.tokenizer_json,
+        chat_template=files.chat_template or "",
+        bos_token=files.bos_token,
+        eos_token=files.eos_token,
+    )
+
+    async def task(index: int, prompt: str) -> Task:
+        if tokenizer.has_chat_template:
+            token_ids = await tokenizer.encode_chat([ChatMessage("user", prompt)])
+        else:
+            token_ids = await tokenizer.encode(prompt)
+        text = await tokenizer.decode(token_ids)
+        seed = arguments.seed + index
+        return Task(text, tuple(token_ids), arguments.max_tokens, temperature, seed)
+
+    async def every() -> list[Task]:
+        prompts = read_prompts(arguments.prompts, arguments.num_prompts)
+        return [await task(index, prompt) for index, prompt in enumerate(prompts)]
+
+    return asyncio.run(every())
+
+
+def load_peers(
+    peers: Sequence[Peer], pair: Pair, stack: ExitStack
+) -> tuple[dict[str, Arm], dict[str, str]]:
+    """The arms of all engines that load, kept until `stack` ends; and why others are skipped."""
+    arms: dict[str, Arm] = {}
+    skipped: dict[str, str] = {}
+    for peer in peers:
+        reason = peer.missing()
+        if reason is None:
+            say(f"loading {peer.name}")
+            try:
+                arms.update(stack.enter_context(peer.load(pair)))
+            except (SpecinferError, RuntimeError, ValueError, OSError, ImportError) as error:
+                reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            skipped[peer.name] = reason
+            say(f"skipping {peer.name}: {reason}")
+    return arms, skipped
+
+
+def compare(
+    arguments: argparse.Namespace, arms: Mapping[str, Arm], pair: Pair, baseline: str, ours: str
+) -> list[dict[str, object]]:
+    """A report for each temperature, as plain data."""
+    reports = []
+    for temperature in arguments.temperatures:
+        say(f"temperature {temperature:g}")
+        chosen = {name: arm for name, arm in arms.items() if not (temperature and arm.greedy_only)}
+        tasks = make_tasks(arguments, pair, temperature)
+        outcome = run_all(chosen, tasks, arguments.repeats)
+        report = build_report(
+            outcome,
+            arms,
+            temperature=temperature,
+            eos_token_ids=pair.eos_token_ids,
+            baseline=baseline,
+            ours=ours,
+        )
+        reports.append(report.as_dict())
+    return reports
+
+
+def setup_facts(module: str, arguments: argparse.Namespace, pair: Pair) -> dict[str, object]:
+    """The command, the models and the machine; how busy it was at the end."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return {
+        "command": f"python -m {module} {shlex.join(words)}".strip(),
+        "model": f"demo grown to {arguments.grow}" if arguments.grow else arguments.model.name,
+        "dtype": pair.dtype,
+        "threads": pair.threads,
+        "num_prompts": arguments.num_prompts,
+        "max_tokens": arguments.max_tokens,
+        "machine": machine_facts(),
+        "load_average": os.getloadavg()[1],
+    }
+
+
+def write_result(result: Mapping[str, object], output: Path | None) -> None:
+    """Write the results to a file, if there is to be one."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def say(text: str) -> None:
+    """Tell the person who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Compare, write the results and print the table."""
+    parser = bench_parser(MODULE, __doc__)
+    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="engines to leave")
+    arguments = parser.parse_args()
+    pair = make_pair(arguments)
+    kept = [peer for peer in PEERS if peer.name not in arguments.skip]
+    with ExitStack() as stack:
+        arms, skipped = load_peers(kept, pair, stack)
+        reports = compare(arguments, arms, pair, PLAIN, SPECULATIVE)
+    result = {
+        "reports": reports,
+        "skipped": skipped,
+        "setup": setup_facts(MODULE, arguments, pair),
+    }
+    write_result(result, arguments.output)
+    print(peers_table(result))
+
+
+if __name__ == "__main__":
+    main()

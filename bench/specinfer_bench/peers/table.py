@@ -1,0 +1,65 @@
+"""The comparison as Markdown, from the JSON that `python -m specinfer_bench.peers` writes.
+
+This module knows nothing of engines; a test renders a report of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_HEAD = (
+    "| engine | tokens/s | first token, ms | over our plain | ours is faster by | same output |",
+    "|---|---|---|---|---|---|",
+)
+
+
+def peers_table(result: Mapping[str, Any]) -> str:
+    """The tables of one results file, a heading for each temperature, then what was skipped.
+
+    Raises:
+        KeyError: when the file is none of ours.
+    """
+    setup = result["setup"]
+    lines: list[str] = []
+    for report in result["reports"]:
+        lines += [f"**{setup['model']}, {setup['dtype']}, {_temperature(report)}**", "", *_HEAD]
+        lines += [_row(name, arm, report) for name, arm in report["arms"].items()]
+        lines.append("")
+        lines += [f"* {name}: failed: {_one_line(why)}" for name, why in report["failed"].items()]
+    lines += [f"* {name}: skipped: {_one_line(why)}" for name, why in result["skipped"].items()]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    first = arm["first_token_ms"]
+    cells = [
+        name,
+        f"{arm['tokens_per_second']:.1f}",
+        "" if first is None else f"{first:.0f}",
+        "" if name == report["baseline"] else _spread(arm["over_plain"]),
+        "" if name == report["ours"] else _spread(arm["ours_over_it"]),
+        _agreement(arm, report),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+
+
+def _agreement(arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    if arm["num_same"] is None:
+        return "not compared"
+    agreement = f"{arm['num_same']} of {report['num_tasks']}"
+    places = sorted(arm["first_differences"].values())
+    return agreement + (f", from token {places[0]} on" if places else "")
+
+
+def _temperature(report: Mapping[str, Any]) -> str:
+    temperature = report["temperature"]
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

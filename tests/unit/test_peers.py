@@ -1,0 +1,219 @@
+"""The comparison's plumbing and arithmetic, with engines that are made up."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from specinfer.errors import Unavailable
+from specinfer_bench.peers.__main__ import DEMO, bench_parser, load_peers, make_pair, make_tasks
+from specinfer_bench.peers.interleave import WARM_UP_TOKENS, Outcome, run_all
+from specinfer_bench.peers.llama_cpp import LlamaCpp, read_answer, read_tree_report, running_driver
+from specinfer_bench.peers.others import Vllm
+from specinfer_bench.peers.peer import Answer, Arm, Pair, Task
+from specinfer_bench.peers.report import build_report, first_differences
+from specinfer_bench.peers.table import peers_table
+
+EOS = 4
+TASK = Task("hi", (1, 2), max_tokens=16, temperature=0.0, seed=3)
+PAIR = Pair(Path("t"), Path("d"), "float32", 1, frozenset({EOS}), Path("cache"))
+
+
+class FakePeer:
+    """An engine whose only arm answers at once."""
+
+    def __init__(self, name: str, reason: str | None = None, failure: Exception | None = None):
+        self.name = name
+        self.reason = reason
+        self.failure = failure
+        self.closed = False
+
+    def missing(self) -> str | None:
+        return self.reason
+
+    @contextmanager
+    def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
+        if self.failure is not None:
+            raise self.failure
+        yield {self.name: Arm(lambda task: answer(7))}
+        self.closed = True
+
+
+def answer(*token_ids: int, seconds: float = 1.0) -> Answer:
+    return Answer(len(token_ids), seconds, token_ids, seconds / 2)
+
+
+def test_engines_that_are_missing_or_do_not_load_are_skipped_with_their_reason() -> None:
+    here, gone = FakePeer("here"), FakePeer("gone", reason="not installed")
+    broken = FakePeer("broken", failure=RuntimeError("no such model"))
+    with ExitStack() as stack:
+        arms, skipped = load_peers([here, gone, broken], PAIR, stack)
+        assert list(arms) == ["here"]
+        assert not here.closed
+    assert here.closed
+    assert skipped == {"gone": "not installed", "broken": "RuntimeError: no such model"}
+
+
+def test_arms_take_turns_and_are_warmed_up_with_few_tokens() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def arm(name: str) -> Arm:
+        def run(task: Task) -> Answer:
+            seen.append((name, task.max_tokens))
+            return answer(5)
+
+        return Arm(run)
+
+    outcome = run_all({"a": arm("a"), "b": arm("b")}, [TASK, TASK], repeats=2)
+    assert seen[:2] == [("a", WARM_UP_TOKENS), ("b", WARM_UP_TOKENS)]
+    once = [("a", 16), ("b", 16), ("b", 16), ("a", 16)]
+    assert seen[2:] == once + once
+    assert [[len(repeat) for repeat in one] for one in outcome.answers.values()] == [[2, 2]] * 2
+
+
+def test_an_arm_that_fails_halfway_is_dropped_and_the_others_go_on() -> None:
+    runs = 0
+
+    def run(task: Task) -> Answer:
+        nonlocal runs
+        runs += 1
+        if runs == 3:
+            raise Unavailable("the process has ended")
+        return answer(5)
+
+    arms = {"good": Arm(lambda task: answer(5)), "bad": Arm(run)}
+    outcome = run_all(arms, [TASK, TASK], repeats=2)
+    assert list(outcome.answers) == ["good"]
+    assert outcome.failed == {"bad": "Unavailable: the process has ended"}
+    assert runs == 3
+
+
+def test_outputs_are_compared_to_the_first_other_token_and_end_tokens_do_not_count() -> None:
+    reference = [[answer(7, 8, 9, EOS), answer(7, 8)]]
+    eos = frozenset({EOS})
+    assert first_differences(reference, [[answer(7, 8, 9), answer(7, 8)]], eos) == {}
+    assert first_differences(reference, [[answer(7, 0, 9), answer(7, 8)]], eos) == {0: 1}
+    # One that stops too early, and one that goes on.
+    assert first_differences(reference, [[answer(7, 8), answer(7, 8, 9)]], eos) == {0: 2, 1: 2}
+    assert first_differences(reference, [[Answer(3, 1.0), Answer(2, 1.0)]], eos) is None
+
+
+def report_of(temperature: float) -> Mapping[str, object]:
+    arms = {
+        "plain": Arm(lambda task: answer(5), plain=True, seeded=True),
+        "ours": Arm(lambda task: answer(5), seeded=True),
+        "other": Arm(lambda task: answer(5)),
+    }
+    outcome = Outcome(
+        {
+            "plain": [[answer(7, 8, seconds=2.0), answer(9, 9, seconds=4.0)]],
+            "ours": [[answer(7, 8, seconds=0.5), answer(9, 9, seconds=1.0)]],
+            "other": [[answer(7, 8, seconds=1.0), answer(9, 6, seconds=2.0)]],
+        },
+        {"gone": "Unavailable: ended"},
+    )
+    return build_report(
+        outcome,
+        arms,
+        temperature=temperature,
+        eos_token_ids=frozenset({EOS}),
+        baseline="plain",
+        ours="ours",
+    ).as_dict()
+
+
+def test_ratios_are_of_runs_side_by_side() -> None:
+    report = report_of(0.0)
+    arms = report["arms"]
+    assert isinstance(arms, dict)
+    assert arms["ours"]["over_plain"]["median"] == pytest.approx(4.0)
+    assert arms["other"]["over_plain"]["median"] == pytest.approx(2.0)
+    assert arms["other"]["ours_over_it"]["median"] == pytest.approx(2.0)
+    assert arms["plain"]["tokens_per_second"] == pytest.approx(4 / 6, rel=1e-3)
+    assert arms["ours"]["first_token_ms"] == pytest.approx(375.0)
+    assert (arms["other"]["num_same"], arms["other"]["first_differences"]) == (1, {1: 1})
+
+
+def test_what_draws_otherwise_is_not_compared_above_temperature_zero() -> None:
+    arms = report_of(0.8)["arms"]
+    assert isinstance(arms, dict)
+    assert arms["other"]["num_same"] is None
+    assert arms["ours"]["num_same"] == 2
+
+
+def test_there_is_no_report_without_our_own_arms() -> None:
+    with pytest.raises(ValueError, match="ours failed: it broke"):
+        build_report(
+            Outcome({"plain": [[answer(5)]]}, {"ours": "it broke"}),
+            {},
+            temperature=0.0,
+            eos_token_ids=frozenset(),
+            baseline="plain",
+            ours="ours",
+        )
+
+
+def test_the_table_names_every_arm_and_every_reason() -> None:
+    setup = {"model": "demo grown to 1b", "dtype": "bfloat16"}
+    result = {"reports": [report_of(0.0)], "skipped": {"vLLM": "not\nthere"}, "setup": setup}
+    table = peers_table(result)
+    assert "| ours | 2.7 | 375 | 4.00 (4.00 to 4.00) |  | 2 of 2 |" in table
+    assert "| other | 1.3 | 750 | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) | 1 of 2" in table
+    assert "from token 1 on" in table
+    assert "* gone: failed: Unavailable: ended" in table
+    assert "* vLLM: skipped: not there" in table
+
+
+def test_a_driver_answers_lines_and_its_end_is_an_error() -> None:
+    script = 'echo ready; read x; echo "ok 0.25 0.5 2 7 8"; read x; echo "error no room"; read x'
+    with running_driver(["sh", "-c", script]) as driver:
+        assert driver.run("plain", 0, TASK) == Answer(2, 0.5, (7, 8), 0.25)
+        with pytest.raises(Unavailable, match="no room"):
+            driver.run("chain", 8, TASK)
+    with (
+        pytest.raises(Unavailable, match="no such model"),
+        running_driver(["sh", "-c", "echo no such model"]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("line", ["", "ok", "ok 0.1 0.2 3 1 2", "error broken"])
+def test_a_line_that_is_no_answer_is_refused(line: str) -> None:
+    with pytest.raises(Unavailable):
+        read_answer(line)
+
+
+def test_what_llama_cpp_prints_of_a_tree_is_read_and_checked() -> None:
+    text = (
+        "0.1 I encoded    2 tokens in    0.5 seconds, speed\nI decoded   12 tokens in 1.5 seconds"
+    )
+    assert read_tree_report(text, TASK) == Answer(12, 2.0)
+    with pytest.raises(Unavailable, match="3 tokens, not 2"):
+        read_tree_report(text.replace("encoded    2", "encoded    3"), TASK)
+    with pytest.raises(Unavailable, match="invalid argument"):
+        read_tree_report("error: invalid argument", TASK)
+
+
+def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "build_llama_cpp" in (LlamaCpp().missing() or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert Vllm().missing() == "the package vllm is not installed"
+
+
+def test_tasks_are_the_demo_questions_through_the_chat_template() -> None:
+    demo = DEMO
+    arguments: argparse.Namespace = bench_parser("peers", "What it does.").parse_args(
+        ["--model", str(demo / "target"), "--num-prompts", "2", "--seed", "5"]
+    )
+    pair = make_pair(arguments)
+    first, second = make_tasks(arguments, pair, 0.8)
+    assert first.text.startswith("<|bos|><|user|>")
+    assert first.text.endswith("<|assistant|>")
+    assert first.token_ids[0] == 1
+    assert (first.seed, second.seed, first.temperature) == (5, 6, 0.8)
+    assert pair.eos_token_ids == {EOS}
