@@ -292,6 +292,20 @@ def test_a_sweep_begins_no_turn_that_would_end_too_late(max_seconds: float, turn
     assert run_in_virtual_time(run_sweep(asks, PROMPTS, options)).turns == turns
 
 
+def test_a_speed_is_that_of_all_sessions_while_all_are_busy() -> None:
+    async def ask(arrival: Arrival, seen: Observation, clock: Clock) -> None:
+        # The first two are long in coming, and the last one is long in ending: both are left out.
+        await asyncio.sleep(5.0 if arrival.seed <= 2 else 0.0)
+        for _ in range(arrival.max_tokens):
+            await asyncio.sleep(0.1 if arrival.seed < 6 else 3.0)
+            seen.events.append((clock(), 1))
+
+    options = SweepOptions((2,), 3, max_tokens=10, repeats=1)
+    report = run_in_virtual_time(run_sweep(dict.fromkeys(ARMS, ask), PROMPTS, options))
+    # Two sessions of ten tokens a second; of the last one only what came meanwhile.
+    assert report.cells[0].arms[OFF].tokens_per_second == pytest.approx(20.0, rel=0.2)
+
+
 def test_another_token_in_one_arm_is_not_identical() -> None:
     asks = simulated(dict.fromkeys(ARMS, 0.01), lies=BY_COST)
     options = SweepOptions(sessions=(2,), max_tokens=2, repeats=1)

@@ -24,6 +24,7 @@ from specinfer_bench.cluster_report import setup_facts, write_report
 from specinfer_bench.load.asking import SPECULATION
 from specinfer_bench.load.cluster import Cluster, given_cluster, started_cluster
 from specinfer_bench.load.runs import OpenRun, open_report, sweep_report
+from specinfer_bench.load.simulated_cluster import simulated_cluster
 from specinfer_bench.load.summary import Objective
 from specinfer_bench.load.sweep import SweepOptions
 from specinfer_bench.options import GROWN_PRESETS
@@ -50,6 +51,7 @@ def _common(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--cluster", type=Path, help="what `specinfer up --json` printed")
     where.add_argument("--grow", choices=GROWN_PRESETS, help="start the demo pair, grown to this")
+    where.add_argument("--simulated", action="store_true", help="start workers that are waits")
     parser.add_argument("--dtype", default="bfloat16", help="number format of a cluster started")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSON lines with prompts")
     parser.add_argument("--num-prompts", type=int, default=64, help="prompts to take of them")
@@ -87,6 +89,10 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 def _cluster(arguments: argparse.Namespace) -> Iterator[Cluster]:
     if arguments.cluster is not None:
         yield given_cluster(arguments.cluster)
+        return
+    if arguments.simulated:
+        with simulated_cluster() as cluster:
+            yield cluster
         return
     flags = ["--dtype", arguments.dtype]
     if arguments.grow is not None:

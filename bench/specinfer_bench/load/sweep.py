@@ -1,9 +1,9 @@
 """Load against speculation: off, on with one tree, and chosen by cost, in turn on one cluster.
 
 Each cell keeps a number of sessions busy with the same requests and takes the speed of them all
-together. The arms of a cell run one after the other and their order turns, so that a machine whose
-speed wanders is fair to all; all cells get a turn before any gets another; ratios are taken turn by
-turn. This module starts nothing.
+together while all are busy. The arms of a cell run one after the other and their order turns, so
+that a machine whose speed wanders is fair to all; all cells get a turn before any gets another;
+ratios are taken turn by turn. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class SweepOptions:
 
     Attributes:
         sessions: numbers of sessions at once, a cell each.
-        requests_a_session: requests that each session gets on average; no cell has fewer than
-            MIN_REQUESTS in all.
+        requests_a_session: requests that each session gets on average, at least 2; no cell has
+            fewer than MIN_REQUESTS in all.
         max_tokens: tokens of each answer.
         repeats: most turns of each cell.
         max_seconds: no further turn begins that would not end within so long; one always runs.
@@ -56,7 +56,10 @@ class SweepOptions:
     def __post_init__(self) -> None:
         if not self.sessions or not all(1 <= each <= MAX_SESSIONS for each in self.sessions):
             raise InvalidRequest(f"sessions are 1 to {MAX_SESSIONS}", field="sessions")
-        for name in ("requests_a_session", "max_tokens", "repeats"):
+        if self.requests_a_session < 2:
+            # With one each, sessions are never all busy for long.
+            raise InvalidRequest("requests a session are at least 2", field="requests_a_session")
+        for name in ("max_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is at least 1", field=name)
 
@@ -123,11 +126,23 @@ class _Turn:
 
     observations: list[Observation]
 
+    sessions: int
+
     @property
     def speed(self) -> float:
-        """Tokens a second of all requests, from the first one's sending to the last one's end."""
-        seconds = max(seen.ended for seen in self.observations)
-        return sum(seen.num_tokens for seen in self.observations) / seconds
+        """Tokens a second of all sessions together, while all of them were busy.
+
+        From the moment when each has had its first tokens until one of them finds no request left.
+        Where there is no such time, of all requests from the first to the last.
+        """
+        first = [seen.events[0][0] for seen in self.observations[: self.sessions]]
+        last_sent = max(seen.scheduled for seen in self.observations)
+        begin = max(first)
+        end = min(seen.ended for seen in self.observations if seen.ended >= last_sent)
+        if end <= begin:
+            begin, end = -1.0, max(seen.ended for seen in self.observations)
+        events = [event for seen in self.observations for event in seen.events]
+        return sum(number for at, number in events if begin < at <= end) / (end - max(0.0, begin))
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -210,7 +225,7 @@ async def _turn(ask: Ask, requests: Sequence[Arrival], sessions: int) -> _Turn:
     failed = [seen for seen in observations if seen.outcome != DONE]
     if failed:
         raise InternalError(f"{len(failed)} of {len(observations)} failed: {failed[0].error}")
-    return _Turn(observations)
+    return _Turn(observations, sessions)
 
 
 def _summed(cell: _Cell) -> Cell:

@@ -66,6 +66,11 @@ def _sweep(results: Results, pictures: str) -> str:
     return _whole(results, "load-sweep", body, picture)
 
 
+def _simulated(results: Results, pictures: str) -> str:
+    found = results.documents.get("load-simulated")
+    return _whole(results, "load-simulated", sweep_table(found) if found else "")
+
+
 def _open(results: Results, pictures: str) -> str:
     documents = results.named("load-open")
     body = open_table(documents) if documents else ""
@@ -169,6 +174,7 @@ def _readme_sweep(results: Results, pictures: str) -> str:
 SECTIONS: Mapping[str, Callable[[Results, str], str]] = {
     "speed": _speed,
     "sweep": _sweep,
+    "simulated": _simulated,
     "open": _open,
     "agreement": _agreement,
     "peers": _peers,

@@ -48,10 +48,10 @@ def _speed(grow: str, temperature: str, *options: str) -> Part:
     )
 
 
-_SHORT_200M = ("--num-prompts", "6", "--repeats", "2")
+_SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
-_OPEN = "python -m specinfer_bench.load open --grow 200m --rate 1 --requests 40 --max-tokens 32"
+_OPEN = "python -m specinfer_bench.load open --grow 200m --rate 1.5 --requests 45 --max-tokens 32"
 _PEERS = "python -m specinfer_bench.peers --num-prompts 3 --max-tokens 32 --repeats 1"
 _ABLATIONS = "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 3 --repeats 1"
 
@@ -63,7 +63,7 @@ PARTS = (
     Part(
         "load-sweep",
         "speed by number of sessions",
-        (*_SWEEP.split(), *"--requests-a-session 1 --max-tokens 32 --max-seconds 150".split()),
+        (*_SWEEP.split(), *"--max-tokens 24 --max-seconds 120".split()),
         limit_seconds=240.0,
     ),
     Part(
@@ -90,6 +90,14 @@ PARTS = (
         "load-open-by-cost",
         "requests at random times, speculation chosen by cost",
         (*_OPEN.split(), "--speculation", "by_cost"),
+        limit_seconds=120.0,
+    ),
+    Part(
+        "load-simulated",
+        "speed by number of sessions, a target of stated cost",
+        tuple(
+            "python -m specinfer_bench.load sweep --simulated --max-tokens 24 --repeats 1".split()
+        ),
         limit_seconds=120.0,
     ),
     Part(

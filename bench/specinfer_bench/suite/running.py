@@ -94,7 +94,8 @@ def run_part(part: Part, root: Path, results: Path, seconds: float) -> PartResul
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         state, reason = _run(_resolved(words), root, min(seconds, part.limit_seconds), said)
-        printed = _lines(said)
+        # Where the files were on this machine is nobody's business.
+        printed = [line.replace(f"{root}{os.sep}", "") for line in _lines(said)]
     took = round(time.monotonic() - begun, 1)
     if state == DONE and part.writes and not output.is_file():
         state, reason = FAILED, "it left no file"
