@@ -83,9 +83,12 @@ def _agreement(results: Results, pictures: str) -> str:
     return agreement_table(documents) if documents else NOTHING
 
 
-def _peers(results: Results, pictures: str) -> str:
-    tables = [peers_table(each) for each in results.named("peers-").values()]
-    return _whole(results, "peers-", *tables)
+def _arms_of(prefix: str) -> Callable[[Results, str], str]:
+    def section(results: Results, pictures: str) -> str:
+        tables = [peers_table(each) for each in results.named(prefix).values()]
+        return _whole(results, prefix, *tables)
+
+    return section
 
 
 def _numbers_of(prefix: str) -> Callable[[Results, str], str]:
@@ -177,8 +180,8 @@ SECTIONS: Mapping[str, Callable[[Results, str], str]] = {
     "simulated": _simulated,
     "open": _open,
     "agreement": _agreement,
-    "peers": _peers,
-    "ablations": _numbers_of("ablations"),
+    "peers": _arms_of("peers-"),
+    "ablations": _arms_of("ablations"),
     "router": _numbers_of("router-"),
     "overlap": _numbers_of("overlap"),
     "kernels": _kernels,

@@ -52,8 +52,8 @@ _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
 _OPEN = "python -m specinfer_bench.load open --grow 200m --rate 1.5 --requests 45 --max-tokens 32"
-_PEERS = "python -m specinfer_bench.peers --num-prompts 3 --max-tokens 32 --repeats 1"
-_ABLATIONS = "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 3 --repeats 1"
+_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32 --repeats 1"
+_ABLATIONS = "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --repeats 1"
 
 PARTS = (
     _speed("200m", "0", *_SHORT_200M),
