@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.kit.certificates import Certificates, make_certificates
+from tests.kit.triton_interpreter import interpret_without_a_gpu
+
+interpret_without_a_gpu()
 
 NUM_PORT_TRIES = 5
 STOP_TIMEOUT_SECONDS = 20.0

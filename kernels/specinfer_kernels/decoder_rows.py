@@ -6,6 +6,7 @@ row's bits depend on that row alone. Knows no model: a layer is its weights.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from specinfer_kernels import native_rows, reference
 from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
 from specinfer_kernels.kv_cache import check_indices
+from specinfer_kernels.triton.runtime import DTYPES as TRITON_DTYPES
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,11 @@ def rms_norm(
     values: [num_rows, width], last dimension contiguous; weight: [width] of the same dtype. Returns
     a contiguous [num_rows, width]. Raises KernelInputError on a wrong shape, stride or dtype.
     """
-    if _takes_native(values, weight, backend):
+    chosen = _norm_backend(values, weight, backend)
+    if chosen == "native":
         return native_rows.rms_norm(values, None, weight, epsilon)
+    if chosen == "triton":
+        return _triton().rms_norm(values, None, weight, epsilon)
     return reference.rms_norm(values, weight, epsilon)
 
 
@@ -94,8 +99,11 @@ def add_rms_norm(
         )
     if update.stride(-1) != 1 or update.device != hidden.device:
         raise KernelInputError("update must lie as hidden does, on its device")
-    if _takes_native(hidden, weight, backend):
+    chosen = _norm_backend(hidden, weight, backend)
+    if chosen == "native":
         return native_rows.rms_norm(hidden, update, weight, epsilon)
+    if chosen == "triton":
+        return _triton().rms_norm(hidden, update, weight, epsilon)
     return reference.add_rms_norm(hidden, update, weight, epsilon)
 
 
@@ -109,8 +117,11 @@ def silu_multiply(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
         raise KernelInputError(
             f"gate_up must be [num_rows, 2 * width] without gaps, got {list(gate_up.shape)}"
         )
-    if choose_backend(gate_up.device, backend, gate_up.dtype, native_rows.DTYPE_CODES) == "native":
+    chosen = _backend(gate_up, backend)
+    if chosen == "native":
         return native_rows.silu_multiply(gate_up)
+    if chosen == "triton":
+        return _triton().silu_multiply(gate_up)
     return reference.silu_multiply(gate_up)
 
 
@@ -132,9 +143,11 @@ def rotate_and_write_kv(
     cache. Raises KernelInputError on a wrong shape, dtype, device or (on a CPU) slot or position.
     """
     _check_rotation(mixed, places, key_cache, value_cache, norms)
-    chosen = choose_backend(key_cache.device, backend, mixed.dtype, native_rows.DTYPE_CODES)
+    chosen = _backend(mixed, backend)
     if chosen == "native":
         rotate = native_rows.rotate_and_write_kv
+    elif chosen == "triton":
+        rotate = _triton().rotate_and_write_kv
     else:
         check_indices("slot_mapping", places.slot_mapping, key_cache.shape[0] * key_cache.shape[1])
         check_indices("positions", places.positions, places.cosines.shape[0])
@@ -152,8 +165,8 @@ def rotate_and_write_kv(
     )
 
 
-def _takes_native(values: Tensor, weight: Tensor, backend: Backend | None) -> bool:
-    """Whether the native kernel serves; the checks of both norms."""
+def _norm_backend(values: Tensor, weight: Tensor, backend: Backend | None) -> Backend:
+    """The backend of a norm; the checks of both norms."""
     if values.dim() != 2 or weight.shape != values.shape[1:] or weight.dtype != values.dtype:
         raise KernelInputError(
             f"rows [num_rows, width] and a weight [width] of one dtype, got {values.dtype} "
@@ -161,7 +174,20 @@ def _takes_native(values: Tensor, weight: Tensor, backend: Backend | None) -> bo
         )
     if values.stride(1) != 1 or not weight.is_contiguous() or weight.device != values.device:
         raise KernelInputError("rows and weight must be without gaps and on one device")
-    return choose_backend(values.device, backend, values.dtype, native_rows.DTYPE_CODES) == "native"
+    return _backend(values, backend)
+
+
+def _backend(values: Tensor, backend: Backend | None) -> Backend:
+    return choose_backend(
+        values.device, backend, values.dtype, native_rows.DTYPE_CODES, TRITON_DTYPES
+    )
+
+
+def _triton() -> ModuleType:
+    """The launchers; Triton is imported when it is first needed, which takes a second."""
+    from specinfer_kernels.triton import decoder_rows
+
+    return decoder_rows
 
 
 def _check_rotation(

@@ -11,6 +11,7 @@ from torch import Tensor
 from specinfer_kernels import native, reference
 from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
+from specinfer_kernels.triton.runtime import DTYPES as TRITON_DTYPES
 
 
 def write_kv(
@@ -53,13 +54,22 @@ def write_kv(
     reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
 
 
-def compact_kv(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
+def compact_kv(
+    pool: Tensor, sources: Tensor, targets: Tensor, *, backend: Backend | None = None
+) -> None:
     """Copy the key and value of slot sources[i] to slot targets[i] in every layer, in place.
 
     Every source is read before any target is written, so overlapping moves are safe in any order.
     sources, targets: int64 [n], targets distinct. Raises KernelInputError as write_kv does.
     """
     _check_moves(pool, sources, targets, pool.shape[2] * pool.shape[3] if pool.dim() == 6 else 0)
+    if choose_backend(pool.device, backend, pool.dtype, triton_dtypes=TRITON_DTYPES) == "triton":
+        # Imported when first needed: it takes a second, and a CPU never needs it.
+        from specinfer_kernels.triton import decoder_rows
+
+        if decoder_rows.can_move(sources.numel()):
+            decoder_rows.move_slots(pool, sources, targets)
+            return
     reference.compact_kv(pool, sources, targets)
 
 

@@ -10,6 +10,7 @@ Two rules make these row-invariant, that is, a row's bits depend on that row alo
 Knows tensors only: no model, no session, no scheduler. Works on any device.
 """
 
+import itertools
 import math
 
 import torch
@@ -267,3 +268,25 @@ def sample_gumbel(logits: Tensor, noise: Tensor, greedy: Tensor) -> Tensor:
     best = scores.amax(1, keepdim=True)
     token = torch.arange(scores.shape[1], device=scores.device)
     return torch.where(scores == best, token, scores.shape[1]).amin(1)
+
+
+def walk_trees(
+    draws: Tensor, token_ids: Tensor, parents: Tensor, row_offsets: Tensor, max_depth: int
+) -> Tensor:
+    """int64 [num_trees, 2 + max_depth]: accepted nodes, tail, path; see the op."""
+    offsets = row_offsets.tolist()
+    walks = []
+    for begin, end in itertools.pairwise(offsets):
+        drawn, carried = draws[begin:end].tolist(), token_ids[begin:end].tolist()
+        above = parents[begin:end].tolist()
+        node, path = 0, list[int]()
+        while len(path) < max_depth:
+            children = (at for at in range(node + 1, end - begin) if above[at] == node)
+            found = next((at for at in children if carried[at] == drawn[node]), None)
+            if found is None:
+                break
+            path.append(found)
+            node = found
+        walks.append([len(path), drawn[node], *path, *[-1] * (max_depth - len(path))])
+    result = torch.tensor(walks, dtype=torch.int64, device=draws.device)
+    return result.view(len(offsets) - 1, 2 + max_depth)

@@ -8,6 +8,8 @@ no scheduler.
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from torch import Tensor
 from specinfer_kernels import native, reference
 from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
+from specinfer_kernels.triton.runtime import DTYPES as TRITON_DTYPES
+
+if TYPE_CHECKING:
+    from specinfer_kernels.triton.attention import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,16 @@ class AttentionLayout:
             raise KernelInputError("ancestors must have at least one word a row")
         if len({getattr(self, name).device for name, _, _ in expected}) > 1:
             raise KernelInputError("the tensors of a layout are on different devices")
+
+    @cached_property
+    def triton_plan(self) -> "AttentionPlan":
+        """What the Triton kernels read of the layout, made at the first layer of a pass.
+
+        Whoever writes other rows into the same tensors makes a new AttentionLayout of them.
+        """
+        from specinfer_kernels.triton.attention import plan_attention
+
+        return plan_attention(self.row_offsets, self.context_lens, self.ancestors)
 
 
 def _check_tensor(
@@ -94,9 +110,13 @@ def tree_attention(
         raise KernelInputError(f"sliding_window must be at least 1, got {sliding_window}")
     if softcap is not None and not softcap > 0:
         raise KernelInputError(f"softcap must be positive, got {softcap}")
-    chosen = choose_backend(query.device, backend, query.dtype, native.DTYPE_CODES)
-    if chosen == "reference" and query.device.type == "cpu":
+    chosen = choose_backend(query.device, backend, query.dtype, native.DTYPE_CODES, TRITON_DTYPES)
+    if chosen != "native" and query.device.type == "cpu":
         _check_values(layout, query.shape[0], key_cache, sliding_window)
+    if chosen == "triton":
+        return _attend_by_triton(
+            query, key_cache, value_cache, layout, scale, sliding_window, softcap
+        )
     attend = native.tree_attention if chosen == "native" else reference.tree_attention
     return attend(
         query,
@@ -106,6 +126,32 @@ def tree_attention(
         layout.context_lens,
         layout.block_tables,
         layout.ancestors,
+        scale=scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+
+
+def _attend_by_triton(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: AttentionLayout,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    # Imported here: Triton is heavy and not everywhere.
+    from specinfer_kernels.triton import attention
+
+    return attention.tree_attention(
+        query,
+        key_cache,
+        value_cache,
+        layout.row_offsets,
+        layout.context_lens,
+        layout.block_tables,
+        layout.triton_plan,
         scale=scale,
         sliding_window=sliding_window,
         softcap=softcap,

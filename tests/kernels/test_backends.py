@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,25 @@ def test_native_where_there_is_a_compiler() -> None:
     assert backend_name() == "native"
 
 
-def test_a_gpu_gets_the_reference_and_a_clear_error() -> None:
-    cuda = torch.device("cuda")
-    assert backend_name(cuda) == "reference"
-    with pytest.raises(BackendUnavailableError, match="no kernel for device type 'cuda' yet"):
+def test_a_gpu_gets_triton_where_the_op_has_a_kernel() -> None:
+    cuda, half = torch.device("cuda"), torch.float16
+    fastest = "triton" if find_spec("triton") else "reference"
+    assert backend_name(cuda) == fastest
+    assert choose_backend(cuda, None, half, (), (half,)) == fastest
+    assert choose_backend(cuda, None, half) == "reference"
+    with pytest.raises(BackendUnavailableError, match="not of device type 'cuda'"):
         choose_backend(cuda, "native")
+    with pytest.raises(BackendUnavailableError, match="no Triton kernel of this op for torch"):
+        choose_backend(cuda, "triton", torch.float64, (), (half,))
+
+
+def test_triton_takes_no_cpu_tensors_unless_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendUnavailableError, match=r"TRITON_INTERPRET|not installed"):
+        choose_backend(cpu, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend_name(cpu) != "triton"
 
 
 def test_other_dtypes_get_the_reference() -> None:
@@ -58,8 +73,8 @@ def test_other_dtypes_get_the_reference() -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     row = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(BackendUnavailableError, match="unknown backend 'triton'"):
-        sample_gumbel(torch.zeros(1, 4), row, row, row.bool(), backend="triton")  # type: ignore[arg-type]
+    with pytest.raises(BackendUnavailableError, match="unknown backend 'cuda'"):
+        sample_gumbel(torch.zeros(1, 4), row, row, row.bool(), backend="cuda")  # type: ignore[arg-type]
 
 
 def fake_compiler(folder: Path, body: str) -> Path:
