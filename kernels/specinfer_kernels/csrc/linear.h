@@ -66,7 +66,8 @@ inline void advise_large_pages(char* memory, int64_t num_bytes) {
 namespace specinfer {
 
 constexpr int kPanel = 32;              // outputs of a panel
-constexpr int kTileRows = 12;           // most rows in registers; changes no bit
+constexpr int kTileRows = 14;           // most rows in registers; changes no bit
+constexpr int kLeastRows = 3;           // of a second tile; changes no bit
 constexpr int64_t kBlockSteps = 256;    // most steps of a panel between tiles; changes no bit
 // With one or two tiles memory is still in play, and it streams best through small blocks.
 constexpr int64_t kSmallBlockSteps = 64;
@@ -89,7 +90,13 @@ struct LinearPlan {
     int64_t steps, panels, num_tiles, panel_bytes;
     const uint32_t* words;  // rows as words, [tile][step][row of the tile]
 
-    int64_t tile_start(int64_t tile) const { return rows.num_rows * tile / num_tiles; }
+    // Of two tiles the first is as large as it can be, so that memory streams for most of the time;
+    // fewer than kLeastRows would not fill the multiplier's pipeline.
+    int64_t tile_start(int64_t tile) const {
+        if (num_tiles == 2 && tile == 1)
+            return std::min<int64_t>(kTileRows, rows.num_rows - kLeastRows);
+        return rows.num_rows * tile / num_tiles;
+    }
 };
 
 struct FloatKind {
@@ -114,7 +121,7 @@ template <class Kind, int ROWS>
 SPECINFER_AVX512 void add_tile(const float* weights, const float* words, float* sums,
                                int64_t steps, bool fresh, const char* ahead, int64_t ahead_step) {
     __m512 low[ROWS], high[ROWS];
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int row = 0; row < ROWS; ++row) {
         low[row] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * kPanel);
         high[row] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + row * kPanel + 16);
@@ -125,7 +132,7 @@ SPECINFER_AVX512 void add_tile(const float* weights, const float* words, float* 
         _mm_prefetch(ahead + 64, _MM_HINT_T0);
         ahead += ahead_step;
         const __m512 first = _mm512_loadu_ps(weights), second = _mm512_loadu_ps(weights + 16);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
         for (int row = 0; row < ROWS; ++row) {
             const __m512 word = _mm512_set1_ps(words[row]);
             low[row] = Kind::add(low[row], word, first);
@@ -134,7 +141,7 @@ SPECINFER_AVX512 void add_tile(const float* weights, const float* words, float* 
         weights += kPanel;
         words += ROWS;
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int row = 0; row < ROWS; ++row) {
         _mm512_storeu_ps(sums + row * kPanel, low[row]);
         _mm512_storeu_ps(sums + row * kPanel + 16, high[row]);
