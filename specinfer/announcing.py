@@ -26,6 +26,7 @@ from specinfer.registry import (
     check_address,
 )
 from specinfer.tasks import end_task
+from specinfer.unix_sockets import socket_path
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,8 @@ async def advertised_address(advertise: str, address: str, port: int, redis_url:
         check_address(given)
         return given
     host = address.rpartition(":")[0]
-    if address.startswith("unix:"):
-        host = ""  # a socket in the file system can be reached from no host
+    if socket_path(address) is not None:
+        host = ""  # a file can be reached from no other host
     elif host in _WIDE:
         host = await asyncio.to_thread(_host_towards, redis_url)
     found = f"{host}:{port}"

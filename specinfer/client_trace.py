@@ -17,6 +17,7 @@ from specinfer.telemetry.generation import (
     request_attributes,
     started_attributes,
 )
+from specinfer.unix_sockets import socket_path
 
 _LIBRARY = "opentelemetry.trace"
 
@@ -40,7 +41,8 @@ class ClientTrace:
         model = "" if isinstance(request, ResumeRequest) else request.model
         attributes = request_attributes(request, model)
         host, _, port = address.rpartition(":")
-        attributes["server.address"] = host.rpartition("/")[2] or address
+        path = socket_path(address)
+        attributes["server.address"] = str(path) if path else host.rpartition("/")[2] or address
         if port.isdecimal():
             attributes["server.port"] = int(port)
         operation = operation_of(request)

@@ -1,4 +1,4 @@
-"""Ask a gRPC server for its health: `python -m specinfer.probe HOST:PORT [--service NAME]`.
+"""Ask a gRPC server for its health: `python -m specinfer.probe ADDRESS [--service NAME]`.
 
 The health check of a container. It runs every few seconds in each of them, so it must cost next to
 nothing: it uses the standard library alone, and is run by its path, which imports no package. One
@@ -33,7 +33,7 @@ def health(address: str, service: str, timeout: float, tls: ssl.SSLContext | Non
     """What the server says of `service`: "SERVING" or another state of the health protocol.
 
     Args:
-        address: host and port of the server.
+        address: host and port of the server, or unix: and the path of its socket.
         service: name that its health service knows; "" is the server as a whole.
         timeout: seconds to wait for a connection, and for each read.
         tls: None for plain text.
@@ -41,8 +41,8 @@ def health(address: str, service: str, timeout: float, tls: ssl.SSLContext | Non
     Raises:
         OSError: no connection, no answer in time, or one that is not gRPC's.
     """
-    host, _, port = address.rpartition(":")
-    plain = socket.create_connection((host.strip("[]"), int(port)), timeout)
+    host = address.rpartition(":")[0]
+    plain = _connected(address, timeout)
     # Wrapping takes the socket over, and closes it if it fails.
     with tls.wrap_socket(plain, server_hostname=host) if tls else plain as connection:
         connection.sendall(_question(address, service, secure=tls is not None))
@@ -56,6 +56,20 @@ def health(address: str, service: str, timeout: float, tls: ssl.SSLContext | Non
                 break
         # A call that fails has no message: NOT_FOUND is how an unknown service is told.
         return _STATES.get(answer[5:], "UNKNOWN") if answer else "SERVICE_UNKNOWN"
+
+
+def _connected(address: str, timeout: float) -> socket.socket:
+    if not address.startswith("unix:"):
+        host, _, port = address.rpartition(":")
+        return socket.create_connection((host.strip("[]"), int(port)), timeout)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(timeout)
+    try:
+        connection.connect(address.removeprefix("unix:"))
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def _question(address: str, service: str, *, secure: bool) -> bytes:
@@ -118,7 +132,7 @@ def _tls(ca: Path, certificate: Path | None, key: Path | None) -> ssl.SSLContext
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status of the probe."""
     parser = argparse.ArgumentParser(prog="specinfer.probe", description="gRPC health check.")
-    parser.add_argument("address", help="host and port of the server")
+    parser.add_argument("address", help="host and port of the server, or unix:/path")
     parser.add_argument("--service", default="", help="startup, readiness, liveness or a service")
     parser.add_argument("--timeout", type=float, default=3.0, help="seconds to wait")
     parser.add_argument("--tls-ca", type=Path, help="certificates to trust, PEM; turns TLS on")

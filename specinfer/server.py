@@ -11,7 +11,7 @@ import inspect
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -31,6 +31,7 @@ from specinfer.rpc import (
     status_code,
 )
 from specinfer.tasks import end_task
+from specinfer.unix_sockets import claimed, socket_path
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class RpcServer:
     Attributes:
         server: the underlying server, to add servicers to before `start`.
         service_names: full names of the services, for health and reflection.
+        port: where it listens; 0 for a unix socket.
     """
 
     server: grpc.aio.Server
@@ -115,6 +117,8 @@ def build_server(
 ) -> RpcServer:
     """A server bound to `address` (port 0 takes a free one), with no servicer yet.
 
+    `unix:/path` listens on a file for processes of the same user on this machine.
+
     Raises:
         InvalidRequest: when the port is in use, the address is none, or a plain-text server would
             be reachable from other machines and `insecure_bind` does not allow it.
@@ -138,10 +142,14 @@ def build_server(
 
 
 def _bind(server: grpc.aio.Server, address: str, tls: TlsSettings | None) -> int:
+    path = socket_path(address)
     try:
-        if tls is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, tls.server_credentials())
+        with nullcontext() if path is None else claimed(path):
+            if tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, tls.server_credentials())
+            return port if path is None else 0
     except RuntimeError as error:
         raise InvalidRequest(
             f"cannot listen on {address}: the port is in use or the address is not ours",

@@ -25,6 +25,7 @@ from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer.registry import RegisteredWorker
 from specinfer.server import build_server, serve_until_signal
 from specinfer.telemetry import Telemetry, set_up
+from specinfer.unix_sockets import socket_path
 from specinfer.worker_settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,9 @@ async def _serve(
                 serve_until_signal(server, grace_seconds=1.0, on_drain=drain, failed=failed)
             )
             await asyncio.sleep(0)  # whoever reads the next line may send a signal: it listens
-            print(f"{tier} worker {worker.info.worker_id} ready on port {server.port}", flush=True)
+            unix = socket_path(settings.address) is not None
+            where = f"at {settings.address}" if unix else f"on port {server.port}"
+            print(f"{tier} worker {worker.info.worker_id} ready {where}", flush=True)
             await ending
         if failed.is_set():
             raise InternalError("the engine failed while it drained; the log above says why")

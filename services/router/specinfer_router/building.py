@@ -20,6 +20,7 @@ from specinfer.metrics import MetricsServer, RouterMetrics
 from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer.server import RpcServer, build_server
 from specinfer.telemetry import Telemetry
+from specinfer.unix_sockets import socket_path
 from specinfer_router.admin import Administration, Check, Identity
 from specinfer_router.admin_servicer import SERVICE as ADMIN_SERVICE
 from specinfer_router.cluster import Cluster
@@ -94,7 +95,10 @@ def build_administration(
         checks.append(partial(redis_findings, connection))
     if settings.tls is not None:
         for name, port in ports.items():
-            host = getattr(settings, name.removesuffix("_port")).rpartition(":")[0]
+            bound = getattr(settings, name.removesuffix("_port"))
+            if socket_path(bound) is not None:
+                continue
+            host = bound.rpartition(":")[0]
             address = f"{REACHED_AT.get(host, host)}:{port}"
             check = f"certificate of {name}"
             checks.append(partial(certificate_findings, check, address, settings.tls))

@@ -46,15 +46,19 @@ _POSITIVE = (
 class RouterSettings:
     """What a router is told at its start."""
 
-    grpc: str = setting("127.0.0.1:50051", "address of the gRPC service; port 0 takes a free one")
+    grpc: str = setting(
+        "127.0.0.1:50051", "address of the gRPC service; port 0 takes a free one; or unix:/PATH"
+    )
     gateway: str = setting("127.0.0.1:8000", "address of the HTTP API, health and metrics")
     metrics: str = setting("", "address of the metrics over HTTP; empty: at --gateway, for anybody")
     vllm_metrics: bool = setting(False, "show metrics under vLLM's names too")
     admin: str = setting(
         "", "address of the operators' gRPC service, for `specinfer top`; empty: none"
     )
-    verify: tuple[str, ...] = setting((), "address of a verify worker; repeat for more")
-    draft: tuple[str, ...] = setting((), "address of a draft worker; repeat for more")
+    verify: tuple[str, ...] = setting(
+        (), "address of a verify worker or unix:/PATH; repeat for more"
+    )
+    draft: tuple[str, ...] = setting((), "address of a draft worker or unix:/PATH; repeat for more")
     redis: str = setting(
         "", "URL of a Redis that keeps sessions and lists workers; empty: in memory"
     )

@@ -36,6 +36,7 @@ from specinfer.telemetry.generation import (
     started_attributes,
 )
 from specinfer.telemetry.logs import bind_log
+from specinfer.unix_sockets import socket_path
 from specinfer_router.request_log import RequestLogEntry
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,9 @@ class SessionTrace:
 
 
 def _place(address: str) -> dict[str, AttributeValue]:
+    path = socket_path(address)
+    if path is not None:
+        return {"server.address": str(path)}
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         return {}
