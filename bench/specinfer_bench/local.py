@@ -207,11 +207,16 @@ def running(engine: DraftEngine | VerifyEngine) -> Iterator[None]:
         engine.stop()
 
 
-def router_over(worker: Worker, drafter: DraftWorker) -> Router:
-    """A router over two workers of this process, whose engines run; several may share them."""
+def router_over(
+    worker: Worker, drafter: DraftWorker, draft: LocalDraftLink | None = None
+) -> Router:
+    """A router over two workers of this process, whose engines run; several may share them.
+
+    `draft` goes before the usual link to the drafter.
+    """
     # The casts say what the classes above are for: they stand where the network's links stand.
     verify = LocalVerifyLink(worker.engine, worker.info)
-    draft = LocalDraftLink(drafter.engine, drafter.info)
+    draft = draft or LocalDraftLink(drafter.engine, drafter.info)
     cluster = LocalCluster(
         worker.info,
         WorkerPool([cast(VerifyLink, verify)], asyncio.Event()),

@@ -8,11 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_HEAD = (
-    "| engine | tokens/s | first token, ms | over our plain | ours is faster by | same output |",
-    "|---|---|---|---|---|---|",
-)
-
 
 def peers_table(result: Mapping[str, Any]) -> str:
     """The tables of one results file, a heading for each temperature, then what was skipped.
@@ -23,12 +18,19 @@ def peers_table(result: Mapping[str, Any]) -> str:
     setup = result["setup"]
     lines: list[str] = []
     for report in result["reports"]:
-        lines += [f"**{setup['model']}, {setup['dtype']}, {_temperature(report)}**", "", *_HEAD]
+        lines += [f"**{setup['model']}, {setup['dtype']}, {_temperature(report)}**", ""]
+        lines += [_head(report), "|---|---|---|---|---|---|"]
         lines += [_row(name, arm, report) for name, arm in report["arms"].items()]
         lines.append("")
         lines += [f"* {name}: failed: {_one_line(why)}" for name, why in report["failed"].items()]
     lines += [f"* {name}: skipped: {_one_line(why)}" for name, why in result["skipped"].items()]
     return "\n".join(lines).strip() + "\n"
+
+
+def _head(report: Mapping[str, Any]) -> str:
+    cells = ["arm", "tokens/s", "first token, ms"]
+    cells += [f"over {report['baseline']}", f"{report['ours']} is faster by", "same output"]
+    return f"| {' | '.join(cells)} |"
 
 
 def _row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
