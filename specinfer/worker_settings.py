@@ -28,7 +28,7 @@ class WorkerSettings:
     """
 
     model: Path = required_setting("folder of the checkpoint (safetensors)")
-    address: str = setting("127.0.0.1:0", "where to listen: HOST:PORT (0: a free one) or unix:/PATH")
+    address: str = setting("127.0.0.1:0", "where to listen: HOST:PORT (0: any) or unix:/PATH")
     advertise: str = setting("", "address that routers reach us at; host name and port if empty")
     name: str = setting("", "name of the model; the folder's name if empty")
     dtype: str = setting("bfloat16", "float32, bfloat16 or float64")

@@ -22,7 +22,7 @@ class Settings(WorkerSettings):
     """
 
     model: Path = required_setting("folder of the drafter's checkpoint (safetensors)")
-    address: str = setting("127.0.0.1:50061", "where to listen: HOST:PORT (0: a free one) or unix:/PATH")
+    address: str = setting("127.0.0.1:50061", "where to listen: HOST:PORT (0: any) or unix:/PATH")
     kv_memory: int = setting(256, "MiB of the KV pool, taken once at start")
     max_sessions: int = setting(256, "most sessions followed; the least recently used one goes")
     max_rows: int = setting(512, "most rows of a pass")

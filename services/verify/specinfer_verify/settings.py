@@ -21,7 +21,7 @@ class Settings(WorkerSettings):
     """
 
     model: Path = required_setting("folder of the target's checkpoint (safetensors)")
-    address: str = setting("127.0.0.1:50071", "where to listen: HOST:PORT (0: a free one) or unix:/PATH")
+    address: str = setting("127.0.0.1:50071", "where to listen: HOST:PORT (0: any) or unix:/PATH")
     min_prefill_rows: int = setting(64, "rows of every pass that prefill may have")
     yield_seconds: float = setting(0.1, "silence after which blocks go to a waiting session")
     starve_seconds: float = setting(2.0, "wait after which an older session's blocks are taken")
