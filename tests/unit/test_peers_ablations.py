@@ -32,9 +32,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     laid_out: list[str] = []
     build = PackedLinear.__init__
 

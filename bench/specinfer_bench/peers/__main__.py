@@ -136,26 +136,49 @@ def load_peers(
     return arms, skipped
 
 
-def compare(
-    arguments: argparse.Namespace, arms: Mapping[str, Arm], pair: Pair, baseline: str, ours: str
-) -> list[dict[str, object]]:
-    """A report for each temperature, as plain data."""
-    reports = []
-    for temperature in arguments.temperatures:
-        say(f"temperature {temperature:g}")
-        chosen = {name: arm for name, arm in arms.items() if not (temperature and arm.greedy_only)}
-        tasks = make_tasks(arguments, pair, temperature)
-        outcome = run_all(chosen, tasks, arguments.repeats)
-        report = build_report(
-            outcome,
-            arms,
-            temperature=temperature,
-            eos_token_ids=pair.eos_token_ids,
-            baseline=baseline,
-            ours=ours,
-        )
-        reports.append(report.as_dict())
-    return reports
+def run_comparison(
+    module: str, peers: Sequence[Peer], arguments: argparse.Namespace, baseline: str, ours: str
+) -> None:
+    """Load, run every temperature, write the results and print the table.
+
+    The file is written after each temperature, so that a run that is cut short leaves what it has.
+
+    Raises:
+        InvalidRequest: when models or prompts are none.
+        ValueError: when `baseline` or `ours`, arms of our own, gave no numbers.
+    """
+    pair = make_pair(arguments)
+    reports: list[dict[str, object]] = []
+    result: dict[str, object] = {"reports": reports}
+    with ExitStack() as stack:
+        arms, result["skipped"] = load_peers(peers, pair, stack)
+        for temperature in arguments.temperatures:
+            say(f"temperature {temperature:g}")
+            reports.append(_compare(arguments, arms, pair, temperature, (baseline, ours)))
+            result["setup"] = setup_facts(module, arguments, pair)
+            write_result(result, arguments.output)
+    print(peers_table(result))
+
+
+def _compare(
+    arguments: argparse.Namespace,
+    arms: Mapping[str, Arm],
+    pair: Pair,
+    temperature: float,
+    own: tuple[str, str],
+) -> dict[str, object]:
+    """The report of one temperature, as plain data."""
+    chosen = {name: arm for name, arm in arms.items() if not (temperature and arm.greedy_only)}
+    tasks = make_tasks(arguments, pair, temperature)
+    report = build_report(
+        run_all(chosen, tasks, arguments.repeats),
+        arms,
+        temperature=temperature,
+        eos_token_ids=pair.eos_token_ids,
+        baseline=own[0],
+        ours=own[1],
+    )
+    return report.as_dict()
 
 
 def setup_facts(module: str, arguments: argparse.Namespace, pair: Pair) -> dict[str, object]:
@@ -190,18 +213,8 @@ def main() -> None:
     parser = bench_parser(MODULE, __doc__)
     parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="engines to leave")
     arguments = parser.parse_args()
-    pair = make_pair(arguments)
     kept = [peer for peer in PEERS if peer.name not in arguments.skip]
-    with ExitStack() as stack:
-        arms, skipped = load_peers(kept, pair, stack)
-        reports = compare(arguments, arms, pair, PLAIN, SPECULATIVE)
-    result = {
-        "reports": reports,
-        "skipped": skipped,
-        "setup": setup_facts(MODULE, arguments, pair),
-    }
-    write_result(result, arguments.output)
-    print(peers_table(result))
+    run_comparison(MODULE, kept, arguments, PLAIN, SPECULATIVE)
 
 
 if __name__ == "__main__":

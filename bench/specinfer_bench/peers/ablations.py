@@ -20,17 +20,9 @@ import torch
 from specinfer.messages import SpeculationOptions
 from specinfer.sampling import SamplingParams
 from specinfer_bench.local import LocalDraftLink, router_over, running
-from specinfer_bench.peers.__main__ import (
-    bench_parser,
-    compare,
-    load_peers,
-    make_pair,
-    setup_facts,
-    write_result,
-)
+from specinfer_bench.peers.__main__ import bench_parser, run_comparison
 from specinfer_bench.peers.ours import run_router
 from specinfer_bench.peers.peer import Arm, Pair
-from specinfer_bench.peers.table import peers_table
 from specinfer_draft.settings import Settings as DraftSettings
 from specinfer_draft.worker import Worker as DraftWorker
 from specinfer_draft.worker import build_worker as build_drafter
@@ -44,7 +36,7 @@ from specinfer_verify.worker import build_worker as build_verifier
 MODULE = "specinfer_bench.peers.ablations"
 PLAIN, FULL = "plain", "full"
 _LAYOUTS: Mapping[Layout, str] = {"onednn": "oneDNN's packing", "plain": "no packing"}
-_CHAIN = SpeculationOptions(max_nodes=8, max_depth=8, widths=(1,) * 8)
+_CHAINS = (8, 16)
 # The modules that lay weights out at load, by the names they call.
 _PACKERS = ("specinfer_engine.fused.pack_linear", "specinfer_engine.linear.pack_linear")
 
@@ -121,11 +113,15 @@ class Ablations:
                 PLAIN: arm(full, off),
                 **{f"plain, {name}": arm(router, off) for name, router in others.items()},
                 FULL: arm(full),
-                "chain of 8, no tree": arm(full, _CHAIN),
+                **{f"no tree, chain of {length}": arm(full, _chain(length)) for length in _CHAINS},
                 "no shared noise": arm(own_law),
                 **{name: arm(router) for name, router in others.items()},
                 "with drafting ahead": arm(ahead),
             }
+
+
+def _chain(length: int) -> SpeculationOptions:
+    return SpeculationOptions(max_nodes=length, max_depth=length, widths=(1,) * length)
 
 
 def _start(pair: Pair, stack: ExitStack) -> Parts:
@@ -156,15 +152,7 @@ def _laid_out(settings: VerifySettings, layout: Layout) -> Worker:
 
 def main() -> None:
     """Run all arms, write the results and print the table."""
-    arguments = bench_parser(MODULE, __doc__).parse_args()
-    pair = make_pair(arguments)
-    with ExitStack() as stack:
-        arms, skipped = load_peers([Ablations()], pair, stack)
-        reports = compare(arguments, arms, pair, PLAIN, FULL)
-    setup = setup_facts(MODULE, arguments, pair)
-    result = {"reports": reports, "skipped": skipped, "setup": setup}
-    write_result(result, arguments.output)
-    print(peers_table(result))
+    run_comparison(MODULE, [Ablations()], bench_parser(MODULE, __doc__).parse_args(), PLAIN, FULL)
 
 
 if __name__ == "__main__":
