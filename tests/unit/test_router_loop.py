@@ -9,9 +9,9 @@ import pytest
 from specinfer.errors import StaleEpoch
 from specinfer.messages import Finished, ShapeQuery, SpeculationOptions, Started, TokensEvent
 from specinfer.step_curve import StepCurve
-from specinfer_router.opening import SeatLimits
 from specinfer_router.calibration import Calibration
 from specinfer_router.goodput import AdaptiveShape
+from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import StaticShape
 from specinfer_router.router import RouterLimits
 from tests.kit.fake_drafter import FakeDrafter

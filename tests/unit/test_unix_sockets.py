@@ -88,9 +88,7 @@ async def test_a_router_is_used_over_a_socket(tmp_path: Path) -> None:
         request = request_of()
         expected = await bench.generate(request)
         async with AsyncClient(address, api_key="a-key-is-safe-there") as client:
-            done = await client.generate(
-                token_ids=PROMPT, max_tokens=40, temperature=1.0, seed=3
-            )
+            done = await client.generate(token_ids=PROMPT, max_tokens=40, temperature=1.0, seed=3)
         assert done.token_ids == expected.token_ids
         await server.drain(0)
 
