@@ -75,7 +75,8 @@ def rms_norm(
     if chosen == "native":
         return native_rows.rms_norm(values, None, weight, epsilon)
     if chosen == "triton":
-        return _triton().rms_norm(values, None, weight, epsilon)
+        result: Tensor = _triton().rms_norm(values, None, weight, epsilon)
+        return result
     return reference.rms_norm(values, weight, epsilon)
 
 
@@ -103,7 +104,8 @@ def add_rms_norm(
     if chosen == "native":
         return native_rows.rms_norm(hidden, update, weight, epsilon)
     if chosen == "triton":
-        return _triton().rms_norm(hidden, update, weight, epsilon)
+        result: Tensor = _triton().rms_norm(hidden, update, weight, epsilon)
+        return result
     return reference.add_rms_norm(hidden, update, weight, epsilon)
 
 
@@ -121,7 +123,8 @@ def silu_multiply(gate_up: Tensor, *, backend: Backend | None = None) -> Tensor:
     if chosen == "native":
         return native_rows.silu_multiply(gate_up)
     if chosen == "triton":
-        return _triton().silu_multiply(gate_up)
+        result: Tensor = _triton().silu_multiply(gate_up)
+        return result
     return reference.silu_multiply(gate_up)
 
 

@@ -83,7 +83,7 @@ def test_heads_are_turned_into_their_slots(dtype: torch.dtype, normed: bool) -> 
     norms = HeadNorms(weights[0], weights[1], 1e-6) if normed else None
     ours, right = torch.zeros(2, 2, 4, 4, kv_heads, head_dim, dtype=dtype)
     query = rotate_and_write_kv(mixed, places, ours[0], ours[1], norms, backend="triton")
-    close(query, rotate_and_write_kv(mixed, places, *right, norms, backend="reference"))
+    close(query, rotate_and_write_kv(mixed, places, right[0], right[1], norms, backend="reference"))
     close(ours, right)
     assert torch.equal(ours[1], right[1])
 
