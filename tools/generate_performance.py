@@ -1,4 +1,4 @@
-"""Fill the measured parts of docs/performance.md and README.md from the files in bench/results.
+"""Fill the measured parts of docs/performance.md and README.md from bench/results/suite.
 
 `--check` only compares, the pictures too. It measures nothing: `make bench` does.
 """
@@ -13,7 +13,7 @@ from tools.generated_file import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = "tools/generate_performance.py"
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / "bench" / "results" / "suite"
 # Each page with the folder of the pictures as it is seen from there.
 PAGES = {"docs/performance.md": PICTURES, "README.md": f"docs/{PICTURES}"}
 

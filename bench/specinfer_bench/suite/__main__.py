@@ -1,4 +1,4 @@
-"""`make bench`: the short form of every benchmark; writes bench/results and docs/performance.md.
+"""`make bench`: the short form of every benchmark; writes bench/results/suite and docs/performance.md.
 
     make bench
     make bench ARGS="--only load-sweep peers-200m"
@@ -21,7 +21,7 @@ from specinfer_bench.suite.results import Results, write_summary
 from specinfer_bench.suite.running import FAILED, TIMED_OUT, run_parts
 
 ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / "bench" / "results" / "suite"
 PICTURES = ROOT / "docs" / "images" / "performance"
 PAGES = "tools/generate_performance.py"
 BUDGET_SECONDS = 880.0

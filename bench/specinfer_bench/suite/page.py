@@ -136,14 +136,18 @@ def _machine(results: Results) -> str:
         ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
         for facts in different
     )
+    return f"Machine: {names}. {_state(results)}"
+
+
+def _state(results: Results) -> str:
+    """What else the machine did."""
     busiest = max((part.busy_cores for part in results.parts.values()), default=0.0)
-    state = "Nothing else ran on it."
-    if busiest > BUSY_CORES:
-        state = (
-            f"**Other work kept up to {busiest:.1f} of its cores busy just before a part**, so "
-            "only what was run in turn can be compared."
-        )
-    return f"Machine: {names}. {state}"
+    if busiest <= BUSY_CORES:
+        return "Nothing else ran on it."
+    return (
+        f"**Other work kept up to {busiest:.1f} of the machine's cores busy meanwhile**: numbers "
+        "are low and wander, and only what was run in turn can be compared at all."
+    )
 
 
 def _whole(results: Results, prefix: str, *blocks: str) -> str:
@@ -167,7 +171,7 @@ def _cell(text: str) -> str:
 
 def _readme_speed(results: Results, pictures: str) -> str:
     documents = results.named("speed-")
-    return speed_table(documents) if documents else NOTHING
+    return f"{speed_table(documents)}\n\n{_state(results)}" if documents else NOTHING
 
 
 def _readme_sweep(results: Results, pictures: str) -> str:

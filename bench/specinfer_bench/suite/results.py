@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from specinfer_bench.suite.running import DONE, PartResult
 
-SUMMARY = "suite.json"
+SUMMARY = "summary.json"
 MAX_FILE_BYTES = 64 * 1024 * 1024
 Document = Mapping[str, Any]
 

@@ -40,7 +40,7 @@ def _speed_row(report: Document) -> list[str]:
     return [
         options["grow"] or "demo",
         f"{options['temperature']:g}",
-        f"**{report['speedup']:.2f}** ({report['speedup_min']:.2f} to {report['speedup_max']:.2f})",
+        _speedup(report),
         f"{off['tokens_per_second']:.1f}",
         f"{on['tokens_per_second']:.1f}",
         f"{on['tokens_per_round']:.2f}",
@@ -48,6 +48,12 @@ def _speed_row(report: Document) -> list[str]:
         f"{on['first_token_ms']:.0f}",
         _yes(report["identical"]),
     ]
+
+
+def _speedup(report: Document) -> str:
+    low, high = report["speedup_min"], report["speedup_max"]
+    spread = f" ({low:.2f} to {high:.2f})" if low < high else ""
+    return f"**{report['speedup']:.2f}**{spread}"
 
 
 def sweep_table(report: Document) -> str:
