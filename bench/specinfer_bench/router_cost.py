@@ -1,7 +1,7 @@
 """What a router costs: its CPU seconds for each round of a session, and what the wire adds to one.
 
     python -m specinfer_bench.router_cost --output router-cost.json
-    python -m specinfer_bench.router_cost --profile router.prof --sessions 64
+    python -m specinfer_bench.router_cost --load "64 sessions, answers at once" --profile r.prof
 
 The router is the real process; its workers are `simulated_workers`, in a process of their own, and
 its readers count messages without parsing them, in this one. The loop that it is compared with does
@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import grpc.aio
@@ -66,6 +66,15 @@ class Load:
     window_seconds: float = 3.0
     warm_seconds: float = 2.0
     simulation: Simulation = field(default_factory=Simulation)
+
+
+_STEPS = Simulation(draft_seconds=0.005, verify_seconds=0.05)
+LOADS = {
+    "64 sessions, answers at once": Load(),
+    "64 sessions, steps of 50 ms": Load(simulation=_STEPS),
+    "4 sessions, steps of 50 ms": Load(4, simulation=_STEPS),
+    "1 session, steps of 50 ms": Load(1, simulation=_STEPS),
+}
 
 
 @dataclass(frozen=True)
@@ -214,22 +223,33 @@ def cpu_seconds(pid: int) -> float:
 
 
 async def loop_rate(load: Load) -> float:
-    """Rounds per second of the same waits in one process, without a router or a wire."""
+    """Rounds per second of the same waits in one process, without a router or a wire.
+
+    Sessions begin one after the other within a round, as those of a cluster do: begun together
+    they would share every pass for ever.
+    """
     simulation, rounds = load.simulation, 0
     drafters = Tier(simulation.draft_seconds, load.sessions)
     verifiers = Tier(simulation.verify_seconds, load.sessions)
-    end = time.perf_counter() + load.windows * load.window_seconds
+    round_seconds = simulation.draft_seconds + simulation.verify_seconds
 
-    async def session() -> None:
+    async def session(at: int) -> None:
         nonlocal rounds
-        while time.perf_counter() < end:
+        await asyncio.sleep(at * round_seconds / load.sessions)
+        while True:
             await drafters.ask()
             await verifiers.ask()
             rounds += 1
 
-    begun = time.perf_counter()
-    await asyncio.gather(*(session() for _ in range(load.sessions)))
-    return rounds / (time.perf_counter() - begun)
+    tasks = [asyncio.create_task(session(at)) for at in range(load.sessions)]
+    await asyncio.sleep(load.warm_seconds)
+    begun, before = time.perf_counter(), rounds
+    await asyncio.sleep(load.windows * load.window_seconds)
+    rate = (rounds - before) / (time.perf_counter() - begun)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    return rate
 
 
 def split(profile: Path) -> dict[str, float]:
@@ -246,22 +266,24 @@ def split(profile: Path) -> dict[str, float]:
     return {name: round(own / whole, 4) for name, own in largest}
 
 
-async def report(arguments: argparse.Namespace) -> dict[str, object]:
-    """All arms."""
-    found: dict[str, object] = {"goal_ms": GOAL_MS, "goal_loss": GOAL_LOSS}
-    simulation = Simulation(arguments.draft_seconds, arguments.verify_seconds, arguments.accepted)
-    load = Load(arguments.sessions, arguments.tokens, arguments.windows, simulation=simulation)
-    windows = await measure(load, sockets=arguments.sockets, profile=arguments.profile)
-    found["load"] = asdict(load)
-    found["router_ms_of_a_round"] = asdict(spread([one.milliseconds for one in windows]))
+async def report(
+    name: str, load: Load, sockets: Path | None, profile: Path | None
+) -> dict[str, object]:
+    """One load: the router's time for a round, and how much slower rounds are than the loop's."""
+    windows = await measure(load, sockets=sockets, profile=profile)
     rates = [one.rounds / one.seconds for one in windows]
-    found["rounds_per_second"] = round(statistics.median(rates), 1)
-    if simulation.verify_seconds:
+    found: dict[str, object] = {
+        "load": asdict(load),
+        "router_ms_of_a_round": asdict(spread([one.milliseconds for one in windows])),
+        "rounds_per_second": round(statistics.median(rates), 1),
+    }
+    if load.simulation.verify_seconds:
         alone = await loop_rate(load)
         found["loop_rounds_per_second"] = round(alone, 1)
         found["loss"] = asdict(spread([1 - rate / alone for rate in rates]))
-    if arguments.profile:
-        found["split"] = split(arguments.profile)
+    if profile:
+        found["split"] = split(profile)
+    print(f"{name}: {found['router_ms_of_a_round']}", file=sys.stderr)
     return found
 
 
@@ -269,12 +291,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--sessions", type=int, default=64, help="sessions at once")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of a session")
+    parser.add_argument("--load", choices=LOADS, action="append", help="one of them; default: all")
     parser.add_argument("--windows", type=int, default=5, help="windows of three seconds")
-    parser.add_argument("--draft-seconds", type=float, default=0.0, help="length of a draft pass")
-    parser.add_argument("--verify-seconds", type=float, default=0.0, help="length of a verify pass")
-    parser.add_argument("--accepted", type=int, default=3, help="guesses confirmed in a round")
     parser.add_argument("--sockets", type=Path, help="folder for unix sockets instead of TCP")
     parser.add_argument("--profile", type=Path, help="profile the router into this file")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
@@ -285,13 +303,17 @@ def main() -> None:
     """Measure and print the report."""
     arguments = _arguments()
     before = os.getloadavg()[0]
-    found = asyncio.run(report(arguments))
+    found = {}
+    for name in arguments.load or LOADS:
+        load = replace(LOADS[name], windows=arguments.windows)
+        found[name] = asyncio.run(report(name, load, arguments.sockets, arguments.profile))
     setup = {
         "command": f"python -m {MODULE} " + shlex.join(sys.argv[1:]),
         "machine": machine_facts(),
         "load_average": before,
     }
-    write_report({**found, "setup": setup}, arguments.output)
+    goals = {"goal_ms": GOAL_MS, "goal_loss": GOAL_LOSS}
+    write_report({**goals, "loads": found, "setup": setup}, arguments.output)
 
 
 if __name__ == "__main__":
