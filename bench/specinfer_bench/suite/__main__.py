@@ -1,4 +1,4 @@
-"""`make bench`: the short form of every benchmark; writes bench/results/suite and docs/performance.md.
+"""`make bench`: the short form of every benchmark; writes its results and docs/performance.md.
 
     make bench
     make bench ARGS="--only load-sweep peers-200m"
