@@ -32,6 +32,7 @@ class WorkerSettings:
     advertise: str = setting("", "address that routers reach us at; host name and port if empty")
     name: str = setting("", "name of the model; the folder's name if empty")
     dtype: str = setting("bfloat16", "float32, bfloat16 or float64")
+    weights: str = setting("stored", "stored, or int8: another model, of half the bytes to read")
     device: str = setting("cpu", "device of the model, such as cpu or cuda:0")
     kv_blocks: int | None = setting(None, "blocks of the KV pool; overrides --kv-memory")
     kv_memory: int = setting(1024, "MiB of the KV pool, taken once at start")

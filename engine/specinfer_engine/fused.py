@@ -128,19 +128,25 @@ def _attention(layer: Layer, normed: Tensor, places: RotaryPlaces, paged_pass: P
 
 
 def fuse(
-    model: PreTrainedModel, calls: Sequence[AttentionCall], max_model_len: int
+    model: PreTrainedModel,
+    calls: Sequence[AttentionCall],
+    max_model_len: int,
+    int8: bool = False,
 ) -> FusedDecoder | None:
-    """Take the weights out of a stock model of the family; None, and no change, for any other."""
+    """Take the weights out of a stock model of the family; None, and no change, for any other.
+
+    int8: keep those of the products as int8.
+    """
     source: Any = model
     if type(model) not in _FAMILIES or not _is_plain(source):
         return None
     with torch.no_grad():
         embedding = source.model.embed_tokens.weight.detach()
-        head = pack_linear(source.lm_head.weight, source.lm_head.bias)
+        head = pack_linear(source.lm_head.weight, source.lm_head.bias, int8=int8)
         source.lm_head = nn.Identity()
         layers = []
         for index, call in enumerate(calls):
-            layers.append(_layer(source.model.layers[index], call))
+            layers.append(_layer(source.model.layers[index], call, int8))
             # Frees what was packed before the next layer is.
             source.model.layers[index] = nn.Identity()
     rotary = RotaryTable(source.model.rotary_emb, max_model_len)
@@ -154,16 +160,16 @@ def _is_plain(source: Any) -> bool:
     return bool(config.hidden_act == "silu" and full_rotation)
 
 
-def _layer(source: Any, call: AttentionCall) -> Layer:
+def _layer(source: Any, call: AttentionCall, int8: bool) -> Layer:
     attention, mlp = source.self_attn, source.mlp
     return Layer(
         attention_norm=_norm(source.input_layernorm),
         head_norms=_head_norms(attention),
-        query_key_value=_joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        output=_joined(attention.o_proj),
+        query_key_value=_joined(attention.q_proj, attention.k_proj, attention.v_proj, int8=int8),
+        output=_joined(attention.o_proj, int8=int8),
         mlp_norm=_norm(source.post_attention_layernorm),
-        gate_up=_joined(mlp.gate_proj, mlp.up_proj),
-        down=_joined(mlp.down_proj),
+        gate_up=_joined(mlp.gate_proj, mlp.up_proj, int8=int8),
+        down=_joined(mlp.down_proj, int8=int8),
         call=call,
         scale=float(attention.scaling),
     )
@@ -182,13 +188,13 @@ def _head_norms(attention: Any) -> HeadNorms | None:
     return HeadNorms(query.weight, key.weight, query.epsilon)
 
 
-def _joined(*linears: nn.Linear) -> PackedLinear:
+def _joined(*linears: nn.Linear, int8: bool) -> PackedLinear:
     """One product for linear layers that read the same rows."""
     weight = torch.cat(tuple(linear.weight for linear in linears))
     if all(linear.bias is None for linear in linears):
-        return pack_linear(weight)
+        return pack_linear(weight, int8=int8)
     biases = tuple(
         linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         for linear in linears
     )
-    return pack_linear(weight, torch.cat(biases))
+    return pack_linear(weight, torch.cat(biases), int8=int8)

@@ -2,13 +2,16 @@
 
 Three shapes of product occur in decoders: linear modules (`nn.Linear` and GPT-2's `Conv1D`), bare
 matrices handed to `functional.linear` (the routers of mixtures of experts), and stacks of expert
-matrices. Each is packed once at load and its original freed. Knows no architecture by name.
+matrices. Each is packed once at load and its original freed. int8 weights are for the first and the
+last: a router's matrix is small, and rounding it would send tokens elsewhere. Knows no architecture
+by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +20,63 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 from transformers.pytorch_utils import Conv1D
 
-from specinfer_kernels import PackedLinear, pack_linear
+from specinfer_kernels import PackedLinear, pack_linear, round_to_int8
 
 EXPERTS_IMPLEMENTATION = "specinfer"
 _PACKED_EXPERTS = "packed_experts"
 
 
-def make_row_invariant(model: PreTrainedModel) -> None:
-    """Replace every matrix product of the model that can be replaced; what remains a probe finds.
+def round_weights(model: PreTrainedModel) -> None:
+    """Turn a stock model into the one that int8 weights make of it, still in its own dtype.
 
-    A packed matrix that an embedding shares is held twice: a lookup cannot read packed rows.
+    Packing it with int8 rounds to the same int8 once more. Embeddings and norms stay; a head that
+    shares the embedding's matrix gets one of its own.
     """
     with torch.no_grad():
-        _replace_linears(model)
+        for module in model.modules():
+            if _is_linear(module):
+                module.weight = _frozen(round_to_int8(module.weight))
+            elif isinstance(module, Conv1D):
+                module.weight = _frozen(round_to_int8(module.weight.t()).t().contiguous())
+            elif _is_expert_stack(module):
+                for name in (_first_of_experts(module), "down_proj"):
+                    for matrix in getattr(module, name):
+                        rows = matrix.t() if module.is_transposed else matrix
+                        rows.copy_(round_to_int8(rows))
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def make_row_invariant(model: PreTrainedModel, int8: bool = False) -> None:
+    """Replace every matrix product of the model that can be replaced; what remains a probe finds.
+
+    int8: keep the weights that `round_weights` rounds as int8. A packed matrix that an embedding
+    shares is held twice: a lookup cannot read packed rows.
+    """
+    with torch.no_grad():
+        pack = partial(pack_linear, int8=int8)
+        _replace_linears(model, pack)
         for module in model.modules():
             if _is_expert_stack(module):
-                _pack_experts(module)
+                _pack_experts(module, pack)
             elif not isinstance(module, nn.Embedding):
                 _wrap_matrices(module)
 
 
-def _replace_linears(parent: nn.Module) -> None:
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _replace_linears(parent: nn.Module, pack: Callable[..., PackedLinear]) -> None:
     for name, child in list(parent.named_children()):
-        if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
-            setattr(parent, name, pack_linear(child.weight, child.bias))
+        if _is_linear(child):
+            setattr(parent, name, pack(child.weight, child.bias))
         elif isinstance(child, Conv1D):
-            setattr(parent, name, pack_linear(child.weight.t().contiguous(), child.bias))
+            setattr(parent, name, pack(child.weight.t().contiguous(), child.bias))
         else:
-            _replace_linears(child)
+            _replace_linears(child, pack)
 
 
 class PackedMatrix(Tensor):
@@ -94,15 +126,18 @@ def _is_expert_stack(module: nn.Module) -> bool:
     )
 
 
-def _pack_experts(module: Any) -> None:
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+def _first_of_experts(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _pack_experts(module: Any, pack: Callable[..., PackedLinear]) -> None:
     stacks = []
-    for name in (first, "down_proj"):
+    for name in (_first_of_experts(module), "down_proj"):
         weights = getattr(module, name)
         biases = getattr(module, f"{name}_bias") if module.has_bias else None
         stacks.append(
             [
-                pack_linear(
+                pack(
                     (weight.t() if module.is_transposed else weight).clone(),
                     None if biases is None else biases[index],
                 )

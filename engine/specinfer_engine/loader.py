@@ -7,6 +7,7 @@ the reason, so nothing is found out in the middle of a stream.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from specinfer.errors import InvalidCheckpoint
 from specinfer_engine.checkpoint import Checkpoint, read_checkpoint
 from specinfer_engine.fused import FusedDecoder, fuse
-from specinfer_engine.linear import make_row_invariant
+from specinfer_engine.linear import make_row_invariant, round_weights
 from specinfer_engine.model import DTYPES, LoadedModel, StockDecoder
 from specinfer_engine.probe import (
     attention_calls,
@@ -34,6 +35,7 @@ from specinfer_engine.rowwise import make_elementwise_invariant
 __all__ = ["LoadedModel", "load_model"]
 
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+STORED, INT8 = "stored", "int8"
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -44,12 +46,14 @@ def load_model(
     device: str | torch.device = "cpu",
     name: str | None = None,
     fused: bool = True,
+    weights: str = STORED,
 ) -> LoadedModel:
     """Load a checkpoint and check that its paged passes say what `transformers` says.
 
     `dtype` is "float32", "bfloat16" or "float64"; `name` defaults to the folder's name. Unless
     `fused` is off, the Llama family runs written out, which is faster, and only the others through
-    `transformers`.
+    `transformers`. With `weights` "int8" instead of "stored" the model is another one, with a hash
+    of its own: its products' weights are rounded to int8 with a scale for each output.
 
     Raises:
         InvalidCheckpoint: when the folder is missing, truncated, pickled or of a kind that is not
@@ -57,11 +61,19 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InvalidCheckpoint(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    if weights not in (STORED, INT8):
+        raise InvalidCheckpoint(f"weights are {STORED} or {INT8}, got {weights!r}")
     checkpoint = read_checkpoint(path)
+    if weights == INT8:
+        checkpoint = replace(checkpoint, model_hash=_int8_hash(checkpoint.model_hash))
     config = _read_config(checkpoint)
     model = _read_weights(checkpoint, config, DTYPES[dtype], torch.device(device))
     try:
-        return _put_on_pages(checkpoint, model, DTYPES[dtype], name, fused)
+        if weights == INT8:
+            round_weights(model)
+        return _put_on_pages(
+            checkpoint, model, DTYPES[dtype], name, fused=fused, int8=weights == INT8
+        )
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{checkpoint.folder}: {error.message}") from error
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
@@ -75,7 +87,9 @@ def _put_on_pages(
     model: PreTrainedModel,
     dtype: torch.dtype,
     name: str | None,
+    *,
     fused: bool,
+    int8: bool,
 ) -> LoadedModel:
     """Replace attention and products of a stock model, and compare it with what it said before."""
     text = model.config.get_text_config()
@@ -85,9 +99,9 @@ def _put_on_pages(
     calls = attention_calls(model, text.num_hidden_layers)
     decoder: FusedDecoder | StockDecoder | None = None
     if fused:
-        decoder = fuse(model, calls, max_model_len)
+        decoder = fuse(model, calls, max_model_len, int8)
     if decoder is None:
-        make_row_invariant(model)
+        make_row_invariant(model, int8)
         make_elementwise_invariant(model, max_model_len)
         decoder = StockDecoder(model)
     loaded = LoadedModel(
@@ -111,6 +125,11 @@ def _put_on_pages(
     )
     check_logits(loaded, token_ids, expected)
     return replace(loaded, row_invariant=rows_are_invariant(loaded, token_ids))
+
+
+def _int8_hash(model_hash: str) -> str:
+    """Identity of the model that int8 weights make of a checkpoint; depends on the rounding too."""
+    return hashlib.sha256(f"int8 rows {model_hash}".encode()).hexdigest()
 
 
 def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -53,7 +53,7 @@ class LoadedModel:
         max_model_len: most positions.
         eos_token_ids: tokens that end a text.
         dtype, device: of weights, keys and values.
-        model_hash: SHA-256 over the configuration and weight files, hex.
+        model_hash: SHA-256 over the configuration and weight files, hex; another for int8 weights.
         tokenizer_hash: SHA-256 over tokenizer.json, hex.
         tokenizer_files: what a router needs.
         row_invariant: whether a row's bits never depend on the rows that share its pass, as a

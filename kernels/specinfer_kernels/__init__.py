@@ -15,7 +15,13 @@ from specinfer_kernels.decoder_rows import (
 )
 from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
 from specinfer_kernels.kv_cache import compact_kv, copy_blocks, write_kv
-from specinfer_kernels.packed_linear import PackedLinear, pack_linear, padded_rows
+from specinfer_kernels.packed_linear import (
+    PackedLinear,
+    pack_linear,
+    padded_rows,
+    quantize_rows,
+    round_to_int8,
+)
 from specinfer_kernels.seeded_sampling import (
     ACCEPT,
     DRAFT,
@@ -52,8 +58,10 @@ __all__ = [
     "gumbel_noise",
     "pack_linear",
     "padded_rows",
+    "quantize_rows",
     "rms_norm",
     "rotate_and_write_kv",
+    "round_to_int8",
     "sample_gumbel",
     "silu_multiply",
     "tree_attention",

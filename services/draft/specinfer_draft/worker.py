@@ -50,7 +50,11 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     if settings.threads > 0:
         torch.set_num_threads(settings.threads)
     loaded = load_model(
-        settings.model, dtype=settings.dtype, device=settings.device, name=settings.name or None
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        name=settings.name or None,
+        weights=settings.weights,
     )
     runner = _make_runner(settings, loaded)
     blocks = BlockManager(runner.num_blocks, settings.block_size, model_hash=loaded.model_hash)
