@@ -55,7 +55,7 @@ def test_engines_that_are_missing_or_do_not_load_are_skipped_with_their_reason()
         assert list(arms) == ["here"]
         assert not here.closed
     assert here.closed
-    assert skipped == {"gone": "not installed", "broken": "RuntimeError: no such model"}
+    assert skipped == {"broken": "RuntimeError: no such model", "gone": "not installed"}
 
 
 def test_arms_take_turns_and_are_warmed_up_with_few_tokens() -> None:

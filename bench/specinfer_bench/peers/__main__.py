@@ -119,15 +119,18 @@ def make_tasks(arguments: argparse.Namespace, pair: Pair, temperature: float) ->
 def load_peers(
     peers: Sequence[Peer], pair: Pair, stack: ExitStack
 ) -> tuple[dict[str, Arm], dict[str, str]]:
-    """The arms of all engines that load, kept until `stack` ends; and why others are skipped."""
+    """The arms of all engines that load, kept until `stack` ends; and why others are skipped.
+
+    The last ones load first: they convert the checkpoints, which takes memory for a moment.
+    """
     arms: dict[str, Arm] = {}
     skipped: dict[str, str] = {}
-    for peer in peers:
+    for peer in reversed(peers):
         reason = peer.missing()
         if reason is None:
             say(f"loading {peer.name}")
             try:
-                arms.update(stack.enter_context(peer.load(pair)))
+                arms = {**stack.enter_context(peer.load(pair)), **arms}
             except (SpecinferError, RuntimeError, ValueError, OSError, ImportError) as error:
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:
