@@ -228,7 +228,7 @@ async def loop_rate(load: Load) -> float:
     Sessions begin one after the other within a round, as those of a cluster do: begun together
     they would share every pass for ever.
     """
-    simulation, rounds = load.simulation, 0
+    simulation, rounds, stopped = load.simulation, 0, asyncio.Event()
     drafters = Tier(simulation.draft_seconds, load.sessions)
     verifiers = Tier(simulation.verify_seconds, load.sessions)
     round_seconds = simulation.draft_seconds + simulation.verify_seconds
@@ -236,7 +236,7 @@ async def loop_rate(load: Load) -> float:
     async def session(at: int) -> None:
         nonlocal rounds
         await asyncio.sleep(at * round_seconds / load.sessions)
-        while True:
+        while not stopped.is_set():
             await drafters.ask()
             await verifiers.ask()
             rounds += 1
@@ -246,9 +246,8 @@ async def loop_rate(load: Load) -> float:
     begun, before = time.perf_counter(), rounds
     await asyncio.sleep(load.windows * load.window_seconds)
     rate = (rounds - before) / (time.perf_counter() - begun)
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
+    stopped.set()
+    await asyncio.gather(*tasks)
     return rate
 
 
