@@ -36,11 +36,15 @@ def print_row(label: str, seconds: Mapping[str, list[float]], base: str) -> None
     print(f"{label:44s} " + "   ".join(parts), flush=True)
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """--rounds and --threads; sets torch's threads."""
+def parse_arguments(
+    description: str, add_options: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """--rounds, --threads and what a bench adds; sets torch's threads."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    if add_options is not None:
+        add_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{description}, {arguments.threads} threads, {arguments.rounds} rounds")

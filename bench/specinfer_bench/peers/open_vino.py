@@ -1,13 +1,15 @@
 """OpenVINO GenAI: plain and with the drafter; `pip install openvino-genai` lets it take part.
 
 It reads our GGUF, but no bfloat16 in it: weights are float16 here, computed with in the number
-format that was asked for. Each arm is a pipeline with weights of its own. This module knows nothing
-of the other engines.
+format that was asked for. Each arm is a pipeline with weights of its own. OpenVINO keeps equal
+matrices once: of a grown target it reads the blocks of zeros once for all layers, about a third less
+than the others. This module knows nothing of the other engines.
 """
 
 from __future__ import annotations
 
 import importlib
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,12 +62,14 @@ def _exported(runtime: Any, checkpoint: Path, pair: Pair) -> Path:
     """A folder with the model in OpenVINO's own form, which a drafter has to have."""
     source = cached_gguf(checkpoint, pair.cache, "float16")
     folder = source.with_suffix("")
-    if not (folder / "openvino_model.bin").is_file():
-        folder.mkdir(exist_ok=True)
-        (folder / "model.gguf").unlink(missing_ok=True)
-        (folder / "model.gguf").symlink_to(source)
-        # It writes its form beside the file that it reads.
-        runtime.LLMPipeline(str(folder / "model.gguf"), "CPU", enable_save_ov_model=True)
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=pair.cache) as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            (made / "model.gguf").symlink_to(source)
+            # It writes its form beside the file that it reads.
+            runtime.LLMPipeline(str(made / "model.gguf"), "CPU", enable_save_ov_model=True)
+            made.rename(folder)
     return folder
 
 
