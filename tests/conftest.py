@@ -21,6 +21,22 @@ NUM_PORT_TRIES = 5
 STOP_TIMEOUT_SECONDS = 20.0
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep step profiles of tests, and of the processes they start, out of the user's cache.
+
+    The native kernels are those that set-up built.
+    """
+    built = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specinfer/kernels"
+    own = tmp_path_factory.mktemp("cache")
+    (own / "specinfer").mkdir()
+    if built.is_dir():
+        (own / "specinfer" / "kernels").symlink_to(built)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(own))
+        yield
+
+
 def free_port() -> int:
     """Return a loopback port that was free a moment ago."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -2,8 +2,8 @@
 
 It reads our GGUF, but no bfloat16 in it: weights are float16 here, computed with in the number
 format that was asked for. Each arm is a pipeline with weights of its own. OpenVINO keeps equal
-matrices once: of a grown target it reads the blocks of zeros once for all layers, about a third less
-than the others. This module knows nothing of the other engines.
+matrices once: of a grown target it reads the blocks of zeros once for all layers, about a third
+less than the others. This module knows nothing of the other engines.
 """
 
 from __future__ import annotations
