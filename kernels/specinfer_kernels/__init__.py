@@ -5,6 +5,13 @@ The package imports torch and nothing of ours; it knows no model, session or sch
 """
 
 from specinfer_kernels.backends import Backend, available_backends, backend_name
+from specinfer_kernels.decoder_layers import (
+    DecoderLayer,
+    DecoderStack,
+    LayerCaches,
+    RowNorm,
+    decoder_layers,
+)
 from specinfer_kernels.decoder_rows import (
     HeadNorms,
     RotaryPlaces,
@@ -15,6 +22,7 @@ from specinfer_kernels.decoder_rows import (
 )
 from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
 from specinfer_kernels.kv_cache import compact_kv, copy_blocks, write_kv
+from specinfer_kernels.law_sampling import Laws, sample_law
 from specinfer_kernels.packed_linear import (
     PackedLinear,
     pack_linear,
@@ -34,6 +42,7 @@ from specinfer_kernels.seeded_sampling import (
     sample_gumbel,
 )
 from specinfer_kernels.tree_attention import AttentionLayout, tree_attention
+from specinfer_kernels.tree_walk import walk_trees
 
 __all__ = [
     "ACCEPT",
@@ -44,17 +53,23 @@ __all__ = [
     "AttentionLayout",
     "Backend",
     "BackendUnavailableError",
+    "DecoderLayer",
+    "DecoderStack",
     "HeadNorms",
     "KernelInputError",
+    "Laws",
+    "LayerCaches",
     "PackedLinear",
     "Purpose",
     "RotaryPlaces",
+    "RowNorm",
     "add_rms_norm",
     "available_backends",
     "backend_name",
     "compact_kv",
     "copy_blocks",
     "counter_hash",
+    "decoder_layers",
     "gumbel_noise",
     "pack_linear",
     "padded_rows",
@@ -63,7 +78,9 @@ __all__ = [
     "rotate_and_write_kv",
     "round_to_int8",
     "sample_gumbel",
+    "sample_law",
     "silu_multiply",
     "tree_attention",
+    "walk_trees",
     "write_kv",
 ]
