@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from specinfer.errors import InvalidCheckpoint
-from specinfer_kernels import AttentionLayout, tree_attention, write_kv
+from specinfer_kernels import AttentionLayout, LayerCaches, tree_attention, write_kv
 
 IMPLEMENTATION = "specinfer"
 PASS_ARGUMENT = "paged_pass"
@@ -75,13 +75,12 @@ class PagedPass:
     Attributes:
         layout: rows, contexts, block tables and ancestor sets.
         slot_mapping: int64 [num_rows], place in the pool of each row's key and value.
-        caches: key and value cache of each layer, views of the pool
-            [num_blocks, block_size, num_kv_heads, head_dim].
+        caches: key and value cache of each layer, views of the pool.
     """
 
     layout: AttentionLayout
     slot_mapping: Tensor
-    caches: tuple[tuple[Tensor, Tensor], ...]
+    caches: LayerCaches
 
 
 def paged_attention(
@@ -138,16 +137,8 @@ def attend(
     query: [num_rows, num_heads, head_dim]; key, value: [num_rows, num_kv_heads, head_dim], last
     dimension contiguous. Returns [num_rows, num_heads, head_dim].
     """
-    key_cache, value_cache = paged_pass.caches[call.layer_index]
+    key_cache, value_cache = paged_pass.caches.pairs[call.layer_index]
     write_kv(key, value, key_cache, value_cache, paged_pass.slot_mapping)
-    return attend_written(query, call, scale, paged_pass)
-
-
-def attend_written(
-    query: Tensor, call: AttentionCall, scale: float, paged_pass: PagedPass
-) -> Tensor:
-    """Attend from every row of one layer whose keys and values are in the pool; as `attend`."""
-    key_cache, value_cache = paged_pass.caches[call.layer_index]
     return tree_attention(
         query,
         key_cache,
@@ -206,6 +197,6 @@ def _refuse_unknown(
 AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 
-def layer_caches(pool: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+def layer_caches(pool: Tensor) -> LayerCaches:
     """Key and value views of each layer of a pool [num_layers, 2, num_blocks, ...]."""
-    return tuple((layer[0], layer[1]) for layer in torch.unbind(pool))
+    return LayerCaches(tuple((layer[0], layer[1]) for layer in torch.unbind(pool)))

@@ -1,4 +1,4 @@
-"""The Llama family written out: a dozen calls a layer where `transformers`' modules make fifty.
+"""The Llama family written out: one call for all layers where `transformers` makes fifty a layer.
 
 For Llama, Mistral, Qwen 2 and Qwen 3 a pass of a small model or of a few rows costs more in
 bookkeeping than in arithmetic. Here query, key and value are one product, gate and up another, and
@@ -9,7 +9,6 @@ model's, and every other family runs through `transformers`. Row-invariant as th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,53 +23,22 @@ from transformers import (
 )
 
 from specinfer.errors import InvalidCheckpoint
-from specinfer_engine.attention import AttentionCall, PagedPass, attend_written
+from specinfer_engine.attention import AttentionCall, PagedPass
 from specinfer_engine.batch import ForwardBatch
 from specinfer_engine.rowwise import RotaryTable
 from specinfer_kernels import (
+    DecoderLayer,
+    DecoderStack,
     HeadNorms,
     PackedLinear,
     RotaryPlaces,
-    add_rms_norm,
+    RowNorm,
+    decoder_layers,
     pack_linear,
-    padded_rows,
     rms_norm,
-    rotate_and_write_kv,
-    silu_multiply,
 )
 
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Root mean square normalisation of rows: weight [width], epsilon added to the mean square."""
-
-    weight: Tensor
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer.
-
-    Attributes:
-        attention_norm, mlp_norm: before each half.
-        head_norms: over each query and key (Qwen 3), or None.
-        query_key_value, output, gate_up, down: the four products.
-        call: shape and window of its attention.
-        scale: factor on the scores.
-    """
-
-    attention_norm: Norm
-    head_norms: HeadNorms | None
-    query_key_value: PackedLinear
-    output: PackedLinear
-    mlp_norm: Norm
-    gate_up: PackedLinear
-    down: PackedLinear
-    call: AttentionCall
-    scale: float
 
 
 class FusedDecoder:
@@ -79,13 +47,13 @@ class FusedDecoder:
     def __init__(
         self,
         embedding: Tensor,
-        layers: Sequence[Layer],
-        norm: Norm,
+        stack: DecoderStack,
+        norm: RowNorm,
         head: PackedLinear,
         rotary: RotaryTable,
     ) -> None:
         self._embedding = embedding
-        self._layers = tuple(layers)
+        self._stack = stack
         self._norm = norm
         self._head = head
         self._rotary = rotary
@@ -95,36 +63,10 @@ class FusedDecoder:
         places = RotaryPlaces(
             batch.position_ids[0], paged_pass.slot_mapping, *self._rotary.tables(self._embedding)
         )
-        # Where products want more rows, they are added once here; no row looks at the others.
-        padding = padded_rows(batch.num_rows) - batch.num_rows
-        token_ids = functional.pad(batch.input_ids[0], (0, padding))
-        hidden = functional.embedding(token_ids, self._embedding)
-        first = self._layers[0].attention_norm
-        normed = rms_norm(hidden, first.weight, first.epsilon)
-        following = (*(layer.attention_norm for layer in self._layers[1:]), None)
-        for layer, norm in zip(self._layers, following, strict=True):
-            mixed = _attention(layer, normed, places, paged_pass)
-            update = layer.output.forward(mixed)
-            normed = add_rms_norm(hidden, update, layer.mlp_norm.weight, layer.mlp_norm.epsilon)
-            update = layer.down.forward(silu_multiply(layer.gate_up.forward(normed)))
-            if norm is not None:
-                normed = add_rms_norm(hidden, update, norm.weight, norm.epsilon)
-        wanted, update = (rows.index_select(0, batch.logit_index) for rows in (hidden, update))
-        return self._head.forward(
-            add_rms_norm(wanted, update, self._norm.weight, self._norm.epsilon)
-        )
-
-
-def _attention(layer: Layer, normed: Tensor, places: RotaryPlaces, paged_pass: PagedPass) -> Tensor:
-    """Attention before its output product, [num_rows, num_heads * head_dim]; padding rows are 0."""
-    call = layer.call
-    count = places.positions.shape[0]
-    key_cache, value_cache = paged_pass.caches[call.layer_index]
-    mixed = layer.query_key_value.forward(normed)[:count]
-    query = rotate_and_write_kv(mixed, places, key_cache, value_cache, layer.head_norms)
-    output = attend_written(query, call, layer.scale, paged_pass).view(count, -1)
-    padding = normed.shape[0] - count
-    return functional.pad(output, (0, 0, 0, padding)) if padding else output
+        hidden = functional.embedding(batch.input_ids[0], self._embedding)
+        hidden = decoder_layers(hidden, self._stack, places, paged_pass.layout, paged_pass.caches)
+        wanted = hidden.index_select(0, batch.logit_index)
+        return self._head.forward(rms_norm(wanted, self._norm.weight, self._norm.epsilon))
 
 
 def fuse(
@@ -150,7 +92,9 @@ def fuse(
             # Frees what was packed before the next layer is.
             source.model.layers[index] = nn.Identity()
     rotary = RotaryTable(source.model.rotary_emb, max_model_len)
-    return FusedDecoder(embedding, layers, _norm(source.model.norm), head, rotary)
+    heads = (calls[0].num_heads, calls[0].num_kv_heads, calls[0].head_dim)
+    stack = DecoderStack(tuple(layers), *heads)
+    return FusedDecoder(embedding, stack, _norm(source.model.norm), head, rotary)
 
 
 def _is_plain(source: Any) -> bool:
@@ -160,9 +104,9 @@ def _is_plain(source: Any) -> bool:
     return bool(config.hidden_act == "silu" and full_rotation)
 
 
-def _layer(source: Any, call: AttentionCall, int8: bool) -> Layer:
+def _layer(source: Any, call: AttentionCall, int8: bool) -> DecoderLayer:
     attention, mlp = source.self_attn, source.mlp
-    return Layer(
+    return DecoderLayer(
         attention_norm=_norm(source.input_layernorm),
         head_norms=_head_norms(attention),
         query_key_value=_joined(attention.q_proj, attention.k_proj, attention.v_proj, int8=int8),
@@ -170,13 +114,14 @@ def _layer(source: Any, call: AttentionCall, int8: bool) -> Layer:
         mlp_norm=_norm(source.post_attention_layernorm),
         gate_up=_joined(mlp.gate_proj, mlp.up_proj, int8=int8),
         down=_joined(mlp.down_proj, int8=int8),
-        call=call,
         scale=float(attention.scaling),
+        sliding_window=call.sliding_window,
+        softcap=call.softcap,
     )
 
 
-def _norm(source: Any) -> Norm:
-    return Norm(source.weight.detach(), float(source.variance_epsilon))
+def _norm(source: Any) -> RowNorm:
+    return RowNorm(source.weight.detach(), float(source.variance_epsilon))
 
 
 def _head_norms(attention: Any) -> HeadNorms | None:

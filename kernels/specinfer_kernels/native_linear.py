@@ -44,7 +44,8 @@ class NativeWeight:
         tensors: panels, scale and bias, which `arguments` points into.
         dtype: of rows and outputs.
         in_features, out_features: as before packing.
-        arguments: reference to the C struct, made once.
+        struct: the C struct, which a decoder's layers point to.
+        arguments: reference to it, made once.
         entry: the library's function.
     """
 
@@ -52,6 +53,7 @@ class NativeWeight:
     dtype: torch.dtype
     in_features: int
     out_features: int
+    struct: LinearWeight
     arguments: Any
     entry: Any
 
@@ -93,6 +95,7 @@ def pack_native(
         dtype,
         in_features,
         out_features,
+        struct,
         ctypes.byref(struct),
         library.specinfer_linear,
     )

@@ -1,16 +1,12 @@
 // The C interface of the native kernels: plain pointers and integers, no framework.
 
-#include "attention.h"
-#include "linear.h"
-#include "rows.h"
+#include "decoder.h"
+#include "ops.h"
 #include "sampling.h"
 
 using namespace specinfer;
 
 namespace {
-
-// Multiply-adds below which starting threads costs more than it saves.
-constexpr int64_t kSerialWork = 1 << 18;
 
 template <class T>
 void sample_rows(const T* logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
@@ -22,18 +18,12 @@ void sample_rows(const T* logits, int64_t stride, int64_t num_rows, int64_t voca
                              greedy[row] != 0);
 }
 
-int threads_for(int64_t work, int64_t units, int64_t num_threads) {
-    return work < kSerialWork || units < 2 ? 1 : int(num_threads);
-}
-
-template <class Run> int with_dtype(int64_t dtype, const Run& run) {
-    if (dtype == 0)
-        run(Rows<float>{});
-    else if (dtype == 1)
-        run(Rows<BFloat16>{});
-    else
-        return kBadDtype;
-    return kFine;
+template <class Run> int without_exceptions(const Run& run) {
+    try {
+        return run();
+    } catch (const std::bad_alloc&) {
+        return kNoMemory;
+    }
 }
 
 }  // namespace
@@ -41,20 +31,13 @@ template <class Run> int with_dtype(int64_t dtype, const Run& run) {
 extern "C" {
 
 int specinfer_tree_attention(const AttentionArguments* a) {
+    return without_exceptions([&] { return attend_to_trees(*a); });
+}
+
+// All layers of a decoder, in place in a->hidden.
+int specinfer_decoder_layers(const DecoderArguments* a) {
     if (a->num_rows == 0) return kFine;
-    int64_t keys = 0;
-    const Status status = check_layout(*a, &keys);
-    if (status != kFine) return status;
-    const int64_t work = keys * a->num_heads * a->head_dim;
-    const int threads = work < kSerialWork ? 1 : int(a->num_threads);
-    try {
-        if (a->dtype == 0) return attend<float>(*a, threads);
-        if (a->dtype == 1) return attend<BFloat16>(*a, threads);
-        if (a->dtype == 2) return attend<double>(*a, threads);
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
-    return kBadDtype;
+    return without_exceptions([&] { return DecoderPass(*a).run(); });
 }
 
 // Copies row i of key and value to slot slots[i]; sizes and strides in bytes.
@@ -84,16 +67,12 @@ int specinfer_rms_norm(void* hidden, const void* update, const void* weight, voi
                        int64_t num_threads) {
     const NormArguments a{hidden, update,        weight,        output, num_rows,
                           width,  hidden_stride, update_stride, epsilon};
-    const int threads = threads_for(num_rows * width * 2, num_rows, num_threads);
-    return with_dtype(dtype, [&](auto rows) { rows.norm_rows(a, threads); });
+    return norm_rows(a, dtype, num_threads);
 }
 
 int specinfer_silu_multiply(const void* gate_up, int64_t stride, int64_t num_rows, int64_t width,
                             void* output, int64_t dtype, int64_t num_threads) {
-    const int threads = threads_for(num_rows * width * 8, num_rows, num_threads);
-    return with_dtype(dtype, [&](auto rows) {
-        rows.gate_rows(gate_up, stride, num_rows, width, output, threads);
-    });
+    return gate_rows({gate_up, output, num_rows, width, stride}, dtype, num_threads);
 }
 
 int specinfer_rotate_and_write_kv(const void* mixed, const void* cosines, const void* sines,
@@ -103,17 +82,11 @@ int specinfer_rotate_and_write_kv(const void* mixed, const void* cosines, const 
                                   int64_t mixed_stride, int64_t num_heads, int64_t num_kv_heads,
                                   int64_t head_dim, int64_t num_positions, int64_t num_slots,
                                   double epsilon, int64_t dtype, int64_t num_threads) {
-    const RotaryArguments a{mixed,      cosines,      sines,     positions,    slots,
-                            query_weight, key_weight, query,     key_cache,    value_cache,
-                            num_rows,   mixed_stride, num_heads, num_kv_heads, head_dim, epsilon};
-    if (head_dim > kMostHeadDim) return kBadHead;
-    for (int64_t row = 0; row < num_rows; ++row) {
-        if (slots[row] < 0 || slots[row] >= num_slots) return kBadSlot;
-        if (positions[row] < 0 || positions[row] >= num_positions) return kBadPosition;
-    }
-    const int64_t work = num_rows * (num_heads + num_kv_heads) * head_dim * 4;
-    const int threads = threads_for(work, num_rows, num_threads);
-    return with_dtype(dtype, [&](auto rows) { rows.turn_rows(a, threads); });
+    const RotaryArguments a{mixed,         cosines,      sines,     positions, slots,
+                            query_weight,  key_weight,   query,     key_cache, value_cache,
+                            num_rows,      mixed_stride, num_heads, num_kv_heads, head_dim,
+                            num_positions, num_slots,    epsilon};
+    return turn_rows(a, dtype, num_threads);
 }
 
 void specinfer_gumbel_noise(const int64_t* seeds, const int64_t* positions, int64_t num_rows,
@@ -145,12 +118,9 @@ int specinfer_linear_serves(int64_t kind) { return linear_serves(kind); }
 int specinfer_linear(const LinearWeight* weight, const void* input, int64_t row_stride,
                      int64_t num_rows, void* output, int64_t num_threads) {
     if (num_rows == 0) return kFine;
-    try {
-        const LinearRows rows{input, output, num_rows, row_stride};
-        return linear(*weight, rows, num_threads) ? kFine : kBadDtype;
-    } catch (const std::bad_alloc&) {
-        return kNoMemory;
-    }
+    const LinearRows rows{input, output, num_rows, row_stride};
+    return without_exceptions(
+        [&] { return linear(*weight, rows, num_threads) ? kFine : kBadDtype; });
 }
 
 // Lets the system back memory that is about to be written by large pages; a hint, never a failure.

@@ -1,6 +1,7 @@
 // What a decoder layer does to its rows between the products: norms, gates, rotary positions.
 // See decoder_rows.py for the meaning. Every value is rounded to the stored format where the stock
-// modules round it, so float64, which they narrow, is left to them. A row is done by one thread in one order, whatever the other rows are.
+// modules round it, so float64, which they narrow, is left to them. A row is done by one thread in
+// one order, whatever the other rows are.
 #pragma once
 
 #include "vectors.h"
@@ -12,7 +13,7 @@ constexpr int64_t kMostHeadDim = 1024;
 struct NormArguments {
     void* hidden;        // [num_rows, width]
     const void* update;  // added to hidden first, or null
-    const void* weight;
+    const void* weight;  // null: nothing but the addition
     void* output;
     int64_t num_rows, width, hidden_stride, update_stride;
     double epsilon;
@@ -29,8 +30,14 @@ struct RotaryArguments {
     void* query;
     void* key_cache;
     void* value_cache;
-    int64_t num_rows, mixed_stride, num_heads, num_kv_heads, head_dim;
+    int64_t num_rows, mixed_stride, num_heads, num_kv_heads, head_dim, num_positions, num_slots;
     double epsilon;
+};
+
+struct GateArguments {
+    const void* gate_up;  // [num_rows, 2 * width]
+    void* output;         // [num_rows, width]
+    int64_t num_rows, width, stride;
 };
 
 template <class Stored> struct Rows {
@@ -87,6 +94,7 @@ template <class Stored> struct Rows {
         for (int64_t row = 0; row < a.num_rows; ++row) {
             Stored* hidden = (Stored*)a.hidden + row * a.hidden_stride;
             if (a.update) add(hidden, (const Stored*)a.update + row * a.update_stride, a.width);
+            if (!a.weight) continue;
             norm(hidden, (const Stored*)a.weight, a.width, a.epsilon,
                  (Stored*)a.output + row * a.width);
         }
@@ -104,12 +112,11 @@ template <class Stored> struct Rows {
         }
     }
 
-    static void gate_rows(const void* gate_up, int64_t stride, int64_t num_rows, int64_t width,
-                          void* output, int threads) {
+    static void gate_rows(const GateArguments& a, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int64_t row = 0; row < num_rows; ++row) {
-            const Stored* from = (const Stored*)gate_up + row * stride;
-            gate(from, from + width, width, (Stored*)output + row * width);
+        for (int64_t row = 0; row < a.num_rows; ++row) {
+            const Stored* from = (const Stored*)a.gate_up + row * a.stride;
+            gate(from, from + a.width, a.width, (Stored*)a.output + row * a.width);
         }
     }
 
