@@ -2,14 +2,16 @@
 
 On a CPU a float32 or bfloat16 weight is packed once: for the C++ product where the processor has
 what it needs, which gives a row the same bits for every number of rows; else for oneDNN, which
-does so from two rows on and gets its rows padded to one of a few numbers. Everything else runs
-`F.linear`, on a CPU in row blocks of one fixed size with both feature counts padded with zeros to
-whole vectors: the library's edge code for odd sizes sums in another order at some row offsets.
+does so from two rows on and gets its rows padded to one of a few numbers. On a GPU Triton
+multiplies, in tiles that no number of rows changes. Everything else runs `F.linear` in row blocks
+of one fixed size with both feature counts padded with zeros to whole vectors: a library takes
+another kernel for another number of rows, and for odd sizes sums in another order at some offsets.
 A weight may be rounded to int8 with one scale for each output (weight-only quantisation): half the
 memory to read, and sums as exact as before. Knows no model: a layer is a weight and a bias.
 """
 
-from typing import Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +25,19 @@ from specinfer_kernels.native_linear import (
     native_linear_serves,
     pack_native,
 )
+from specinfer_kernels.triton.runtime import DTYPES as TRITON_DTYPES
+from specinfer_kernels.triton.runtime import triton_failure
 
-Layout = Literal["native", "onednn", "plain"]
+if TYPE_CHECKING:
+    from specinfer_kernels.triton.linear import TritonWeight
+
+Layout = Literal["native", "onednn", "triton", "plain"]
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # Numbers of rows grow in these steps up to these numbers, see `padded_rows`.
 _ROW_STEPS = ((16, 4), (64, 8), (256, 32))
 _LAST_ROW_STEP = 128
-_BLOCK_ROWS = 16
+_BLOCK_ROWS = {"cpu": 16, "cuda": 64}
 # The number of rows oneDNN lays the weight out for: a small tree. It was at or near the best of
 # 1, 4, 8, 16, 64, 256 and none for every number of rows measured, and it changes no promise.
 _ROWS_HINT = 8
@@ -41,7 +48,8 @@ class PackedLinear(nn.Module):
     """y = x W^T + b, or y = (x W^T) scale + b. Made by `pack_linear`; inference only.
 
     in_features, out_features: int. dtype: of input and output. layout: how the weight is kept.
-    int8: whether W is whole numbers up to 127, in memory as int8 where the layout is native.
+    int8: whether W is whole numbers up to 127, in memory as int8 where the layout is native or
+    triton.
     row_invariant: whether a row's bits are promised not to depend on the other rows.
     """
 
@@ -52,12 +60,16 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self.layout = layout
-        self.row_invariant = weight.device.type == "cpu"
+        self.row_invariant = weight.device.type in _BLOCK_ROWS
         self.int8 = scale is not None
         self._native: NativeWeight | None = None
+        self._triton: TritonWeight | None = None
+        stored = weight.to(torch.int8) if self.int8 and layout in ("native", "triton") else weight
         if layout == "native":
-            stored = weight.to(torch.int8) if self.int8 else weight
             self._native = pack_native(stored, bias, self.dtype, scale)
+            return
+        if layout == "triton":
+            self._triton = _triton().pack_triton(stored, bias, self.dtype, scale)
             return
         self._scale, self._outer_bias = scale, None
         if scale is not None and bias is not None:
@@ -80,6 +92,9 @@ class PackedLinear(nn.Module):
                 f"got {x.dtype} {list(x.shape)}"
             )
         rows = x.reshape(-1, self.in_features)
+        if self._triton is not None:
+            product: Tensor = _triton().multiply_triton(self._triton, rows)
+            return product.view(*x.shape[:-1], self.out_features)
         if rows.shape[0] == 0:
             result = rows.new_empty(0, self.out_features)
         elif self.layout == "onednn":
@@ -103,6 +118,8 @@ class PackedLinear(nn.Module):
         """Bytes of the weight, its scale and its bias in memory."""
         if self._native is not None:
             tensors = self._native.tensors
+        elif self._triton is not None:
+            tensors = self._triton.tensors
         else:
             tensors = (self._weight, self._bias, self._scale, self._outer_bias)
         return sum(item.numel() * item.element_size() for item in tensors if item is not None)
@@ -138,10 +155,11 @@ class PackedLinear(nn.Module):
     def _blocked(self, rows: Tensor) -> Tensor:
         count = rows.shape[0]
         columns = self._weight.shape[1] - self.in_features
-        padded = functional.pad(rows, (0, columns, 0, -count % _BLOCK_ROWS)).contiguous()
+        block_rows = _BLOCK_ROWS[rows.device.type]
+        padded = functional.pad(rows, (0, columns, 0, -count % block_rows)).contiguous()
         blocks = [
             functional.linear(block, self._weight, self._bias)
-            for block in torch.split(padded, _BLOCK_ROWS)
+            for block in torch.split(padded, block_rows)
         ]
         return torch.cat(blocks)[:count, : self.out_features].contiguous()
 
@@ -174,10 +192,11 @@ def pack_linear(
 ) -> PackedLinear:
     """The row-invariant form of a linear layer; keep it instead of the weight.
 
-    weight: [out_features, in_features]; bias: [out_features] of the same dtype, or None. A packed
-    layer holds a copy in its layout, the fastest by default, and no reference to `weight`. int8:
-    round the weight to int8 by `quantize_rows`. Raises KernelInputError on a wrong shape or dtype,
-    BackendUnavailableError when a layout that is asked for does not serve this weight here.
+    weight: [out_features, in_features]; bias: [out_features] of the same dtype, or None. A native
+    or onednn layer holds a copy and no reference to `weight`, any other reads it where it lies.
+    layout: the fastest by default. int8: round the weight to int8 by `quantize_rows`. Raises
+    KernelInputError on a wrong shape or dtype, BackendUnavailableError when a layout that is asked
+    for does not serve this weight here.
     """
     if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise KernelInputError(
@@ -188,7 +207,7 @@ def pack_linear(
             f"bias must be {weight.dtype} [{weight.shape[0]}], got {bias.dtype} {list(bias.shape)}"
         )
     served = layouts(weight, int8=int8)
-    if layout is not None and layout not in served:
+    if layout is not None and layout not in served and not _interprets(layout, weight):
         raise BackendUnavailableError(
             f"the layout {layout} does not serve {weight.dtype} on {weight.device} here"
         )
@@ -227,7 +246,25 @@ def layouts(weight: Tensor, int8: bool = False) -> tuple[Layout, ...]:
             found.append("native")
         if _onednn_serves(weight.dtype):
             found.append("onednn")
+    if weight.device.type == "cuda" and _triton_serves(weight):
+        found.append("triton")
     return (*found, "plain")
+
+
+def _triton_serves(weight: Tensor) -> bool:
+    return weight.dtype in TRITON_DTYPES and triton_failure(weight.device) is None
+
+
+def _interprets(layout: Layout, weight: Tensor) -> bool:
+    """Whether Triton's interpreter is asked for by name, the only way that a CPU runs it."""
+    return layout == "triton" and weight.device.type == "cpu" and _triton_serves(weight)
+
+
+def _triton() -> ModuleType:
+    """The launcher; Triton is imported when it is first needed, which takes a second."""
+    from specinfer_kernels.triton import linear
+
+    return linear
 
 
 def _reorder(weight: Tensor) -> Tensor:
