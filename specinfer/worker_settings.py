@@ -16,6 +16,7 @@ from specinfer.settings import required_setting, setting
 from specinfer.telemetry import TraceSettings
 
 KEEP, RENEW, OFF = "keep", "renew", "off"
+AUTO = "auto"
 _AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
 
 
@@ -44,6 +45,9 @@ class WorkerSettings:
     threads: int = setting(0, "threads of a pass on a CPU; 0 leaves it to torch")
     profile: str = setting(
         KEEP, "measured cost of passes: keep it in the cache folder, renew it, or off: no file"
+    )
+    cuda_graphs: str = setting(
+        AUTO, "record passes once and replay them: auto (on a CUDA device) or off"
     )
     worker_id: str = setting("", "unique name of this worker; made up if empty")
     redis: str = setting("", "URL of the Redis that routers find us by; empty: they are told")
@@ -82,6 +86,8 @@ class WorkerSettings:
             raise InvalidRequest("threads is at least 0", field="threads")
         if self.profile not in (KEEP, RENEW, OFF):
             raise InvalidRequest("--profile is keep, renew or off", field="profile")
+        if self.cuda_graphs not in (AUTO, OFF):
+            raise InvalidRequest("--cuda-graphs is auto or off", field="cuda_graphs")
         check_group(self.group)
 
     @property

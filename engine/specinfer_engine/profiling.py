@@ -14,7 +14,12 @@ from specinfer.worker_settings import OFF, RENEW
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.profile_cache import profile_key, read_profile, user_folder, write_profile
 from specinfer_engine.runner import Runner
-from specinfer_engine.step_profile import ProfileGrid, measure_step_costs, still_true
+from specinfer_engine.step_profile import (
+    ProfileGrid,
+    measure_step_costs,
+    still_true,
+    warm_up,
+)
 
 # What is measured sooner than this is not worth a file.
 WORTH_KEEPING_SECONDS = 0.5
@@ -37,6 +42,8 @@ def profile_steps(
     loaded = runner.loaded
     slots = min(runner.num_blocks * runner.block_size, loaded.max_model_len)
     grid = grid.within(slots)
+    if runner.records_passes:
+        warm_up(runner, grid)
     folder = None if how == OFF else folder or user_folder()
     if folder is None:
         return measure_step_costs(runner, grid)

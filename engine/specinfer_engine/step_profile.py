@@ -77,6 +77,13 @@ def measure_step_costs(runner: ProfiledRunner, grid: ProfileGrid) -> tuple[StepC
     return tuple(costs)
 
 
+def warm_up(runner: ProfiledRunner, grid: ProfileGrid) -> None:
+    """Run every point of a grid that fits once, where a first pass costs what no other does."""
+    for context in grid.context_lens:
+        for count in grid.row_counts:
+            _time_pass(runner, count, context)
+
+
 def still_true(runner: ProfiledRunner, costs: Sequence[StepCost]) -> bool:
     """Whether a fresh look at the first and the last point of the first context agrees."""
     shortest = [cost for cost in costs if cost.context_len == costs[0].context_len]

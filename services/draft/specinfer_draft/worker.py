@@ -15,12 +15,14 @@ from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import WorkerInfo
+from specinfer.worker_settings import AUTO
 from specinfer_draft.drafters.limits import DrafterLimits
 from specinfer_draft.drafters.model import ModelDrafter
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.grow import Thrift
 from specinfer_draft.settings import Settings
 from specinfer_engine.blocks import BlockManager
+from specinfer_engine.graphs import capture_for
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.profiling import profile_steps
@@ -80,7 +82,12 @@ def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
     )
     num_blocks = settings.num_blocks(bytes_per_token)
     try:
-        return Runner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
+        return Runner(
+            loaded,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            capture=capture_for(settings.cuda_graphs == AUTO, loaded.device),
+        )
     except (RuntimeError, MemoryError) as error:
         size = num_blocks * settings.block_size * bytes_per_token >> 20
         raise InvalidRequest(

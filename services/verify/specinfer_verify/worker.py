@@ -16,7 +16,9 @@ from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
 from specinfer.prefixes import PrefixChanges
 from specinfer.step_curve import StepCurve
+from specinfer.worker_settings import AUTO
 from specinfer_engine.blocks import BlockManager
+from specinfer_engine.graphs import capture_for
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.profiling import profile_steps
@@ -108,7 +110,12 @@ def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
     )
     num_blocks = settings.num_blocks(bytes_per_token)
     try:
-        return Runner(loaded, num_blocks=num_blocks, block_size=settings.block_size)
+        return Runner(
+            loaded,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            capture=capture_for(settings.cuda_graphs == AUTO, loaded.device),
+        )
     except (RuntimeError, MemoryError) as error:
         size = num_blocks * settings.block_size * bytes_per_token >> 20
         raise InvalidRequest(
