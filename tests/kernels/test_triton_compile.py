@@ -1,22 +1,90 @@
 """The Triton kernels compiled for an H100 and H200 (sm_90), which needs no GPU."""
 
+import ast
+import inspect
+import struct
+from typing import Any
+
 import pytest
 
+from specinfer_kernels import reference
 from tests.kit.triton_compile import SHARED_BYTES, compile_apart
 
 pytest.importorskip("triton")
 
 
-def test_attention_uses_tensor_cores_and_both_kernels_the_same() -> None:
+@pytest.fixture(scope="module")
+def builds() -> dict[str, Any]:
+    return compile_apart("tests.kernels.triton_builds:all_builds")
+
+
+def test_all_compile_for_the_gpu_and_fit_it(builds: dict[str, Any]) -> None:
+    for family in builds.values():
+        for name, build in family.items():
+            assert build["target"].startswith("sm_90"), name
+            assert build["shared_bytes"] <= SHARED_BYTES, name
+
+
+def test_attention_uses_tensor_cores_and_both_kernels_the_same(builds: dict[str, Any]) -> None:
     """A row begun by one kernel and ended by the other keeps its bits only if they compute alike:
     the same tensor-core instruction, and no fused multiply-add that one of them could lack."""
-    builds = compile_apart("tests.kernels.triton_builds:attention_builds")
-    assert len(builds) == 4
-    for name, build in builds.items():
-        assert build["target"].startswith("sm_90")
+    attention = builds["attention"]
+    assert len(attention) == 4
+    for name, build in attention.items():
+        other = attention[name.replace("finish", "shared")]
         assert build["products"], name
         assert all("mma" in product and "f32" in product for product in build["products"])
-        assert build["products"] == builds[name.replace("finish", "shared")]["products"]
-        assert build["fused"] == 0, name
-        assert build["shared_bytes"] <= SHARED_BYTES
-        assert build["warps"] == builds[name.replace("finish", "shared")]["warps"]
+        assert build["products"] == other["products"]
+        assert build["fused"] == build["unrounded"] == 0, name
+        assert build["warps"] == other["warps"]
+
+
+def test_few_and_many_rows_are_multiplied_by_one_instruction(builds: dict[str, Any]) -> None:
+    """What makes a row's bits its own. The control: tiles of 32 rows take another instruction."""
+    linear = builds["linear"]
+    instruction = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
+    for name in ("bfloat16 few", "bfloat16 many", "int8 few", "int8 many"):
+        assert linear[name]["products"] == [instruction], name
+        # One block of inputs is four of them for each 64 outputs of a group of four warps.
+        groups = {"few": 1, "many": 2}[name.split()[1]]
+        assert linear[name]["num_products"] == 4 * groups, name
+        assert linear[name]["fused"] == linear[name]["unrounded"] == 0, name
+    assert linear["bfloat16 narrow"]["products"] not in ([], [instruction])
+
+
+def test_float32_is_multiplied_in_full_precision(builds: dict[str, Any]) -> None:
+    few, many = (builds["linear"][f"float32 {count}"] for count in ("few", "many"))
+    assert few["products"] == many["products"] == []  # no tensor core, so no TF32
+    assert few["fused"] == many["fused"] > 0
+
+
+def test_noise_is_made_step_by_step(builds: dict[str, Any]) -> None:
+    """Each product and sum rounded by itself, constants in full. The control: fusion is seen."""
+    draws = builds["draws"]
+    assert draws["noise"]["fused"] == draws["noise"]["unrounded"] == 0
+    assert draws["noise with fused steps"]["fused"] + draws["noise with fused steps"]["unrounded"]
+    constants = double_constants()
+    assert len(constants) > 8
+    for name in ("noise", "sample"):
+        assert constants <= set(draws[name]["doubles"]), name
+        assert {kind for kind in draws[name]["divisions"] if ".rn." not in kind} == set(), name
+    assert draws["sample"]["unrounded"] == 0
+    assert draws["walk"]["fused"] == 0
+
+
+def double_constants() -> set[str]:
+    """As PTX writes them, the constants of the noise's logarithm that float32 would round."""
+    tree = ast.parse(inspect.getsource(reference.exact_log))
+    nodes = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    values = [value for value in nodes if isinstance(value, float)]
+    values = [value for value in values if struct.unpack("f", struct.pack("f", value))[0] != value]
+    return {"0d" + struct.pack(">d", value).hex().upper() for value in values}
+
+
+def test_rows_are_rounded_where_the_reference_rounds(builds: dict[str, Any]) -> None:
+    for name, build in builds["rows"].items():
+        assert build["fused"] == build["unrounded"] == 0, name
+
+
+def test_moves_read_all_before_they_write(builds: dict[str, Any]) -> None:
+    assert builds["rows"]["move"]["reads_first"]

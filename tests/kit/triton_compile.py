@@ -18,9 +18,12 @@ POINTERS = {
     "bfloat16": "*bf16",
     "float16": "*fp16",
     "float32": "*fp32",
+    "float64": "*fp64",
     "float8_e4m3fn": "*fp8e4nv",
+    "int8": "*i8",
     "int32": "*i32",
     "int64": "*i64",
+    "uint8": "*u8",
 }
 # Shared memory that one block of an H100 or H200 may use.
 SHARED_BYTES = 227 << 10

@@ -126,11 +126,13 @@ def multiply_triton(packed: TritonWeight, rows: Tensor) -> Tensor:
     row_tiles = -(-num_rows // shape.block_rows)
     grid = (row_tiles, -(-out_features // shape.block_outputs), 1)
     if shape.serial:
-        device.linear_kernel[grid](layer, rows, output, output, num_rows, shape, **_options(shape))
+        device.linear_kernel[grid](
+            layer, rows, output, output, num_rows, shape, **launch_options(shape)
+        )
         return output
     sums = rows.new_empty(shape.num_splits, num_rows, out_features, dtype=torch.float32)
     grid = (*grid[:2], shape.num_splits)
-    device.linear_kernel[grid](layer, rows, sums, output, num_rows, shape, **_options(shape))
+    device.linear_kernel[grid](layer, rows, sums, output, num_rows, shape, **launch_options(shape))
     fold = device.fold_kernel[(num_rows, -(-out_features // FOLD_BLOCK))]
     fold(layer, sums, output, num_rows, shape, BLOCK=FOLD_BLOCK, enable_fp_fusion=False)
     return output
@@ -155,7 +157,7 @@ def compiled_shape(packed: TritonWeight, num_rows: int) -> device.Shape:
     )
 
 
-def _options(shape: device.Shape) -> dict[str, Any]:
+def launch_options(shape: device.Shape) -> dict[str, Any]:
     """Four warps take 64 outputs together with one instruction, eight take 64 twice."""
     wide = shape.block_outputs > 64
     return {
