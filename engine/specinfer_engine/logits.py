@@ -1,21 +1,23 @@
 """The one pipeline from raw logits to the law that a token is drawn from, and logprobs.
 
-Order (algorithms.md 1.5): penalties, bias, temperature, top-k, top-p, min-p. Every function takes
-one row, float32 or float64 [vocab_size], so what a row becomes cannot depend on other rows; none
-changes its input. This module knows nothing of trees, sessions or noise: the caller says which
-tokens stand before the row.
+Order (algorithms.md 1.5): penalties, bias, temperature, top-k, top-p, min-p. What follows the bias
+is the kernels' `law_of`, by which a device draws too. Every function takes one row, float32 or
+float64 [vocab_size], so what a row becomes cannot depend on other rows; none changes its input.
+This module knows nothing of trees, sessions or noise: the caller says which tokens stand before the
+row.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from specinfer.errors import InternalError
 from specinfer.messages import TokenLogprob
 from specinfer.sampling import SamplingParams
+from specinfer_kernels.reference_law import law_of
 
 
 def process_logits(
@@ -34,6 +36,9 @@ def process_logits(
 
     Returns:
         A row of the same shape and dtype; -inf for tokens that cannot be drawn.
+
+    Raises:
+        InternalError: when a cut would hide a NaN of the row.
     """
     if params.penalised:
         row = penalise(row, params, prompt_ids, output_ids)
@@ -41,15 +46,9 @@ def process_logits(
         row = add_bias(row, params.logit_bias)
     if params.greedy:
         return row
-    if params.temperature != 1.0:
-        row = row / params.temperature
-    if 0 < params.top_k < row.shape[0]:
-        row = keep_top_k(row, params.top_k)
-    if params.top_p < 1.0:
-        row = keep_top_p(row, params.top_p)
-    if params.min_p > 0.0:
-        row = keep_min_p(row, params.min_p)
-    return row
+    if (params.top_k > 0 or params.top_p < 1.0) and bool(torch.isnan(row).any()):
+        raise InternalError("the model made a NaN")
+    return law_of(row, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def penalise(
@@ -80,36 +79,6 @@ def add_bias(row: Tensor, logit_bias: Mapping[int, float]) -> Tensor:
     token_ids = torch.tensor(list(logit_bias), dtype=torch.int64, device=row.device)
     biases = torch.tensor(list(logit_bias.values()), dtype=row.dtype, device=row.device)
     return row.index_add(0, token_ids, biases)
-
-
-def keep_top_k(row: Tensor, top_k: int) -> Tensor:
-    """Keep the `top_k` largest logits; of equal ones the lower token ids."""
-    smallest_kept = torch.topk(row, top_k).values[-1]
-    kept = row > smallest_kept
-    ties = torch.nonzero(row == smallest_kept).flatten()  # ascending token ids
-    kept[ties[: top_k - int(kept.sum())]] = True
-    return row.masked_fill(~kept, -math.inf)
-
-
-def keep_top_p(row: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest prefix of the descending sort whose mass reaches `top_p`, one at least.
-
-    Equal logits stand in the order of their token ids; the mass is summed in float64. Only tokens
-    that can matter are sorted: all tokens below a probability of (1 - top_p) / V together have less
-    than 1 - top_p, so none of them is needed; half of that leaves room for rounding.
-    """
-    probabilities = row.double().softmax(0)
-    smallest = (1.0 - top_p) / (2 * row.shape[0])
-    candidates = torch.nonzero(probabilities >= smallest).flatten()  # ascending token ids
-    mass, order = torch.sort(probabilities[candidates], descending=True, stable=True)
-    num_kept = max(1, int((mass.cumsum(0) - mass < top_p).sum()))
-    kept = candidates[order[:num_kept]]
-    return torch.full_like(row, -math.inf).index_copy_(0, kept, row[kept])
-
-
-def keep_min_p(row: Tensor, min_p: float) -> Tensor:
-    """Keep tokens whose probability is at least `min_p` times that of the best one."""
-    return row.masked_fill(row < row.max() + math.log(min_p), -math.inf)
 
 
 def token_logprob(row: Tensor, token_id: int, num_top: int) -> TokenLogprob:

@@ -1,6 +1,8 @@
-"""The definition of `sample_law` in plain torch, row by row, by sorting.
+"""How raw logits become a law: temperature, top-k, top-p and min-p, row by row in plain torch.
 
-Knows tensors only. The kernels find the same sets without a sort.
+The one definition of a law. It makes the draws of `sample_law` where there is no kernel for them,
+and the engine's pipeline ends with it; the kernels find the same sets without a sort. Knows tensors
+only.
 """
 
 import math
@@ -24,9 +26,14 @@ def sample_law(
 ) -> Tensor:
     """As the op."""
     laws = [
-        law_of(row, float(heat), int(most), float(mass), float(least))
+        law_of(row.masked_fill(row.isnan(), -math.inf), heat, most, mass, least)
         for row, heat, most, mass, least in zip(
-            logits, temperature, top_k, top_p, min_p, strict=True
+            logits,
+            temperature.tolist(),
+            top_k.tolist(),
+            top_p.tolist(),
+            min_p.tolist(),
+            strict=True,
         )
     ]
     if not laws:
@@ -36,23 +43,55 @@ def sample_law(
 
 
 def law_of(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """The processed logits of one row, float32 [vocab_size]; -inf where a token is not kept."""
-    row = row.masked_fill(row.isnan(), -math.inf)
-    if temperature == 0 or not bool((row > -math.inf).any()):
+    """Logits of a row's law, -inf where a token is not kept.
+
+    Args:
+        row: float32 or float64 [vocab_size] without NaN, which the cuts would hide; not changed.
+        temperature, top_k, top_p, min_p: as in `law_sampling.Laws`, which says what turns them off.
+    """
+    if temperature == 0.0:
         return row
-    row = row / torch.tensor(temperature, dtype=torch.float32, device=row.device)
-    # A stable sort has the lower ids of equal logits first.
-    values, order = torch.sort(row, descending=True, stable=True)
-    kept = torch.ones_like(values, dtype=torch.bool)
-    if top_k > 0:
-        kept[top_k:] = False
-    weights = torch.where(kept, torch.exp(values.double() - values[0].double()), 0.0)
+    if temperature != 1.0:
+        # A tensor, for a GPU divides by a number by multiplying with its reciprocal.
+        row = row / torch.tensor(temperature, dtype=row.dtype, device=row.device)
+    if 0 < top_k < row.shape[0]:
+        row = keep_top_k(row, top_k)
     if top_p < 1.0:
-        before = weights.cumsum(0) - weights
-        kept &= before < top_p * weights.sum()
-        kept[0] = True
+        row = keep_top_p(row, top_p)
     if min_p > 0.0:
-        kept &= values >= values[0] + math.log(min_p)
-    return torch.full_like(row, -math.inf).index_copy_(
-        0, order, values.masked_fill(~kept, -math.inf)
-    )
+        row = keep_min_p(row, min_p)
+    return row
+
+
+def keep_top_k(row: Tensor, top_k: int) -> Tensor:
+    """Keep the `top_k` largest logits; of equal ones the lower token ids."""
+    smallest_kept = torch.topk(row, top_k).values[-1]
+    kept = row > smallest_kept
+    ties = torch.nonzero(row == smallest_kept).flatten()  # ascending token ids
+    kept[ties[: top_k - int(kept.sum())]] = True
+    return row.masked_fill(~kept, -math.inf)
+
+
+def keep_top_p(row: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest prefix of the descending sort whose mass reaches `top_p`, one at least.
+
+    Equal logits stand in the order of their token ids; the mass is summed in float64, as shares of
+    the best token's, which add up exactly for tokens that tie with it. Only tokens that can matter
+    are sorted: all tokens below a probability of (1 - top_p) / V together have less than 1 - top_p,
+    so none of them is needed; half of that leaves room for rounding.
+    """
+    probabilities = row.double().softmax(0)
+    best = probabilities.max()
+    smallest = (1.0 - top_p) / (2 * row.shape[0])
+    candidates = torch.nonzero(probabilities >= smallest).flatten()  # ascending token ids
+    order = torch.sort(row[candidates], descending=True, stable=True).indices
+    shares = probabilities[candidates[order]] / best
+    num_kept = max(1, int((shares.cumsum(0) - shares < top_p / best).sum()))
+    kept = candidates[order[:num_kept]]
+    return torch.full_like(row, -math.inf).index_copy_(0, kept, row[kept])
+
+
+def keep_min_p(row: Tensor, min_p: float) -> Tensor:
+    """Keep tokens whose probability is at least `min_p` times that of the best one."""
+    least = row.max().double() + math.log(min_p)
+    return row.masked_fill(row.double() < least, -math.inf)

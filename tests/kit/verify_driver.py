@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ def table_engine(
     num_blocks: int = 64,
     block_size: int = 4,
     make_runner: Callable[[TableModel, int, int], TableRunner] = TableRunner,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    walk_on_device: bool = False,
     **limits: float,
 ) -> tuple[VerifyEngine, TableRunner, BlockManager]:
     """An engine over a table model, with its runner and pool."""
@@ -53,9 +55,8 @@ def table_engine(
     runner = make_runner(TableModel(vocab_size), num_blocks, block_size)
     blocks = BlockManager(num_blocks, block_size)
     chosen = Limits(vocab_size=vocab_size, **(bounds | limits))  # type: ignore[arg-type]
-    if clock is None:
-        return VerifyEngine(runner, blocks, chosen), runner, blocks
-    return VerifyEngine(runner, blocks, chosen, clock=clock), runner, blocks
+    engine = VerifyEngine(runner, blocks, chosen, walk_on_device=walk_on_device, clock=clock)
+    return engine, runner, blocks
 
 
 def decode(engine: VerifyEngine, session_id: str, job: Job) -> list[int]:

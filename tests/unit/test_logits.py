@@ -16,14 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from specinfer.errors import InternalError
 from specinfer.sampling import SamplingParams
-from specinfer_engine.logits import (
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    process_logits,
-    token_logprob,
-)
+from specinfer_engine.logits import process_logits, token_logprob
+from specinfer_kernels.reference_law import keep_min_p, keep_top_k, keep_top_p
 
 VOCAB = 50
 
@@ -96,6 +92,20 @@ def test_min_p_is_relative_to_the_best_token() -> None:
     row = torch.tensor([0.6, 0.3, 0.1]).log()
     assert kept(keep_min_p(row, 0.49)) == [0, 1]
     assert kept(keep_min_p(row, 0.51)) == [0]
+
+
+def test_a_cut_hides_no_nan() -> None:
+    row = torch.tensor([0.0, math.nan, 1.0])
+    for params in (SamplingParams(top_k=1), SamplingParams(top_p=0.5)):
+        with pytest.raises(InternalError, match="NaN"):
+            process_logits(row, params)
+    assert process_logits(row, SamplingParams(min_p=0.1)).isnan().any(), "the draw refuses it"
+
+
+def test_top_p_counts_tokens_that_tie_with_the_best_exactly() -> None:
+    for count in (3, 5, 7, 10, 100):
+        row = torch.zeros(count)
+        assert len(kept(keep_top_p(row, (count - 1) / count))) == count - 1
 
 
 def test_presence_and_frequency_look_at_the_output_alone() -> None:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
 
 from torch import Tensor
 
@@ -28,38 +27,23 @@ from specinfer.metrics import VerifyMetrics
 from specinfer.sampling import SamplingParams
 from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
-from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.fence import MAX_SESSION_ID_LENGTH, OwnerFence
 from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
 from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
 from specinfer_verify.counting import CountPass, count_in, count_nothing
+from specinfer_verify.device_walks import Walked, walk_on_device
 from specinfer_verify.gathering import Gathering
+from specinfer_verify.passes import TargetRunner, move_slots, run_rows
 from specinfer_verify.scheduler import ScheduledRows, Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
-from specinfer_verify.walks import Outcome, PassFacts, finish, sequence_rows
+from specinfer_verify.walks import Outcome, PassFacts, finish
 
 # How soon blocks that idle sessions have to yield are noticed.
 IDLE_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
-
-
-class TargetRunner(Protocol):
-    """What the engine needs of a model: passes over rows, and moves inside the KV pool."""
-
-    def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
-        """Raw logits of the rows asked for, float32 [len(logit_rows), vocab_size] a sequence."""
-        ...
-
-    def compact(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy slots to slots."""
-        ...
-
-    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy blocks to blocks."""
-        ...
 
 
 class VerifyEngine:
@@ -69,6 +53,7 @@ class VerifyEngine:
         runner: the model and its KV pool.
         blocks: the pool's bookkeeping; num_blocks and block_size are the runner's.
         limits: what a session may be.
+        walk_on_device: whether sessions are walked together where their logits lie, for a GPU.
         clock: seconds, for queue times and idle sessions.
         on_failure: called on the engine's thread when a pass has failed.
     """
@@ -79,11 +64,13 @@ class VerifyEngine:
         blocks: BlockManager,
         limits: Limits,
         *,
+        walk_on_device: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits.within_pool(blocks)
         self._runner = runner
+        self._walks_on_device = walk_on_device
         self._blocks = blocks
         self._clock = clock
         self._scheduler = Scheduler(
@@ -232,27 +219,29 @@ class VerifyEngine:
         plan = [] if waits else self._scheduler.schedule(start)
         if not plan:
             return False
-        logits = self._run(plan)
+        logits = run_rows(self._runner, plan)
+        walked = self._walk(plan, logits)
         facts = PassFacts(start, self._clock(), sum(item.num_rows for item in plan))
         self._count(plan, facts)
-        outcomes = [finish(item, rows, facts) for item, rows in zip(plan, logits, strict=True)]
-        self._compact(outcomes)
+        outcomes = [
+            finish(item, rows, facts, walked.get(item.session.session_id))
+            for item, rows in zip(plan, logits, strict=True)
+        ]
+        move_slots(self._runner, [outcome.moves for outcome in outcomes])
         self._answer(outcomes)
         return True
 
-    def _run(self, plan: Sequence[ScheduledRows]) -> list[Tensor]:
-        """Raw logits of every tree's nodes, [num_nodes, vocab_size] a session."""
-        sources = [block for item in plan for block in item.copies.sources]
-        targets = [block for item in plan for block in item.copies.targets]
-        if sources:
-            self._runner.copy_blocks(sources, targets)
-        return self._runner.forward([sequence_rows(item) for item in plan])
-
-    def _compact(self, outcomes: Sequence[Outcome]) -> None:
-        sources = [slot for outcome in outcomes for slot in outcome.moves.sources]
-        targets = [slot for outcome in outcomes for slot in outcome.moves.targets]
-        if sources:
-            self._runner.compact(sources, targets)
+    def _walk(self, plan: Sequence[ScheduledRows], logits: Sequence[Tensor]) -> Walked:
+        """What was walked together; what is missing is walked session by session."""
+        if not self._walks_on_device:
+            return {}
+        try:
+            return walk_on_device(plan, logits)
+        except Exception:
+            # Whoever is at fault, by itself each session fails alone.
+            log.exception("from now on sessions are walked one by one, as walks together failed")
+            self._walks_on_device = False
+            return {}
 
     def _answer(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:

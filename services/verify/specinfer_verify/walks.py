@@ -16,10 +16,10 @@ from specinfer.errors import InternalError, SpecinferError
 from specinfer.messages import TokenLogprob, VerifyResult
 from specinfer.tree import TokenTree
 from specinfer_engine.acceptance import Walk, match_walk
-from specinfer_engine.batch import SequenceRows
 from specinfer_engine.grammar import constrain
 from specinfer_engine.logits import process_logits, token_logprob
 from specinfer_engine.sequence import Moves, SequenceState
+from specinfer_verify.device_walks import read_walk
 from specinfer_verify.scheduler import ScheduledRows
 from specinfer_verify.session import PendingStep, Session
 
@@ -52,23 +52,16 @@ class Outcome:
     error: SpecinferError | None = None
 
 
-def sequence_rows(item: ScheduledRows) -> SequenceRows:
-    """What the runner is asked for: a chunk without logits, a tree with those of every node."""
-    state = item.session.state
-    rows = item.row_tree()
-    if item.tree is None:
-        return SequenceRows.chain(rows.token_ids, state.num_cached, state.block_table)
-    wanted = range(item.num_chunk, item.num_rows)
-    return SequenceRows.tree(rows, state.num_cached, state.block_table, wanted)
-
-
-def finish(item: ScheduledRows, logits: Tensor, facts: PassFacts) -> Outcome:
+def finish(
+    item: ScheduledRows, logits: Tensor, facts: PassFacts, walked: Sequence[int] | None = None
+) -> Outcome:
     """Commit a chunk, or walk a tree and commit what it confirms.
 
     Args:
         item: the session's share of the pass.
         logits: raw logits of the tree's nodes, [num_nodes, vocab_size].
         facts: of the pass.
+        walked: the walk that was done on the device, for `read_walk`; None does it here.
     """
     session, step = item.session, item.session.pending
     if step is not None:
@@ -76,7 +69,10 @@ def finish(item: ScheduledRows, logits: Tensor, facts: PassFacts) -> Outcome:
     if item.tree is None or step is None:
         return Outcome(session, moves=session.state.commit(range(item.num_chunk)))
     try:
-        walk = walk_tree(session, item.tree, logits)
+        if walked is None:
+            walk = walk_tree(session, item.tree, logits)
+        else:
+            walk = read_walk(walked, session.base_len)
         token_ids = (*(item.tree.token_ids[node] for node in walk.path), walk.tail)
         result = _result(session, step, walk, token_ids, logits, facts)
     except SpecinferError as error:
