@@ -213,9 +213,11 @@ def rank(z: Tensor, branch: int, spread: float) -> list[Candidates]:
         z = z / spread
     top = torch.topk(z, min(branch, z.shape[1]), dim=1)
     log_scores = top.values - torch.logsumexp(z, 1, keepdim=True)
+    # One copy leaves a GPU; float64 holds both exactly.
+    found = torch.stack((top.indices.double(), log_scores.double())).cpu()
     return [
         Candidates(token_ids, scores)
-        for token_ids, scores in zip(top.indices.tolist(), log_scores.tolist(), strict=True)
+        for token_ids, scores in zip(found[0].long().tolist(), found[1].tolist(), strict=True)
     ]
 
 
