@@ -37,6 +37,9 @@ PROMPT = "What does textwrap.dedent do, and what is it good for?"
 STILL = {
     "breaker_state": "no worker fails here; test_router_counts has some that do",
     "breaker_openings": "as breaker_state",
+    "ahead_trees": "nothing is drafted ahead on a CPU; test_draft_ahead does",
+    "ahead_passes": "as ahead_trees",
+    "ahead_rows": "as ahead_trees",
     "late_trees": "drafters answer in time here; test_router_counts has one that does not",
     "hedged_proposes": "there is one drafter; test_router_faults has two",
     "hedge_wins": "as hedged_proposes",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from specinfer.messages import ShapeQuery
+from specinfer.metrics import DraftMetrics
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_draft.drafters.ahead import likely_path
 from specinfer_draft.drafters.search import TreeSearch
 from tests.kit.draft_driver import GREEDY, Bench, Target, table_drafter
+from tests.kit.draft_service import INFO
 
 CHAIN = ShapeQuery(max_nodes=4, max_depth=4, widths=(1, 1, 1, 1))
 WIDE = ShapeQuery(max_nodes=14, max_depth=3, widths=(2, 2, 2))
@@ -137,3 +140,23 @@ def test_a_small_pool_gives_up_what_went_ahead_first(num_blocks: int) -> None:
                 bench.drafter.open(session_id, 0, prompt, GREEDY)
             tree = bench.tree(session_id, len(prompt), shape=CHAIN)
             assert tree == bench.fresh_tree(prompt, GREEDY, CHAIN, len(prompt))
+
+
+def test_work_ahead_and_its_use_are_counted() -> None:
+    bench, registry = table_drafter(ahead=True), CollectorRegistry()
+    bench.drafter.count_with(DraftMetrics(registry, INFO))
+    rounds(bench, SAMPLED, BUSHY)
+
+    def count(name: str, **labels: str) -> float:
+        labels |= {"model_name": INFO.model_name}
+        return sum(
+            sample.value
+            for family in registry.collect()
+            for sample in family.samples
+            if sample.name == f"specinfer_{name}_total" and labels.items() <= sample.labels.items()
+        )
+
+    # All but the first of twelve trees were begun ahead, when their tokens were not known yet.
+    hits, misses = (count("ahead_trees", outcome=name) for name in ("hit", "miss"))
+    assert (hits + misses, hits > 0, misses > 0) == (11, True, True)
+    assert count("ahead_rows") >= count("ahead_passes") > 0

@@ -122,6 +122,26 @@ _WORK = (
     ),
 )
 
+_AHEAD = (
+    lines(
+        "Trees begun ahead",
+        Unit.PER_SECOND,
+        "Begun while the target verified, and whether its answer made them useful. Mostly `miss`: "
+        "the drafter works for nothing; start it with `--ahead off` where it shares its machine.",
+        "DraftersLate",
+        Query(promql.rate("ahead_trees", by="outcome"), "{{outcome}}"),
+    ),
+    lines(
+        "Work ahead",
+        Unit.PER_SECOND,
+        "Passes for trees that nobody had asked for, and their rows. They take the time that the "
+        "drafter has left; what is asked for goes first.",
+        "DraftersLate",
+        Query(promql.rate("ahead_passes"), "passes"),
+        Query(promql.rate("ahead_rows"), "rows"),
+    ),
+)
+
 _LOAD = (
     replace(
         lines(
@@ -162,5 +182,10 @@ DRAFT_BOARD = Dashboard(
     "draft",
     "Draft",
     "Do drafters answer in time, and what do they do?",
-    (Row("Answers, as routers see them", _ANSWERS), Row("Work", _WORK), Row("Load", _LOAD)),
+    (
+        Row("Answers, as routers see them", _ANSWERS),
+        Row("Work", _WORK),
+        Row("Ahead", _AHEAD),
+        Row("Load", _LOAD),
+    ),
 )
