@@ -7,7 +7,7 @@ is asked for; the walk draws which child is right. Knows nothing of models, link
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -30,6 +30,10 @@ class World:
         acceptance: P[depth - 1][rank]; the last row stands for deeper levels.
         draft_fixed, draft_level: seconds of a propose and of each of its levels.
         context_len: of every session.
+        draft_crowding: how much longer a propose takes for each other one at the same time.
+        contention: how much longer a pass takes while others are drafted for, at most.
+        gathers: whether a pass waits for who is drafted for; else nobody is held up by others.
+        pace: how much longer everything takes in a round, by its number.
     """
 
     costs: StepCurve
@@ -37,6 +41,10 @@ class World:
     draft_fixed: float = 0.0005
     draft_level: float = 0.0005
     context_len: int = 100
+    draft_crowding: float = 0.0
+    contention: float = 1.0
+    gathers: bool = False
+    pace: Callable[[int], float] = lambda _: 1.0
 
 
 @dataclass
@@ -61,6 +69,7 @@ class Simulation:
         self.world = world
         self.last_shapes: list[ShapeQuery] = []
         self._policy = policy
+        self._num_rounds = 0
         self._random = random.Random(seed)
         self._histories = [policy.history(0.0, world.context_len) for _ in range(num_sessions)]
 
@@ -76,12 +85,16 @@ class Simulation:
         plans = [self._policy.plan(SpeculationOptions(), each, batch) for each in self._histories]
         self.last_shapes = plans
         trees = [grow(world.acceptance, shape) for shape in plans]
-        # A session that alone waits for its drafter holds nobody else up.
-        draft = sum(self._draft_seconds(tree) for tree in trees) / batch
+        num_drafted, pace = sum(len(tree) > 1 for tree in trees), world.pace(self._num_rounds)
+        self._num_rounds += 1
+        slower = pace * (1.0 + world.draft_crowding * max(0, num_drafted - 1))
+        drafts = [slower * self._draft_seconds(tree) for tree in trees]
+        draft = max(drafts) if world.gathers else sum(drafts) / batch
         num_rows = sum(map(len, trees))
-        verify = world.costs.at(num_rows, world.context_len)
-        for history, tree in zip(self._histories, trees, strict=True):
-            totals.num_tokens += 1 + self._learn(history, tree, num_rows, verify)
+        verify = pace * world.costs.at(num_rows, world.context_len)
+        verify *= 1.0 + (world.contention - 1.0) * num_drafted / batch
+        for history, tree, seconds in zip(self._histories, trees, drafts, strict=True):
+            totals.num_tokens += 1 + self._learn(history, tree, num_rows, seconds, verify)
             totals.num_nodes += tree.num_draft_tokens
         totals.num_rounds += 1
         totals.seconds += draft + verify
@@ -91,12 +104,14 @@ class Simulation:
         depth = tree.max_depth
         return world.draft_fixed + depth * world.draft_level if depth else 0.0
 
-    def _learn(self, history: RoundHistory, tree: TokenTree, num_rows: int, seconds: float) -> int:
+    def _learn(
+        self, history: RoundHistory, tree: TokenTree, num_rows: int, draft: float, seconds: float
+    ) -> int:
         accepted = self._walk(tree)
         guess = Guess(
             tree,
             "" if tree.num_draft_tokens else "budget",
-            self._draft_seconds(tree),
+            draft,
             num_draft_nodes=len(tree),
             draft_depth=tree.max_depth,
             drafter="simulated" if tree.num_draft_tokens else "",

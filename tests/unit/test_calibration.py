@@ -119,6 +119,43 @@ def test_passes_correct_what_was_measured_for_their_number_of_rows() -> None:
     assert live.at(9, 0) < 0.03, "one pass that the machine was away from"
 
 
+def test_a_machine_that_is_slow_for_a_while_is_slow_for_all_passes() -> None:
+    live = LiveCosts(StepCurve([StepCost(1, 0, 0.01), StepCost(64, 0, 0.02)]))
+    for _ in range(50):
+        live.observe(1, 100, 0.010)
+        live.observe(64, 100, 0.030)
+    assert live.at(64, 0) / live.at(1, 0) == pytest.approx(3.0, rel=0.1)
+    for _ in range(100):
+        live.observe(64, 100, 0.060)
+    assert live.at(64, 0) == pytest.approx(0.06, rel=0.1)
+    assert live.at(1, 0) == pytest.approx(0.02, rel=0.25), "though none was seen since"
+
+
+def test_the_first_passes_say_how_fast_the_machine_is() -> None:
+    live = LiveCosts(StepCurve([StepCost(1, 0, 0.01), StepCost(64, 0, 0.02)]))
+    for _ in range(20):
+        live.observe(64, 100, 0.04)
+    assert live.at(64, 0) == pytest.approx(0.04, rel=0.1)
+    assert live.at(1, 0) == 0.01, "hoped: who is never tried is never learnt of"
+    for _ in range(20):
+        live.observe(1, 100, 0.02)
+    assert live.at(1, 0) == pytest.approx(0.02, rel=0.1)
+
+
+def test_passes_of_more_rows_than_any_has_cost_as_the_largest_do() -> None:
+    live = LiveCosts(StepCurve([StepCost(1, 0, 0.01), StepCost(64, 0, 0.64)]))
+    for _ in range(30):
+        live.observe(256, 100, 5.12)
+    assert live.at(576, 0) == pytest.approx(2 * 5.76, rel=0.1)
+
+
+def test_a_drafter_that_many_ask_is_slower_than_a_probe_says() -> None:
+    calibration = Calibration(StepCurve(()), lambda: (StepCost(1, 0, 0.002), StepCost(64, 0, 0.02)))
+    record = calibration.record("a", 0.0)
+    assert (record.slowness(1), record.slowness(64)) == pytest.approx((1.0, 10.0))
+    assert Calibration(StepCurve(())).record("a", 0.0).slowness(64) == 1.0, "not known"
+
+
 def test_drafters_and_temperatures_are_told_apart_and_bounded() -> None:
     calibration = Calibration(StepCurve(()), lambda: (StepCost(1, 0, 0.002),))
     first = calibration.record("a", 0.0)

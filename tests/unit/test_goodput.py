@@ -167,6 +167,52 @@ def test_a_session_whose_guesses_are_better_than_usual_gets_a_deeper_tree() -> N
     assert lucky.run(100).num_tokens > 1.3 * usual.run(100).num_tokens
 
 
+# A pass that costs what its rows cost, as with many rows it does.
+BY_ROW = StepCurve([StepCost(1, 0, 0.040), StepCost(32, 0, 0.040), StepCost(256, 0, 0.320)])
+
+
+@pytest.mark.parametrize("sessions", [32, 64])
+def test_nothing_is_tried_where_not_even_right_guesses_would_pay(sessions: int) -> None:
+    world = World(BY_ROW, GOOD, draft_level=0.002, draft_crowding=0.1, gathers=True)
+    cluster = simulation(world, sessions)
+    totals = cluster.run(100)
+    assert totals.num_nodes == 0
+    assert totals.speed == pytest.approx(plain_speed(world, sessions))
+
+
+def test_many_that_begin_at_once_are_not_each_taken_to_be_alone() -> None:
+    policy = AdaptiveShape(CAP, Calibration(BY_ROW))
+    histories = [policy.history(0.0, 100) for _ in range(64)]
+    firsts = [policy.plan(ANY, history, 0).max_nodes for history in histories]
+    assert firsts[0] > 4
+    assert not any(firsts[32:]), "they have no place yet, and nobody has"
+    assert policy.plan(ANY, histories[0], 64).max_nodes == 0
+    assert policy.plan(ANY, policy.history(0.0, 100), 0).max_nodes == 0, "one of the next 64"
+    assert policy.plan(ANY, histories[0], 1).max_nodes > 4, "alone again"
+
+
+@pytest.mark.parametrize("sessions", [1, 4, 64])
+@pytest.mark.parametrize("curve", ["flat", "steep", "measured"])
+def test_a_machine_that_wanders_a_busy_drafter_and_contention_leave_it_near_plain(
+    curve: str, sessions: int
+) -> None:
+    """Half as fast for some time, more drafting at once than a probe shows, and cores shared."""
+    world = World(
+        CURVES[curve],
+        FADING,
+        draft_level=0.001,
+        draft_crowding=0.2,
+        contention=1.2,
+        gathers=True,
+        pace=lambda number: 1.0 + (number // 20) % 2,
+    )
+    cluster = simulation(world, sessions)
+    rounds = 80 if sessions > 4 else 400
+    cluster.run(rounds)
+    speed = cluster.run(rounds).speed
+    assert speed >= 0.97 * plain_speed(world, sessions) / 1.5
+
+
 @given(st.floats(-2, 2))
 def test_a_shift_keeps_chances_and_their_order(shift: float) -> None:
     for row, moved in zip(FADING, shift_acceptance(FADING, shift), strict=True):

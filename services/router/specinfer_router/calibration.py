@@ -32,13 +32,16 @@ CLEAR_SPREAD = 4.0
 SNAPSHOT_ROUNDS = 32
 MAX_RECORDS = 32
 MAX_TEMPERATURE_STEPS = 4
-# Passes: how far one may lie from the usual, how many powers of two of rows are told apart, how
-# fast they are forgotten, how many are remembered, and as how many what is hoped of each counts.
+# Passes: how far one may lie from what was expected, how many powers of two of rows are told apart
+# (few passes have more than 256 rows, and what they cost must not stay unseen for ever), how fast
+# they are forgotten, how many are remembered, and as how many what is hoped of each counts.
 MAX_STEP_RATIO = 4.0
-ROW_CLASSES = 12
+ROW_CLASSES = 9
 KEPT_PASS = 0.998
 MOST_PASSES = 50.0
 LEANING_PASSES = 1.0
+# How quickly the machine's pace is followed.
+PACE_WEIGHT = 0.05
 
 Acceptance = tuple[tuple[float, ...], ...]
 
@@ -187,39 +190,44 @@ class MovingAverage:
 class LiveCosts:
     """T(rows, context) as it is now: a worker's own measurement, corrected by the passes it makes.
 
-    The correction is a factor for each power of two of rows, for a machine that is shared, or
-    measured on a bad day, is slower by another factor for few rows than for many. What was not seen
-    for a while is taken to be as fast as it was measured, or as passes are now if that is faster:
-    who hopes too much tries it and learns.
+    The correction is the machine's pace, the same for all passes, times a factor for each power of
+    two of rows. A machine that is shared is slower for a while whatever it does, and choices
+    between few and many rows must not follow that: so the pace is quick to change. The factors are
+    what first seeing such a pass beside others has told, and slow to change. What was not seen for
+    a while is taken to be as fast as it was measured, or as passes are now if that is faster: who
+    hopes too much tries it and learns.
     """
 
     def __init__(self, measured: StepCurve) -> None:
         """Begin with the worker's measurement as it is."""
         self._measured = measured
-        self._weights, self._sums = [0.0] * ROW_CLASSES, [0.0] * ROW_CLASSES
-        self._all = MovingAverage(1.0, weight=0.02)
+        # Logarithms of pace and factors, and how many passes stand behind each.
+        self._pace, self._num_seen = 0.0, 0.0
+        self._factors, self._weights = [0.0] * ROW_CLASSES, [0.0] * ROW_CLASSES
 
     def observe(self, num_rows: int, context_len: int, seconds: float, share: float = 1.0) -> None:
         """Take in a pass; `share` is the part of it that the teller stands for."""
+        if share <= 0:
+            return
+        place = _row_class(num_rows)
+        known = self._pace + self._factors[place]
         ratio = seconds / self._measured.at(max(1, num_rows), context_len)
         # One pass that the machine was away from says little of the others.
-        usual = self.factor(num_rows)
-        ratio = min(max(ratio, usual / MAX_STEP_RATIO), usual * MAX_STEP_RATIO)
-        self._all.observe(ratio)
-        keep = KEPT_PASS**share
-        self._weights = [keep * weight for weight in self._weights]
-        self._sums = [keep * total for total in self._sums]
-        place = _row_class(num_rows)
-        # What is seen often follows the machine closely; what is seen seldom is forgotten slowly.
-        room = min(1.0, MOST_PASSES / (self._weights[place] + share))
-        self._weights[place] = room * (self._weights[place] + share)
-        self._sums[place] = room * (self._sums[place] + share * ratio)
+        furthest = math.log(MAX_STEP_RATIO)
+        error = min(max(math.log(ratio) - known, -furthest), furthest)
+        self._num_seen = min(MOST_PASSES, self._num_seen + share)
+        step = error * max(PACE_WEIGHT * share, share / self._num_seen)
+        self._pace += step
+        self._weights = [KEPT_PASS**share * weight for weight in self._weights]
+        self._weights[place] = min(MOST_PASSES, self._weights[place] + share)
+        self._factors[place] += (error - step) * share / (self._weights[place] + LEANING_PASSES)
 
     def factor(self, num_rows: int) -> float:
         """How much longer a pass takes now than when it was measured."""
         place = _row_class(num_rows)
-        hoped = LEANING_PASSES * min(1.0, self._all.value)
-        return (self._sums[place] + hoped) / (self._weights[place] + LEANING_PASSES)
+        weight, known = self._weights[place], self._pace + self._factors[place]
+        hoped = min(0.0, self._pace)
+        return math.exp((weight * known + LEANING_PASSES * hoped) / (weight + LEANING_PASSES))
 
     def at(self, num_rows: int, context_len: int) -> float:
         """Seconds of a pass; see `StepCurve.at`."""
@@ -230,18 +238,27 @@ class DrafterRecord:
     """What is known of one drafter, under one way of drawing tokens.
 
     Attributes:
-        cost: what its answers take.
+        cost: what its answers take, to one session at a time.
         snapshot: its acceptance, made anew now and then.
         num_idle_rounds: rounds planned without a guess since the last one with a guess.
+        num_busy_rounds: rounds planned with guesses, not to probe, since the last one without.
         num_vain_probes: probes since speculation last paid.
+        num_vain_starts: times since then that it began and was given up soon after.
     """
 
-    def __init__(self, level_seconds: float) -> None:
-        self.cost = DraftCost(level_seconds)
-        self.num_idle_rounds = self.num_vain_probes = 0
+    def __init__(self, costs: Sequence[StepCost] = ()) -> None:
+        """Begin with what the drafter measured of its passes, or nothing."""
+        self._curve = StepCurve(costs)
+        self.cost = DraftCost(self._curve.at(1) if costs else 0.0)
+        self.num_idle_rounds = self.num_busy_rounds = 0
+        self.num_vain_probes = self.num_vain_starts = 0
         self._counts = AcceptanceCounts()
         self._num_rounds, self._next_snapshot = 0, 1
         self.snapshot = self._counts.snapshot()
+
+    def slowness(self, num_sessions: int) -> float:
+        """How much longer a level takes to so many sessions at once than to one."""
+        return max(1.0, self._curve.at(num_sessions) / self._curve.at(1))
 
     def observe(
         self,
@@ -298,8 +315,7 @@ class Calibration:
         key = (self._newest, step)
         found = self._records.get(key)
         if found is None:
-            costs = self._draft_costs()
-            found = self._records[key] = DrafterRecord(StepCurve(costs).at(1) if costs else 0.0)
+            found = self._records[key] = DrafterRecord(self._draft_costs())
         self._records.move_to_end(key)
         while len(self._records) > MAX_RECORDS:
             self._records.popitem(last=False)

@@ -10,10 +10,15 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from specinfer.messages import ShapeQuery, SpeculationOptions
-from specinfer_router.calibration import Acceptance, Calibration, DrafterRecord
+from specinfer_router.calibration import (
+    MOST_ACCEPTED,
+    Acceptance,
+    Calibration,
+    DrafterRecord,
+)
 from specinfer_router.policy import requested
 from specinfer_router.round_history import RoundHistory
 from specinfer_router.sequoia import TokenTable, expected_tokens
@@ -27,11 +32,18 @@ STAY_MARGIN = 0.03
 MAX_CHOICES = 1024
 MAX_TABLES = 64
 MAX_NODES = 255
+# What a drafter that is never wrong would have.
+ALWAYS_RIGHT: Acceptance = ((MOST_ACCEPTED,),)
 # Passes after which a choice is made again, for what passes cost is learnt from them.
 PASSES_A_CHOICE = 32
 # Costs and contexts that differ by less than this share of an octave make the same choice.
 STEPS_AN_OCTAVE = 6
 SHIFT_STEP = 0.5
+# With more sessions than this in a pass one decision is made for all of them.
+CROWD = 8
+# Rounds of every session after which speculation that began was no vain start.
+LASTING_ROUNDS = 16
+MOST_VAIN_STARTS = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,13 @@ class RoundCosts:
     draft_level: float
     known_level: float
 
+    @classmethod
+    def of(cls, calibration: Calibration, record: DrafterRecord, num: int, context: int) -> Self:
+        """For `num` sessions at once of `context` tokens each, drafted for together."""
+        slowness = record.slowness(num)
+        fixed, level = (slowness * seconds for seconds in record.cost.parts())
+        return cls(calibration, num, context, fixed, level, slowness * record.cost.known_level)
+
     def verify(self, num_nodes: int) -> float:
         """A pass that carries `num_nodes` guesses a session, and what comes with every round."""
         known = self.calibration
@@ -73,6 +92,7 @@ class Choice:
         gain: its tokens a second over those of plain decoding.
         least_wait, most_wait: plain rounds of all sessions that pay for one probe, if the drafter
             is as fast as it says, and if it is as slow as it seems.
+        hopeless: whether no tree would pay even if every guess were right.
     """
 
     num_nodes: int
@@ -80,6 +100,7 @@ class Choice:
     gain: float
     least_wait: int
     most_wait: int
+    hopeless: bool
 
 
 class AdaptiveShape:
@@ -96,13 +117,17 @@ class AdaptiveShape:
     now and then all the same, for acceptance is unknown without a guess: after PROBE_ROUNDS rounds
     of all sessions together, after twice as many each time it was in vain, and as rarely in the end
     as keeps the probes' cost below PROBE_SHARE. A drafter that is slow by its own account is not
-    tried more often than that from the beginning.
+    tried more often than that from the beginning, and where rows are so dear that not even guesses
+    that are all right would pay, nothing is tried.
+
+    More than CROWD sessions are decided for as one: their rows are each other's costs.
     """
 
     def __init__(self, default: ShapeQuery, calibration: Calibration) -> None:
         """Choose trees no larger and no deeper than `default`, where a request does not say."""
         self._default = default
         self._calibration = calibration
+        self._num_sessions = 0
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
 
@@ -119,52 +144,76 @@ class AdaptiveShape:
         self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
     ) -> ShapeQuery:
         """The nodes and depth of highest goodput, possibly none."""
+        # Who has no place yet comes on top of those who have: many may begin at once.
+        self._num_sessions = num_sessions or self._num_sessions + 1
         asked = requested(options, self._default)
+        history.num_drafting = self._num_sessions
         if asked.widths or asked.max_nodes == 0 or asked.max_depth == 0:
             return asked
-        record = history.record
-        choice = self._choice(record, history, asked, max(1, num_sessions))
-        going = record.num_idle_rounds == 0 if history.speculating is None else history.speculating
+        record, crowded = history.record, self._num_sessions > CROWD
+        choice = self._choice(record, history, asked, crowded=crowded)
+        going = history.speculating
+        if going is None or crowded:
+            going = record.num_idle_rounds == 0
         history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
         if history.speculating:
-            record.num_idle_rounds = record.num_vain_probes = 0
+            self._goes_on(record)
             return replace(asked, max_nodes=choice.num_nodes, max_depth=choice.depth)
-        record.num_idle_rounds += 1
-        wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), choice.most_wait)
-        wait = max(wait, choice.least_wait)
-        if record.num_idle_rounds <= wait:
+        if not self._is_probe(record, choice):
             return replace(asked, max_nodes=0)
-        record.num_idle_rounds = 1
-        record.num_vain_probes += 1
+        history.num_drafting = 1
         return replace(asked, max_nodes=1, max_depth=1)
 
+    def _goes_on(self, record: DrafterRecord) -> None:
+        """A round with guesses that are expected to pay."""
+        record.num_idle_rounds = 0
+        record.num_busy_rounds += 1
+        if record.num_busy_rounds > LASTING_ROUNDS * self._num_sessions:
+            record.num_vain_probes = record.num_vain_starts = 0
+
+    def _is_probe(self, record: DrafterRecord, choice: Choice) -> bool:
+        """Whether a round in which guesses are not expected to pay tries one all the same."""
+        if 0 < record.num_busy_rounds <= LASTING_ROUNDS * self._num_sessions:
+            record.num_vain_starts = min(MOST_VAIN_STARTS, record.num_vain_starts + 1)
+        record.num_busy_rounds = 0
+        record.num_idle_rounds += 1
+        wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), choice.most_wait)
+        wait = max(wait, choice.least_wait) << record.num_vain_starts
+        if choice.hopeless or record.num_idle_rounds <= wait:
+            return False
+        record.num_idle_rounds = 1
+        record.num_vain_probes += 1
+        return True
+
     def _choice(
-        self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery, num_sessions: int
+        self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery, *, crowded: bool
     ) -> Choice:
         """The best choice under what is known now, remembered while that hardly changes."""
-        known, shift = self._calibration, round(history.shift / SHIFT_STEP)
-        cost = record.cost
-        costs = RoundCosts(
-            known, num_sessions, history.context_len, *cost.parts(), known_level=cost.known_level
-        )
+        known, shift = self._calibration, 0 if crowded else round(history.shift / SHIFT_STEP)
+        costs = RoundCosts.of(known, record, self._num_sessions, history.context_len)
         key = (
             *(record.snapshot, shift, asked.max_nodes, asked.max_depth),
-            *(num_sessions, known.num_passes // PASSES_A_CHOICE),
+            *(costs.num_sessions, known.num_passes // PASSES_A_CHOICE),
             *map(_step, (history.context_len, costs.draft_fixed, costs.draft_level)),
         )
         found = self._choices.get(key)
         if found is None:
-            found = best_choice(self._table(record, shift, asked), costs)
+            found = best_choice(self._table(record.snapshot.acceptance, shift, asked), costs)
+            if found.gain <= 1.0 + START_MARGIN:
+                best = self._table(ALWAYS_RIGHT, 0, asked)
+                fastest = replace(costs, draft_fixed=0.0, draft_level=costs.known_level)
+                hopeless = best_choice(best, fastest).gain <= 1.0 + STAY_MARGIN
+                found = replace(found, hopeless=hopeless)
             self._choices[key] = found
             _bound(self._choices, MAX_CHOICES)
         return found
 
-    def _table(self, record: DrafterRecord, shift: int, asked: ShapeQuery) -> TokenTable:
+    def _table(self, acceptance: Acceptance, shift: int, asked: ShapeQuery) -> TokenTable:
         max_nodes, max_depth = min(asked.max_nodes, MAX_NODES), min(asked.max_depth, MAX_NODES)
-        key = (record.snapshot, shift, max_nodes, max_depth)
+        key = (acceptance, shift, max_nodes, max_depth)
         table = self._tables.get(key)
         if table is None:
-            shifted = shift_acceptance(record.snapshot.acceptance, shift * SHIFT_STEP)
+            shifted = shift_acceptance(acceptance, shift * SHIFT_STEP)
             table = expected_tokens(shifted, max_nodes, min(max_depth, max_nodes))
             self._tables[key] = table
             _bound(self._tables, MAX_TABLES)
@@ -187,16 +236,20 @@ def best_choice(tokens: TokenTable, costs: RoundCosts) -> Choice:
         best_goodput * plain,
         least_wait=_rounds_for_a_probe(costs, costs.known_level),
         most_wait=_rounds_for_a_probe(costs, max(costs.known_level, costs.draft(1))),
+        hopeless=False,
     )
 
 
 def _rounds_for_a_probe(costs: RoundCosts, draft_seconds: float) -> int:
-    """Plain rounds that pay for a probe: it delays its session, and all others by one more row."""
+    """Plain rounds that pay for a probe: one more row in the pass, and the wait for the guess.
+
+    All sessions bear it, for a pass waits for one that is due, though no longer than a pass takes.
+    """
     batch, known = costs.num_sessions, costs.calibration.costs
     # Both by the same factor, for the two counts may be of different classes.
     fewer, more = (known.at(count, costs.context_len) for count in (batch, batch + 1))
     more *= known.factor(batch) / known.factor(batch + 1)
-    probe = draft_seconds + batch * (more - fewer)
+    probe = draft_seconds + (batch - 1) * min(draft_seconds, fewer) + batch * (more - fewer)
     return max(PROBE_ROUNDS, math.ceil(probe / (PROBE_SHARE * costs.verify(0))))
 
 

@@ -31,7 +31,7 @@ class TreeShapePolicy(Protocol):
     def plan(
         self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
     ) -> ShapeQuery:
-        """The shape to ask for when `num_sessions` share the verify worker."""
+        """The shape to ask for when `num_sessions` share the verify worker; 0: not known yet."""
         ...
 
 

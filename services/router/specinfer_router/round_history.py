@@ -22,12 +22,14 @@ class RoundHistory:
     Attributes:
         context_len: tokens committed.
         speculating: whether the last round was planned with guesses; None before the first.
+        num_drafting: sessions that were to be drafted for in the last round that was planned.
     """
 
     def __init__(self, calibration: Calibration, *, temperature: float, context_len: int) -> None:
         """Begin a session of `context_len` tokens that draws at `temperature`."""
         self.context_len = context_len
         self.speculating: bool | None = None
+        self.num_drafting = 1
         self._calibration = calibration
         self._temperature = temperature
         self._drafter = ""
@@ -86,7 +88,8 @@ class RoundHistory:
         for right in outcomes:
             self._surprise += OWN_WEIGHT * (right - usual - self._surprise)
         if not guess.after_prefill:
-            record.cost.observe(max(1, guess.draft_depth), guess.seconds, after_pause=paused)
+            seconds = guess.seconds / record.slowness(self.num_drafting)
+            record.cost.observe(max(1, guess.draft_depth), seconds, after_pause=paused)
 
 
 def _log_odds(chance: float) -> float:
