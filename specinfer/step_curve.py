@@ -12,6 +12,7 @@ from itertools import accumulate
 from specinfer.messages import StepCost
 
 Line = tuple[list[int], list[float]]
+SHOWN_ROWS = (1, 8, 32)
 
 
 class StepCurve:
@@ -48,6 +49,14 @@ class StepCurve:
         near, far = max(base, near), max(base, near, far)
         share = (context_len - contexts[right - 1]) / (contexts[right] - contexts[right - 1])
         return near + share * (far - near)
+
+
+def shown(costs: Sequence[StepCost]) -> str:
+    """Milliseconds of passes of SHOWN_ROWS at the shortest context, or "-" where none is known."""
+    if not costs:
+        return "-"
+    curve = StepCurve(costs)
+    return "/".join(f"{1000 * curve.at(rows):.3g}" for rows in SHOWN_ROWS)
 
 
 def _line(points: dict[int, float]) -> Line:

@@ -23,6 +23,7 @@ from specinfer.errors import SpecinferError
 from specinfer.messages import WorkerStatus
 from specinfer.messages.admin import ClusterStatus, RouterStatus
 from specinfer.rpc import TlsSettings
+from specinfer.step_curve import SHOWN_ROWS, shown
 from specinfer_cli import arguments
 from specinfer_cli.console import friendly, output, plain, print_json
 from specinfer_cli.operators import DEFAULT_ADMIN_ADDRESS
@@ -197,7 +198,8 @@ def picture(before: Sequence[Look], now: Sequence[Look]) -> RenderableType:
     for old, new in zip(before, now, strict=True):
         routers.add_row(*_router_row(old, new))
     workers = Table(
-        *("tier", "worker", "address", "state", "sessions", "waiting", "KV free", "ours", "model"),
+        *("tier", "worker", "address", "state", "sessions", "waiting", "KV free", "ours"),
+        *(f"ms of {'/'.join(map(str, SHOWN_ROWS))} rows", "model"),
         box=None,
         pad_edge=False,
     )
@@ -244,6 +246,7 @@ def _worker_row(worker: WorkerStatus) -> tuple[str | Text, ...]:
         str(worker.load.num_waiting),
         _number(free if worker.connected else None, ".0%"),
         str(worker.num_seats),
+        shown(info.step_costs if info else ()),
         plain(info.model_name if info else "-"),
     )
 

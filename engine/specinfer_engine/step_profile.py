@@ -5,9 +5,8 @@ This module knows nothing of sessions, of files or of who asks.
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +15,9 @@ from torch import Tensor
 from specinfer.messages import StepCost
 from specinfer_engine.batch import SequenceRows
 
-MEASURED_PASSES = 3
-# Seconds after which points are timed once, and those after which longer contexts are left out.
-PATIENT_SECONDS = 2.0
+MEASURED_PASSES = 5
+# Seconds after which nothing is timed again, and those after which longer contexts are left out.
+PATIENT_SECONDS = 3.0
 MOST_SECONDS = 8.0
 # How far a remembered cost may be from a fresh look at it.
 AGREEMENT = 1.5
@@ -55,26 +54,48 @@ class ProfiledRunner(Protocol):
 
 
 def measure_step_costs(runner: ProfiledRunner, grid: ProfileGrid) -> tuple[StepCost, ...]:
-    """Time the passes of a grid that fits; each is the median of up to MEASURED_PASSES.
+    """Time the passes of a grid that fits: the fastest of up to MEASURED_PASSES looks at each.
+
+    A machine that does other things makes passes slower and never faster, for a moment or for a
+    while: so the fastest counts, all points are looked at in turn before any is again, and a point
+    costs no more than one with more rows or more context.
 
     Writes into the first blocks of the pool, so call it before any session opens. Each number of
-    rows is run once untimed. When time is up points are timed once, and then whole contexts are
-    left out, but for the shortest.
+    rows is run once untimed. When time is up no point is looked at again, and of points without a
+    look whole contexts are left out, but for the shortest.
     """
+    for count in grid.row_counts:
+        _time_pass(runner, count, grid.context_lens[0])
     spent = 0.0
-    costs: list[StepCost] = []
-    for place, context in enumerate(grid.context_lens):
-        if place and spent > MOST_SECONDS:
-            break
-        for count in grid.row_counts:
-            if not place:
-                _time_pass(runner, count, context)
-            times: list[float] = []
-            while len(times) < MEASURED_PASSES and (not times or spent < PATIENT_SECONDS):
-                times.append(_time_pass(runner, count, context))
-                spent += times[-1]
-            costs.append(StepCost(count, context, statistics.median(times)))
-    return tuple(costs)
+    fastest: dict[tuple[int, int], float] = {}
+    for look in range(MEASURED_PASSES):
+        for place, context in enumerate(grid.context_lens):
+            if spent > MOST_SECONDS and place and not look:
+                break
+            for count in grid.row_counts:
+                point = (context, count)
+                if look and (spent > PATIENT_SECONDS or point not in fastest):
+                    break
+                seconds = _time_pass(runner, count, context)
+                fastest[point] = min(seconds, fastest.get(point, seconds))
+                spent += seconds
+    return _rising(fastest)
+
+
+def _rising(fastest: Mapping[tuple[int, int], float]) -> tuple[StepCost, ...]:
+    """Costs by context and rows, none above that of a point that is no smaller in either."""
+    return tuple(
+        StepCost(
+            count,
+            context,
+            min(
+                seconds
+                for (longer, more), seconds in fastest.items()
+                if longer >= context and more >= count
+            ),
+        )
+        for context, count in fastest
+    )
 
 
 def warm_up(runner: ProfiledRunner, grid: ProfileGrid) -> None:

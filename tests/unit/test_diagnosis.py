@@ -72,6 +72,16 @@ def test_a_healthy_cluster_is_all_right() -> None:
     assert {"verify workers", "draft workers", "versions", "tokenizers"} <= set(verdicts(findings))
 
 
+def test_what_passes_cost_is_shown_for_each_worker() -> None:
+    workers = healthy()
+    workers[2] = replace(workers[2], info=changed(workers[2].info, step_costs=()))
+    found = {
+        finding.check: finding for finding in cluster_findings(version_of(workers), workers, 0.1)
+    }
+    assert found["profile of v1"].detail == "a pass of 1/8/32 rows takes 1/1.5/6 ms"
+    assert found["profile of d1"].verdict == SKIPPED
+
+
 def changed(info: WorkerInfo | None, **changes: object) -> WorkerInfo:
     assert info is not None
     return replace(info, **changes)  # type: ignore[arg-type]

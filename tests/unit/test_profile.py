@@ -32,6 +32,7 @@ from specinfer_engine.step_profile import ProfileGrid, measure_step_costs, still
 from tests.kit.tiny_models import write_tiny_llama
 
 COSTS = (StepCost(1, 128, 0.05), StepCost(8, 128, 0.058), StepCost(1, 1024, 0.06))
+SPIKY = ProfileGrid((1, 2, 8), (128, 1024))
 KEY = {"model": "abc", "device": "a machine"}
 
 
@@ -43,12 +44,16 @@ class ClockedRunner:
     now: float = 0.0
     factor: float = 1.0
     passes: list[tuple[int, int]] = field(default_factory=list)
+    busy: range = range(0)
+    spikes: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
         (sequence,) = rows
         context = sequence.context_len
         self.passes.append((len(sequence.token_ids), context))
-        self.now += self.factor * (0.01 * len(sequence.token_ids) + 1e-5 * context)
+        factor = self.factor * (3.0 if len(self.passes) in self.busy else 1.0)
+        factor *= self.spikes.get((len(sequence.token_ids), context), 1.0)
+        self.now += factor * (0.01 * len(sequence.token_ids) + 1e-5 * context)
         return [torch.zeros(1, 1)]
 
 
@@ -73,6 +78,31 @@ def test_a_slow_model_is_measured_less_often_and_at_fewer_contexts(runner: Clock
     assert [cost.num_rows for cost in costs[:3]] == [1, 2, 8], "the shortest context is whole"
     assert {cost.context_len for cost in costs} < {128, 1024, 4096}
     assert runner.now < 30.0
+
+
+def test_a_machine_that_is_away_for_a_while_changes_no_cost(runner: ClockedRunner) -> None:
+    grid = ProfileGrid((1, 2, 8, 16), (128, 1024))
+    runner.factor = 0.1
+    quiet = measure_step_costs(runner, grid)
+    busy = ClockedRunner(factor=0.1, busy=range(2, 20))
+
+    def clock() -> float:
+        return busy.now
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specinfer_engine.step_profile.time.perf_counter", clock)
+        found = measure_step_costs(busy, grid)
+    for one, other in zip(quiet, found, strict=True):
+        assert other.seconds == pytest.approx(one.seconds)
+    assert len({*busy.passes[4:12]}) == 8, "every point has its turn before any has another"
+
+
+def test_more_rows_or_context_never_cost_less(runner: ClockedRunner) -> None:
+    runner.spikes = {(2, 128): 9.0, (8, 128): 9.0}
+    costs = {(c.num_rows, c.context_len): c.seconds for c in measure_step_costs(runner, SPIKY)}
+    assert costs[2, 128] == costs[2, 1024] == pytest.approx(0.03024)
+    assert costs[8, 128] == costs[8, 1024] == pytest.approx(0.09024)
+    assert costs[1, 128] == pytest.approx(0.01128), "what is cheaper stays"
 
 
 def test_only_what_fits_is_measured() -> None:

@@ -20,6 +20,7 @@ from specinfer.messages import WorkerStatus
 from specinfer.messages.admin import FAILED, OK, SKIPPED, WARNING, Finding
 from specinfer.redis_connection import RedisSettings, close
 from specinfer.rpc import TlsSettings
+from specinfer.step_curve import SHOWN_ROWS, shown
 
 MAX_SKEW_SECONDS = 2.0
 CERTIFICATE_DAYS = 21.0
@@ -45,6 +46,7 @@ def cluster_findings(
     findings.append(_versions(version, workers))
     findings.append(_tokenizers(workers))
     findings += [_memory(worker) for worker in workers if worker.info and worker.tier == "verify"]
+    findings += [_profile(worker) for worker in workers if worker.info]
     if skew_seconds is not None:
         findings.append(clock_finding("clock of this machine", -skew_seconds))
     return findings
@@ -149,6 +151,16 @@ def _memory(worker: WorkerStatus) -> Finding:
     if free < 1 - MEMORY_SHARE and worker.load.num_waiting:
         return Finding(check, WARNING, detail, "sessions wait for blocks: raise --kv-memory")
     return Finding(check, OK, detail)
+
+
+def _profile(worker: WorkerStatus) -> Finding:
+    """What its passes took when it started: trees are chosen by that until passes tell more."""
+    assert worker.info is not None
+    check, costs = f"profile of {worker.address}", worker.info.step_costs
+    if not costs:
+        return Finding(check, SKIPPED, "the worker has not measured its passes")
+    rows = "/".join(map(str, SHOWN_ROWS))
+    return Finding(check, OK, f"a pass of {rows} rows takes {shown(costs)} ms")
 
 
 @dataclass(frozen=True)
