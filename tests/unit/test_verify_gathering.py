@@ -22,6 +22,7 @@ from tests.kit.verify_driver import Job, decode_all, running, table_engine
 
 FLAT = StepCurve([StepCost(1, 0, 0.05), StepCost(1024, 0, 0.05)])
 BY_ROW = StepCurve([StepCost(1, 0, 0.005), StepCost(1024, 0, 5.12)])
+STEEP = StepCurve([StepCost(1, 0, 0.03), StepCost(64, 0, 0.2)])
 MAX_ROWS = 256
 
 
@@ -54,6 +55,7 @@ class World:
     away: float
     num_sessions: int
     gathers: bool
+    spread: float = 0.2
 
     def run(self, seconds: float = 30.0, num_rows: int = 4) -> tuple[float, float]:
         """Rounds a second, and the share of the time without a pass."""
@@ -79,7 +81,8 @@ class World:
             now, busy, rounds = now + cost, busy + cost, rounds + len(waiting)
             for place in waiting:
                 absences[place].leave(now, num_rows)
-                heapq.heappush(coming, (now + self.away * rng.uniform(0.8, 1.2), place))
+                late = rng.uniform(1 - self.spread, 1 + self.spread)
+                heapq.heappush(coming, (now + self.away * late, place))
             waiting = []
         return rounds / now, 1 - busy / now
 
@@ -103,6 +106,19 @@ def test_half_batches_keep_the_engine_busy_where_rows_cost(num_sessions: int) ->
     whole, idle = World(BY_ROW, 0.008, num_sessions, gathers=True).run()
     assert whole == pytest.approx(split)
     assert num_sessions == 1 or idle < 0.01
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+@pytest.mark.parametrize("num_sessions", [2, 4, 8])
+@pytest.mark.parametrize("away_seconds", [0.015, 0.03, 0.06])
+def test_gathering_never_loses_much(away_seconds: float, num_sessions: int, spread: float) -> None:
+    """However long drafts take and however punctual they are; even where nothing can be won."""
+    for costs in (FLAT, STEEP):
+        split, whole = (
+            World(costs, away_seconds, num_sessions, gathers, spread).run(20.0)[0]
+            for gathers in (False, True)
+        )
+        assert whole > 0.96 * split
 
 
 class SlowRunner(TableRunner):

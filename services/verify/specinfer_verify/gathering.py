@@ -7,8 +7,9 @@ within w seconds,
 
     wait, if  w + T(rows of both) < T(rows waiting) + T(rows due)
 
-with T as measured. Where a pass costs what its rows cost, as with many rows, nothing is gained and
-nobody waits: then two half-batches keep the engine busy while the other half is drafted.
+with T as measured, and w by when they are here if they are as punctual as they were. Where a pass
+costs what its rows cost, as with many rows, nothing is gained and nobody waits: then two
+half-batches keep the engine busy while the other half is drafted.
 
 This module knows nothing of tensors, blocks, clocks or futures.
 """
@@ -20,9 +21,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from specinfer.step_curve import StepCurve
 from specinfer_verify.session import Absence, Session
-
-# Who is due may be late, and what is waited for is certain.
-CAUTION = 1.25
 
 
 class Gathering:
@@ -71,7 +69,7 @@ def wait_until(
     """
     rows = sum(waiting)
     alone, best, until = costs.at(rows), 0.0, now
-    num_due = 0
+    num_due, latest = 0, now
     for absence in sorted(away, key=lambda one: one.due):
         if absence.latest <= now or not math.isfinite(absence.due):
             continue
@@ -79,7 +77,8 @@ def wait_until(
         if rows + num_due > max_rows:
             break
         saved = alone + costs.at(num_due) - costs.at(rows + num_due)
-        saved -= CAUTION * max(0.0, absence.due - now)
+        latest = max(latest, absence.latest)
+        saved -= latest - now
         if saved > best:
-            best, until = saved, absence.latest
+            best, until = saved, latest
     return until

@@ -16,7 +16,7 @@ from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_engine.sequence import SequenceState
 
-# A session that is away for longer than this many times what is usual is not waited for.
+# How many of its usual deviations a session may come later than usual before nobody waits for it.
 PATIENCE = 2.0
 SLACK_SECONDS = 0.001
 ABSENCE_WEIGHT = 0.5
@@ -51,11 +51,13 @@ class Absence:
         answered: when it was answered last, or None before the first time.
         seconds: moving average of its absences; infinite until there was one.
         num_rows: rows of the step that was answered.
+        deviation: moving average of how far absences are from the usual.
     """
 
     answered: float | None = None
     seconds: float = math.inf
     num_rows: int = 0
+    deviation: float = 0.0
 
     def leave(self, now: float, num_rows: int) -> None:
         """It was answered."""
@@ -66,8 +68,12 @@ class Absence:
         if self.answered is None:
             return
         away = max(0.0, now - self.answered)
-        known = math.isfinite(self.seconds)
-        self.seconds = self.seconds + ABSENCE_WEIGHT * (away - self.seconds) if known else away
+        if not math.isfinite(self.seconds):
+            self.seconds, self.deviation = away, away / 2
+            return
+        error = away - self.seconds
+        self.deviation += ABSENCE_WEIGHT * (abs(error) - self.deviation)
+        self.seconds += ABSENCE_WEIGHT * error
 
     @property
     def due(self) -> float:
@@ -77,7 +83,7 @@ class Absence:
     @property
     def latest(self) -> float:
         """Until when it is waited for."""
-        return self.due + (PATIENCE - 1) * self.seconds + SLACK_SECONDS
+        return self.due + PATIENCE * self.deviation + SLACK_SECONDS
 
 
 @dataclass

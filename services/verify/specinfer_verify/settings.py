@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specinfer.errors import InvalidRequest
 from specinfer.settings import read_settings, required_setting, setting
-from specinfer.worker_settings import WorkerSettings
+from specinfer.worker_settings import AUTO, OFF, WorkerSettings
 
 PREFIX = "SPECINFER_VERIFY"
 
@@ -27,6 +28,14 @@ class Settings(WorkerSettings):
     starve_seconds: float = setting(2.0, "wait after which an older session's blocks are taken")
     silent_seconds: float = setting(10.0, "silence after which a place goes to a new session")
     session_idle_seconds: float = setting(600.0, "silence after which a session is closed")
+    gather: str = setting(
+        AUTO, "auto: a pass waits for sessions that are due where that pays; off: never"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gather not in (AUTO, OFF):
+            raise InvalidRequest("--gather is auto or off", field="gather")
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
