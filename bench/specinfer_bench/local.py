@@ -41,6 +41,7 @@ from specinfer_draft.worker import build_worker as build_drafter
 from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.cluster import Cluster
 from specinfer_router.hedging import MovingQuantile
+from specinfer_router.policy import TreeShapePolicy
 from specinfer_router.pool import WorkerPool
 from specinfer_router.router import Router
 from specinfer_router.settings import RouterSettings
@@ -185,8 +186,16 @@ class LocalCluster:
 
 
 @contextmanager
-def local_router(model: Path, draft: Path, dtype: str) -> Iterator[Router]:
+def local_router(
+    model: Path, draft: Path, dtype: str, policy: TreeShapePolicy | None = None
+) -> Iterator[Router]:
     """A router, a verify engine and a draft engine in this process, ended with the block.
+
+    Args:
+        model: folder of the target's checkpoint.
+        draft: folder of the drafter's.
+        dtype: of both.
+        policy: how trees are chosen; None takes what a router takes by its default.
 
     Raises:
         InvalidCheckpoint: when a folder cannot be served.
@@ -194,7 +203,7 @@ def local_router(model: Path, draft: Path, dtype: str) -> Iterator[Router]:
     verifier = build_verifier(VerifySettings(model=model, dtype=dtype))
     drafter = build_drafter(DraftSettings(model=draft, dtype=dtype))
     with running(verifier.engine), running(drafter.engine):
-        yield router_over(verifier, drafter)
+        yield router_over(verifier, drafter, policy=policy)
 
 
 @contextmanager
@@ -208,11 +217,14 @@ def running(engine: DraftEngine | VerifyEngine) -> Iterator[None]:
 
 
 def router_over(
-    worker: Worker, drafter: DraftWorker, draft: LocalDraftLink | None = None
+    worker: Worker,
+    drafter: DraftWorker,
+    draft: LocalDraftLink | None = None,
+    policy: TreeShapePolicy | None = None,
 ) -> Router:
     """A router over two workers of this process, whose engines run; several may share them.
 
-    `draft` goes before the usual link to the drafter.
+    `draft` goes before the usual link to the drafter, `policy` before the router's default.
     """
     # The casts say what the classes above are for: they stand where the network's links stand.
     verify = LocalVerifyLink(worker.engine, worker.info)
@@ -234,7 +246,8 @@ def router_over(
             bos_token=files.bos_token,
             eos_token=files.eos_token,
         ),
-        policy=settings.shape_policy(worker.info.step_costs),
+        policy=policy
+        or settings.shape_policy(worker.info.step_costs, lambda: drafter.info.step_costs),
         metrics=RouterMetrics(CollectorRegistry(), worker.info.model_name),
         version=worker.info.version,
         limits=settings.limits(worker.info.step_costs),

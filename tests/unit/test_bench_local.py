@@ -9,12 +9,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specinfer import InvalidRequest
-from specinfer.messages import ChatMessage, GenerateRequest, SpeculationOptions, TokensEvent
+from specinfer.messages import (
+    ChatMessage,
+    GenerateRequest,
+    ShapeQuery,
+    SpeculationOptions,
+    TokensEvent,
+)
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer_bench import grown
 from specinfer_bench.grown import default_cache, grown_target
 from specinfer_bench.local import local_router, run_local
 from specinfer_bench.options import GROWN_PRESETS, BenchOptions
+from specinfer_router.policy import StaticShape
 from specinfer_router.router import Router
 from specinfer_training.grow import PRESETS, Shape, grow_checkpoint
 from tests.kit.tiny_models import write_tiny_llama
@@ -63,7 +70,9 @@ async def test_one_process_speculates_and_keeps_the_tokens(
 ) -> None:
     draft = write_tiny_llama(tmp_path / "draft", noise=0.1)
     options = BenchOptions(max_tokens=32, temperature=temperature)
-    with local_router(target, draft, "float32") as router:
+    # Timed by nothing: on passes of microseconds the adaptive policy may well choose no guesses.
+    policy = StaticShape(ShapeQuery(max_nodes=8, max_depth=8))
+    with local_router(target, draft, "float32", policy) as router:
         sample = await run_local(router, "What is this?", SEED, options)
         assert sample.token_ids == await run_plain(router, "What is this?", options)
     assert len(sample.token_ids) > 8

@@ -83,15 +83,23 @@ class RowPasses(Passes):
         super().__init__(costs.floor_seconds)
         self._costs = costs
 
+    def add(self, outbox: Outbox[Any], result: Any) -> None:
+        """Answer with `result` at the end of the next pass, and with what it waited and took."""
+        result.queue_seconds -= asyncio.get_running_loop().time()
+        super().add(outbox, result)
+
     async def _run(self) -> None:
-        answered = 0
+        clock, answered = asyncio.get_running_loop().time, 0
         while self._waiting:
             if self._saved(answered) > CAUTION * self._costs.return_seconds:
                 await asyncio.sleep(self._costs.return_seconds)
             taken, self._waiting = self._waiting, []
             rows = sum(result.num_rows for _, result in taken)
+            start = clock()
             await asyncio.sleep(self._costs.pass_seconds(rows))
             for outbox, result in taken:
+                result.queue_seconds += start
+                result.compute_seconds, result.num_rows = clock() - start, rows
                 outbox.put(result)
             answered = rows
         self._task = None
