@@ -6,18 +6,19 @@ to the services by their flags alone and knows nothing of models or requests.
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from specinfer.cores import format_cores, usable_cores, whole_cores
 from specinfer.errors import InvalidRequest, Unavailable
 from specinfer.registry import check_group
+from specinfer_cli.cores import CoreShares, share_cores
 from specinfer_cli.processes import (
     Child,
     claim_address,
@@ -52,10 +53,13 @@ class ClusterSettings:
         keys: file of API keys, "redis" for those in `redis`, or "" to ask for none.
         insecure_bind: let the router listen beyond this machine, without TLS.
         num_threads: compute threads of each worker; None shares the cores of this process out among
-            the verify workers and gives each drafter one, since drafters are small.
+            the verify workers and gives each drafter one, see `cores.share_cores`.
         logs: folder for the children's logs; None uses a temporary one.
         startup_seconds: how long the workers may take to load.
         grace_seconds: how long running streams may take to finish at the end.
+        unix_sockets: let routers reach the workers over files instead of ports.
+        verify_flags, draft_flags, router_flags: further flags, which go before ours.
+        worker_environment: variables of every worker, which go before ours and the user's.
 
     Raises:
         InvalidRequest: naming the option that is out of its range.
@@ -78,6 +82,11 @@ class ClusterSettings:
     logs: Path | None = None
     startup_seconds: float = 300.0
     grace_seconds: float = 10.0
+    unix_sockets: bool = False
+    verify_flags: tuple[str, ...] = ()
+    draft_flags: tuple[str, ...] = ()
+    router_flags: tuple[str, ...] = ()
+    worker_environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_drafters", "num_verifiers"):
@@ -86,6 +95,13 @@ class ClusterSettings:
         if self.num_threads is not None and self.num_threads < 1:
             raise InvalidRequest("num_threads is at least 1", field="num_threads")
         check_group(self.group)
+
+    @property
+    def core_shares(self) -> CoreShares:
+        """Cores and threads of each worker; looked up now, and the same at each look."""
+        num_drafters = 0 if self.draft is None else self.num_drafters
+        cores = whole_cores(usable_cores())
+        return share_cores(cores, self.num_verifiers, num_drafters, self.num_threads)
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,8 @@ def running_cluster(
         folder = settings.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            verifiers, drafters = _start_workers(settings, folder, children)
+            sockets = Path(temporary) if settings.unix_sockets else None
+            verifiers, drafters = _start_workers(settings, folder, sockets, children)
             deadline = time.monotonic() + settings.startup_seconds
             wait_healthy(children, deadline, interrupted)
             flags = _router_flags(settings, router, gateway, verifiers, drafters)
@@ -187,7 +204,7 @@ def running_cluster(
 
 
 def _start_workers(
-    settings: ClusterSettings, folder: Path, children: list[Child]
+    settings: ClusterSettings, folder: Path, sockets: Path | None, children: list[Child]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Start all workers at once; returns the addresses of the verifiers and of the drafters."""
     kinds = [("verify", settings.model)] * settings.num_verifiers
@@ -195,13 +212,14 @@ def _start_workers(
         kinds += [("draft", settings.draft)] * settings.num_drafters
     addresses: dict[str, list[str]] = {"verify": [], "draft": []}
     for kind, model in kinds:
-        address = f"127.0.0.1:{free_port()}"
+        index = len(addresses[kind])
+        address = _worker_address(sockets, f"{kind}-{index + 1}")
         addresses[kind].append(address)
         children.append(
             start_child(
                 f"{kind} {len(addresses[kind])}",
                 f"specinfer_{kind}",
-                _worker_flags(settings, kind, address, model),
+                _worker_flags(settings, kind, index, address, model),
                 address=address,
                 folder=folder,
                 environment=_environment(settings, kind),
@@ -210,18 +228,27 @@ def _start_workers(
     return tuple(addresses["verify"]), tuple(addresses["draft"])
 
 
-def _worker_flags(settings: ClusterSettings, kind: str, address: str, model: Path) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
-    share = max(1, cores // settings.num_verifiers) if kind == "verify" else 1
+def _worker_address(sockets: Path | None, name: str) -> str:
+    return f"127.0.0.1:{free_port()}" if sockets is None else f"unix:{sockets / name}.sock"
+
+
+def _worker_flags(
+    settings: ClusterSettings, kind: str, index: int, address: str, model: Path
+) -> list[str]:
+    shares = settings.core_shares
+    cores = (shares.verify if kind == "verify" else shares.draft)[index]
+    threads = shares.verify_threads if kind == "verify" else shares.draft_threads
     return [
         *("--address", address),
         *("--model", str(model)),
         *("--name", settings.name or settings.model.name),
         *("--dtype", settings.dtype),
-        *("--threads", str(settings.num_threads or share)),
+        *("--threads", str(threads)),
+        *(("--cores", format_cores(cores)) if cores else ()),
         # The router has drained before the workers are asked to end.
         *("--drain-seconds", str(WORKER_DRAIN_SECONDS)),
         *("--group", settings.group),
+        *(settings.verify_flags if kind == "verify" else settings.draft_flags),
     ]
 
 
@@ -244,14 +271,15 @@ def _router_flags(
         flags += ["--keys", settings.keys]
     if settings.insecure_bind:
         flags.append("--insecure-bind")
-    return flags
+    return [*flags, *settings.router_flags]
 
 
 def _environment(settings: ClusterSettings, kind: str) -> dict[str, str]:
+    ours = {} if kind == "router" else dict(settings.worker_environment)
     # The URL may hold a password, and everybody on the machine may read a command line.
-    if settings.redis is None:
-        return {}
-    return {f"SPECINFER_{kind.upper()}_REDIS": settings.redis}
+    if settings.redis is not None:
+        ours[f"SPECINFER_{kind.upper()}_REDIS"] = settings.redis
+    return ours
 
 
 @contextmanager

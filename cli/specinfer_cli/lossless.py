@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specinfer import AsyncClient, Capabilities
+from specinfer.errors import InvalidRequest
 from specinfer_bench.prompts import read_prompts
 from specinfer_bench.shapes import SHAPES
 from specinfer_cli import arguments
@@ -25,6 +27,7 @@ from specinfer_cli.lossless_cases import (
     num_cases,
 )
 from specinfer_cli.lossless_check import Checker, Divergence, Tally
+from specinfer_cli.lossless_paths import ALL_PATHS, CheckedPaths, apart, check_paths
 from specinfer_cli.models import choose_models, prompt_file
 
 _Prompts = Annotated[
@@ -52,6 +55,15 @@ _Raw = Annotated[
         "--raw", metavar="", help="Send prompts as they stand, without the chat template."
     ),
 ]
+_AllPaths = Annotated[
+    bool,
+    typer.Option(
+        "--all-paths",
+        metavar="",
+        help="Check several local clusters in turn: drafting ahead, unix sockets, shapes by cost "
+        "and int8 weights on and off, and without our own kernels.",
+    ),
+]
 
 
 @friendly
@@ -62,6 +74,7 @@ def lossless(
     max_tokens: _MaxTokens = 64,
     concurrency: _Concurrency = 16,
     raw: _Raw = False,
+    all_paths: _AllPaths = False,
     router: arguments.AnyRouter = None,
     model: arguments.Model = None,
     draft: arguments.Draft = None,
@@ -75,19 +88,29 @@ def lossless(
     nothing was put to the test.
     """
     texts = read_prompts(prompt_file(prompts), num_prompts)
-    began = time.perf_counter()
-    with ExitStack() as stack:
-        if router is None:
-            router = stack.enter_context(running_cluster(_cluster(model, draft, dtype))).router
-        capabilities, tally = asyncio.run(
-            _check(router, texts, samples, max_tokens, concurrency, raw)
+    if all_paths and router is not None:
+        raise InvalidRequest(
+            "--all-paths starts its own clusters, without --router", field="router"
         )
-    seconds = time.perf_counter() - began
-    if json:
-        print_json(_report(capabilities, tally, len(texts), samples, seconds))
+
+    def check(address: str) -> tuple[Capabilities, Tally]:
+        return asyncio.run(_check(address, texts, samples, max_tokens, concurrency, raw))
+
+    if all_paths:
+        found = check_paths(ALL_PATHS, _cluster(model, draft, dtype), check)
+        passed = _tell_paths(found, texts, samples, json=json)
     else:
-        _print(capabilities, tally, len(texts), seconds)
-    if not tally.lossless:
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            if router is None:
+                router = stack.enter_context(running_cluster(_cluster(model, draft, dtype))).router
+            capabilities, tally = check(router)
+        passed, seconds = tally.lossless, time.perf_counter() - began
+        if json:
+            print_json(_report(capabilities, tally, len(texts), samples, seconds))
+        else:
+            _print(capabilities, tally, len(texts), seconds)
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -113,6 +136,39 @@ async def _check(
                 lambda tally: progress.update(task, completed=tally.num_cases),
             )
     return capabilities, tally
+
+
+def _tell_paths(
+    found: Sequence[CheckedPaths], texts: Sequence[str], samples: int, *, json: bool
+) -> bool:
+    """Say what was found on every way; whether all of it is as it should be."""
+    others = apart(found)
+    passed = all(each.lossless for each in found) and not others
+    if json:
+        ways = [_paths_report(each, len(texts), samples) for each in found]
+        print_json({"lossless": passed, "other_tokens": others, "paths": ways})
+        return passed
+    console = output()
+    for each in found:
+        console.print(f"{each.paths.name}: {each.paths.switches}", style="bold", markup=False)
+        _print(each.capabilities, each.tally, len(texts), each.seconds)
+        console.print(f"{each.ahead_hits} trees begun ahead and used\n")
+    for name in others:
+        console.print(f"{name}: other tokens than the first of its target", style="bold red")
+    if passed:
+        console.print("lossless on all paths; one target, the same tokens", style="green")
+    return passed
+
+
+def _paths_report(each: CheckedPaths, num_prompts: int, samples: int) -> dict[str, Any]:
+    return {
+        "name": each.paths.name,
+        "target": each.paths.target,
+        "switches": each.paths.switches,
+        "ahead_hits": each.ahead_hits,
+        "outputs": f"{each.tally.digest:064x}",
+        **_report(each.capabilities, each.tally, num_prompts, samples, each.seconds),
+    }
 
 
 def _print(capabilities: Capabilities, tally: Tally, num_prompts: int, seconds: float) -> None:

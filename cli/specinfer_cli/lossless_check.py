@@ -6,6 +6,7 @@ It uses the SDK alone, as any user would, so it can judge a cluster that is not 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -60,6 +61,7 @@ class Tally:
         divergences: the first MAX_REPORTED of them.
         errors: calls that failed, as text; the first MAX_REPORTED.
         num_errors: how many failed in all.
+        digest: of the tokens of all plain runs, the same in whatever order they ended.
     """
 
     num_cases: int = 0
@@ -72,6 +74,7 @@ class Tally:
     divergences: list[Divergence] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     num_errors: int = 0
+    digest: int = 0
 
     @property
     def lossless(self) -> bool:
@@ -106,6 +109,7 @@ class Checker:
     async def _check(self, case: Case) -> None:
         try:
             plain = await self._generate(case, SpeculationOptions(enabled=False))
+            self.tally.digest ^= _digest(case, plain.token_ids)
             for name, shape in SHAPES.items():
                 speculated = await self._generate(case, shape)
                 await self._compare(case, name, plain, speculated)
@@ -161,6 +165,11 @@ class Checker:
             return await self._client.generate(case.prompt, **options)
         options["messages"] = [{"role": "user", "content": case.prompt}]
         return await self._client.generate(**options)
+
+
+def _digest(case: Case, token_ids: Sequence[int]) -> int:
+    text = repr((case.index, case.setting, case.seed, tuple(token_ids)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest())
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

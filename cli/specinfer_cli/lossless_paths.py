@@ -1,0 +1,155 @@
+"""Which ways through a cluster `specinfer lossless --all-paths` takes, a cluster for each.
+
+The same cases run on each. Clusters of one target have to give the same tokens as well, whatever
+lies between a guess and a token. This module knows nothing of cases or reports.
+"""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from specinfer import Capabilities
+from specinfer.errors import Unavailable
+from specinfer.metrics.metric import PREFIX
+from specinfer_cli.cluster import ClusterSettings, running_cluster
+from specinfer_cli.lossless_check import Tally
+from specinfer_cli.processes import free_port
+
+ANSWER_SECONDS = 10.0
+MAX_PAGE_BYTES = 4 * 1024 * 1024
+AHEAD_TREES = f"{PREFIX}ahead_trees_total{{"
+HIT = 'outcome="hit"'
+
+
+@dataclass(frozen=True)
+class Paths:
+    """One way through a cluster.
+
+    Attributes:
+        name: what people call it.
+        target: what decides the tokens; all paths of one target give the same ones.
+        ahead: whether the drafter goes on while the target verifies.
+        unix_sockets: whether the tiers speak over files.
+        verify, draft, router: further flags of each.
+        environment: further variables of the workers.
+    """
+
+    name: str
+    target: str
+    ahead: bool = True
+    unix_sockets: bool = True
+    verify: tuple[str, ...] = ()
+    draft: tuple[str, ...] = ()
+    router: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def switches(self) -> str:
+        """What is switched how, in words of flags."""
+        tiers = {"verify": self.verify, "draft": self._draft_flags, "router": self.router}
+        words = ["tiers over unix sockets" if self.unix_sockets else "tiers over TCP"]
+        words += [f"{tier} {' '.join(flags)}" for tier, flags in tiers.items() if flags]
+        words += [f"workers with {name}={value!r}" for name, value in self.environment.items()]
+        return ", ".join(words)
+
+    @property
+    def _draft_flags(self) -> tuple[str, ...]:
+        return ("--ahead", "on" if self.ahead else "off", *self.draft)
+
+    def over(self, base: ClusterSettings, draft_metrics: str) -> ClusterSettings:
+        """A cluster's settings with these paths, the drafter's metrics at an address."""
+        return replace(
+            base,
+            unix_sockets=self.unix_sockets,
+            verify_flags=self.verify,
+            draft_flags=(*self._draft_flags, "--metrics", draft_metrics),
+            router_flags=self.router,
+            worker_environment=self.environment,
+        )
+
+
+_INT8 = ("--weights", "int8")
+ALL_PATHS = (
+    Paths(
+        "the plain paths",
+        "stored weights",
+        ahead=False,
+        unix_sockets=False,
+        verify=("--gather", "off"),
+        router=("--policy", "static"),
+    ),
+    Paths("the fast paths", "stored weights"),
+    Paths("the fast paths, int8 weights", "int8 weights", verify=_INT8, draft=_INT8),
+    # Our own kernels are built by the machine's compiler: without one torch and oneDNN serve.
+    Paths("the fast paths, no compiler", "other kernels", environment={"PATH": ""}),
+)
+
+
+@dataclass(frozen=True)
+class CheckedPaths:
+    """What a check of one way saw.
+
+    Attributes:
+        paths: the way.
+        capabilities: of its cluster.
+        tally: of the cases.
+        seconds: from the start of the cluster to the last case.
+        ahead_hits: trees that the drafter had begun before they were asked for, and used.
+    """
+
+    paths: Paths
+    capabilities: Capabilities
+    tally: Tally
+    seconds: float
+    ahead_hits: int
+
+    @property
+    def lossless(self) -> bool:
+        """Whether all was equal, and what is switched on was used."""
+        return self.tally.lossless and (self.ahead_hits > 0) == self.paths.ahead
+
+
+def check_paths(
+    ways: Sequence[Paths],
+    base: ClusterSettings,
+    check: Callable[[str], tuple[Capabilities, Tally]],
+) -> list[CheckedPaths]:
+    """Run `check` with the router's address on a cluster for each way, one after the other.
+
+    Raises what `running_cluster` and `check` do, and Unavailable when a drafter's metrics do not
+    answer.
+    """
+    found = []
+    for paths in ways:
+        begun, metrics = time.perf_counter(), f"127.0.0.1:{free_port()}"
+        with running_cluster(paths.over(base, metrics)) as cluster:
+            capabilities, tally = check(cluster.router)
+            seconds, hits = time.perf_counter() - begun, ahead_hits(metrics)
+        found.append(CheckedPaths(paths, capabilities, tally, seconds, hits))
+    return found
+
+
+def ahead_hits(address: str) -> int:
+    """Trees that a draft worker began ahead and used, by its metrics; raises Unavailable."""
+    # Never through a proxy: it is a worker of ours that is asked.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{address}/metrics", timeout=ANSWER_SECONDS) as answer:
+            text = answer.read(MAX_PAGE_BYTES).decode("utf-8")
+    except OSError as error:
+        raise Unavailable(f"the metrics at {address} do not answer: {error}") from error
+    lines = [line for line in text.splitlines() if line.startswith(AHEAD_TREES) and HIT in line]
+    return round(sum(float(line.rpartition("} ")[2].split()[0]) for line in lines))
+
+
+def apart(found: Sequence[CheckedPaths]) -> list[str]:
+    """Names of the ways whose tokens are not those of the first way of the same target."""
+    first: dict[str, int] = {}
+    return [
+        each.paths.name
+        for each in found
+        if first.setdefault(each.paths.target, each.tally.digest) != each.tally.digest
+    ]
