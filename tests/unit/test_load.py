@@ -22,6 +22,7 @@ from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
 from tests.kit.virtual_time import run_in_virtual_time
 
 PROMPTS = ("a", "b", "c")
+WAY = 0.005
 OBJECTIVE = Objective(first_token_seconds=0.5, token_seconds=0.15)
 Run = Callable[[Sequence[Arrival], Ask], list[Observation]]
 
@@ -205,7 +206,13 @@ def test_percentiles_are_nearest_rank() -> None:
 
 def observed(first: float, *later: tuple[float, int], outcome: str = DONE) -> Observation:
     events = [(first, 2), *later]
-    return Observation(0.0, 0.0, events, ended=events[-1][0], outcome=outcome)
+    return Observation(
+        *(0.0, 0.0, events),
+        ended=events[-1][0],
+        outcome=outcome,
+        told_first_token_seconds=first - WAY,
+        told_seconds=events[-1][0] - WAY,
+    )
 
 
 def test_goodput_wants_both_times_and_an_end() -> None:
@@ -249,12 +256,33 @@ def test_the_routers_numbers_are_laid_beside_the_clients() -> None:
     found = agreement(before, after, seen)
     assert found["generation_tokens"].agrees
     assert found["requests"].agrees
-    assert found["first_token_seconds"].difference == pytest.approx(0.01)
-    assert found["first_token_seconds"].agrees
+    first = found["first_token_seconds"]
+    assert (first.difference, first.way_ms) == pytest.approx((0.01, 5.0))
+    assert first.told == pytest.approx(1.0)
+    assert first.agrees
+    assert first.same
     # The page says nothing of whole requests: that is not agreement.
     assert not found["request_seconds"].agrees
+    assert not found["request_seconds"].same
     lost_one = agreement(before, after, seen[:1])
-    assert not any(lost_one[name].agrees for name in ("requests", "generation_tokens"))
+    for name in ("requests", "generation_tokens", "first_token_seconds"):
+        assert not lost_one[name].same, name
+
+
+def test_a_way_of_any_length_is_told_apart_from_other_numbers() -> None:
+    before = read_numbers(PAGE % (10, 100, 11, 11, 1.0))
+    after = read_numbers(PAGE % (12, 110, 13, 13, 2.0))
+    seen = [observed(0.5, (0.8, 3)), observed(0.51, (0.9, 3))]
+    slow = [dataclasses.replace(one, sent=-0.1) for one in seen]
+    first = agreement(before, after, slow)["first_token_seconds"]
+    assert first.same
+    assert not first.agrees
+    assert first.way_ms == pytest.approx(105.0)
+    # One whose end never came was told nothing, and nobody makes it up.
+    cut = [seen[0], dataclasses.replace(seen[1], outcome=FAILED)]
+    found = agreement(before, after, cut)["first_token_seconds"]
+    assert found.told is None
+    assert found.same
 
 
 def simulated(costs: dict[str, float], lies: str = "") -> dict[str, Ask]:

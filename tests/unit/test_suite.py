@@ -133,7 +133,9 @@ def open_document(speculation: str) -> dict[str, object]:
         "speculation": speculation,
         "offered_per_second": 1.0,
         "summary": asdict(summary(seen, objective)),
-        "prometheus": {name: asdict(Agreement(3.0, 3.0, 0.0, True)) for name in SERIES},
+        "prometheus": {
+            name: asdict(Agreement(3.0, 3.0, 3.0, 0.0, 0.5, True, True)) for name in SERIES
+        },
         "requests": [row],
         "setup": {"machine": MACHINE},
     }

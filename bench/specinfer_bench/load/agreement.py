@@ -1,7 +1,11 @@
 """Whether the clients' numbers are those that the router shows to Prometheus.
 
 The router's /metrics are read before and after a run that had the router to itself, and what it
-counted in between is laid beside what the clients saw. This module knows nothing of schedules.
+counted in between is laid beside what the clients saw. Times are there three times. A router's
+begin with the request's arrival and end when the event is made. What it tells each client with the
+last event is the same, so these sums are equal but for rounding. A client's own clock begins with
+the sending and ends when the event was read: it has the way there and back on top, and what that
+takes for each request is a number of its own. This module knows nothing of schedules.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from specinfer_bench.load.observation import DONE, Observation
 TOLERANCE = 0.02
 # What a request and its first event take between two processes: less than this a request is the
 # way, not another number.
-RESOLUTION_SECONDS = 0.002
+WAY_SECONDS = 0.002
 MAX_PAGE_BYTES = 16 * 1024 * 1024
 ANSWER_SECONDS = 10.0
 SETTLE_SECONDS = 10.0
@@ -44,15 +48,22 @@ class Agreement:
     """One number as both sides have it.
 
     Attributes:
-        client, router: its value over the run.
+        client, router: its value over the run, times by the clock of each.
+        told: a time as the router told it to the clients; None for counts, and where a request
+            failed and was told nothing.
         difference: (client - router) / router, or 0 when both are 0.
-        agrees: whether they are within TOLERANCE, or their mean times a request within
-            RESOLUTION_SECONDS.
+        way_ms: of a time, milliseconds a request that the client's clock has on top; 0 for counts.
+        same: whether the router shows what the clients counted or were told, within TOLERANCE;
+            true where they were told nothing.
+        agrees: whether it shows what the clients' clocks say, within TOLERANCE or WAY_SECONDS.
     """
 
     client: float
     router: float
+    told: float | None
     difference: float
+    way_ms: float
+    same: bool
     agrees: bool
 
 
@@ -107,6 +118,7 @@ def agreement(
 
     Times count from the sending here: the router knows nothing of waits in the client.
     """
+    told: dict[str, float] = {}
     done = [seen for seen in observations if seen.outcome == DONE]
     sent = [seen for seen in observations if seen.sent is not None]
     ours: Numbers = {
@@ -119,13 +131,25 @@ def agreement(
         ),
         "request_seconds": sum(seen.ended - (seen.sent or 0.0) for seen in sent),
     }
+    if len(done) == len(sent):
+        told["first_token_seconds"] = sum(seen.told_first_token_seconds for seen in sent)
+        told["request_seconds"] = sum(seen.told_seconds for seen in sent)
     theirs = {name: after[name] - before[name] for name in SERIES}
-    return {name: _compared(name, ours[name], theirs[name], len(sent)) for name in SERIES}
+    return {
+        name: _compared(name, ours[name], theirs[name], told.get(name), len(sent))
+        for name in SERIES
+    }
 
 
-def _compared(name: str, client: float, router: float, num_requests: int) -> Agreement:
-    apart = abs(client - router)
-    room = TOLERANCE * abs(router)
-    if name not in COUNTS:
-        room = max(room, RESOLUTION_SECONDS * num_requests)
-    return Agreement(client, router, (client - router) / router if router else 0.0, apart <= room)
+def _compared(
+    name: str, client: float, router: float, told: float | None, num_requests: int
+) -> Agreement:
+    apart, room = client - router, TOLERANCE * abs(router)
+    difference = apart / router if router else 0.0
+    if name in COUNTS:
+        same = abs(apart) <= room
+        return Agreement(client, router, None, difference, 0.0, same, same)
+    same = told is None or abs(told - router) <= room
+    agrees = abs(apart) <= max(room, WAY_SECONDS * num_requests)
+    way_ms = 1e3 * apart / max(1, num_requests)
+    return Agreement(client, router, told, difference, way_ms, same, agrees)

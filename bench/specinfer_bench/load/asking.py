@@ -42,7 +42,10 @@ def asking(
             async for event in stream:
                 seen.events.append((clock(), len(event.token_ids)))
                 seen.token_ids.extend(event.token_ids)
-            seen.num_prompt_tokens = stream.completion.usage.num_prompt_tokens
+            done = stream.completion
+            seen.num_prompt_tokens = done.usage.num_prompt_tokens
+            seen.told_first_token_seconds = done.timings.first_token_seconds
+            seen.told_seconds = done.timings.total_seconds
 
     return ask
 

@@ -21,6 +21,8 @@ class Observation:
         error: kind and message of the error that ended it, or "".
         token_ids: tokens generated.
         num_prompt_tokens: tokens of the prompt, as the server counted them.
+        told_first_token_seconds, told_seconds: what the server's last event says it took, from the
+            request's arrival there to the first tokens and to the end.
     """
 
     scheduled: float
@@ -31,6 +33,8 @@ class Observation:
     error: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    told_first_token_seconds: float = 0.0
+    told_seconds: float = 0.0
 
     @property
     def num_tokens(self) -> int:

@@ -1,9 +1,9 @@
 """One run of a load against one cluster, from the first connection to the report.
 
 A report's "trusted" says whether its numbers may be believed: outputs equal in every arm of a
-sweep, and the router's counts the same as the clients'. "times_agree" says it of the times: on a
-machine without a free core a client sees an event later than the router sent it, and both are
-right. This module starts nothing.
+sweep, and the router's counts and times the same as those that clients were told. "times_agree"
+says it of the clients' own clocks too: on a machine without a free core a client sees an event
+later than the router sent it, and both are right. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ async def open_report(cluster: Cluster, prompts: Sequence[str], run: OpenRun) ->
         "max_sessions": run.sessions,
         "summary": asdict(summary(seen, run.objective)),
         "prometheus": {name: asdict(each) for name, each in found.items()},
-        "trusted": all(found[name].agrees for name in COUNTS) and found["requests"].client > 0,
+        "trusted": all(each.same for each in found.values()) and found["requests"].client > 0,
         "times_agree": all(each.agrees for name, each in found.items() if name not in COUNTS),
         "requests": [_row(one) for one in seen],
     }

@@ -124,7 +124,10 @@ def _open_row(report: Document) -> list[str]:
 
 def agreement_table(documents: Mapping[str, Document]) -> str:
     """The clients' numbers beside those that the router shows to Prometheus."""
-    head = ("speculation", "number", "clients", "router", "difference")
+    head = (
+        *("speculation", "number", "router", "as told to clients", "clients' clocks"),
+        *("difference", "ms a request"),
+    )
     return table(head, [row for each in documents.values() for row in _agreement_rows(each)])
 
 
@@ -134,8 +137,11 @@ def _agreement_rows(report: Document) -> Iterator[list[str]]:
         yield [
             ARM_NAMES[report["speculation"]],
             title,
-            *(f"{both[side]:.6g}" for side in ("client", "router")),
+            f"{both['router']:.6g}",
+            f"{both['told']:.6g}" if both.get("told") is not None else "",
+            f"{both['client']:.6g}",
             f"{both['difference']:+.1%}",
+            f"{both['way_ms']:+.2f}" if both.get("way_ms") else "",
         ]
 
 
