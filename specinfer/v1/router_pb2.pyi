@@ -730,7 +730,9 @@ class RoundFacts(_message.Message):
     root_only_reason: _builtins.str
     """Why nothing was guessed, or empty."""
     draft_seconds: _builtins.float
-    """Seconds of the drafter's compute."""
+    """Seconds of the drafter's compute, as far as the round waited for it: what passed beside the
+    last round's commit is not counted.
+    """
     verify_seconds: _builtins.float
     """Seconds of the verifier's compute."""
     queue_seconds: _builtins.float
