@@ -61,9 +61,15 @@ class OneProcess:
 
     @contextmanager
     def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
-        """One speculative arm; raises InvalidCheckpoint."""
+        """Without guesses and with them; raises InvalidCheckpoint."""
+        plain = SpeculationOptions(enabled=False)
         with local_router(pair.target, pair.draft, pair.dtype) as router, asyncio.Runner() as loop:
-            yield {self.name: Arm(lambda task: run_router(loop, router, task), seeded=True)}
+            yield {
+                f"{self.name}, plain": Arm(
+                    lambda task: run_router(loop, router, task, plain), plain=True, seeded=True
+                ),
+                self.name: Arm(lambda task: run_router(loop, router, task), seeded=True),
+            }
 
 
 def run_router(
