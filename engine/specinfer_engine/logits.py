@@ -46,7 +46,7 @@ def process_logits(
         row = add_bias(row, params.logit_bias)
     if params.greedy:
         return row
-    if (params.top_k > 0 or params.top_p < 1.0) and bool(torch.isnan(row).any()):
+    if (params.top_k > 0 or params.top_p < 1.0) and bool(row.max().isnan()):
         raise InternalError("the model made a NaN")
     return law_of(row, params.temperature, params.top_k, params.top_p, params.min_p)
 
@@ -90,9 +90,12 @@ def token_logprob(row: Tensor, token_id: int, num_top: int) -> TokenLogprob:
         num_top: how many of the most probable tokens to name; of equal ones the lower ids.
     """
     logprobs = torch.log_softmax(row.double(), 0)
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top > 0:
-        best = torch.sort(logprobs, descending=True, stable=True)
-        token_ids = best.indices[:num_top].tolist()
-        top = tuple(zip(token_ids, best.values[:num_top].tolist(), strict=True))
-    return TokenLogprob(token_id, float(logprobs[token_id]), top)
+    own = logprobs[token_id : token_id + 1]
+    if num_top == 0:
+        return TokenLogprob(token_id, float(own), ())
+    best = torch.sort(logprobs, descending=True, stable=True)
+    # One copy leaves a GPU; float64 holds a token id exactly.
+    found = torch.cat((own, best.values[:num_top], best.indices[:num_top].double())).tolist()
+    values = found[1 : 1 + len(found) // 2]
+    token_ids = (int(number) for number in found[1 + len(values) :])
+    return TokenLogprob(token_id, found[0], tuple(zip(token_ids, values, strict=True)))

@@ -81,11 +81,11 @@ def keep_top_p(row: Tensor, top_p: float) -> Tensor:
     so none of them is needed; half of that leaves room for rounding.
     """
     probabilities = row.double().softmax(0)
-    best = probabilities.max()
     smallest = (1.0 - top_p) / (2 * row.shape[0])
     candidates = torch.nonzero(probabilities >= smallest).flatten()  # ascending token ids
-    order = torch.sort(row[candidates], descending=True, stable=True).indices
-    shares = probabilities[candidates[order]] / best
+    mass, order = torch.sort(probabilities[candidates], descending=True, stable=True)
+    best = mass[:1]  # nothing where no token can be drawn
+    shares = mass / best
     num_kept = max(1, int((shares.cumsum(0) - shares < top_p / best).sum()))
     kept = candidates[order[:num_kept]]
     return torch.full_like(row, -math.inf).index_copy_(0, kept, row[kept])
