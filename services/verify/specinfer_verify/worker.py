@@ -81,7 +81,8 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     )
     rows = tuple(count for count in MEASURED_ROWS if count <= settings.max_rows)
     costs = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
-    engine = VerifyEngine(runner, blocks, limits, on_failure=on_failure)
+    on_gpu = loaded.device.type == "cuda"  # a CPU draws for visited nodes only
+    engine = VerifyEngine(runner, blocks, limits, walk_on_device=on_gpu, on_failure=on_failure)
     engine.gather_with(StepCurve(costs))
     info = WorkerInfo(
         worker_id=settings.worker_id or f"verify-{uuid.uuid4().hex[:12]}",
