@@ -107,7 +107,9 @@ class SimulatedDrafter(draft_pb2_grpc.DraftServiceServicer):
 
     async def GetInfo(self, request: Any, context: Any) -> Any:
         """What this worker is."""
-        return draft_pb2.DraftServiceGetInfoResponse(info=worker_info_to_wire(_info("draft")))
+        return draft_pb2.DraftServiceGetInfoResponse(
+            info=worker_info_to_wire(simulated_info("draft"))
+        )
 
     def _handle(self, item: draft_pb2.DraftItem, outbox: Outbox[Any]) -> None:
         result = draft_pb2.DraftItemResult(
@@ -146,13 +148,15 @@ class SimulatedVerifier(verify_pb2_grpc.VerifyServiceServicer):
 
     async def GetInfo(self, request: Any, context: Any) -> Any:
         """What this worker is."""
-        return verify_pb2.VerifyServiceGetInfoResponse(info=worker_info_to_wire(_info("verify")))
+        return verify_pb2.VerifyServiceGetInfoResponse(
+            info=worker_info_to_wire(simulated_info("verify"))
+        )
 
     async def GetTokenizer(
         self, request: Any, context: Any
     ) -> AsyncIterator[verify_pb2.GetTokenizerResponse]:
         """A tokenizer of single bytes."""
-        yield verify_pb2.GetTokenizerResponse(tokenizer_json=_tokenizer(), eos_token_ids=[0])
+        yield verify_pb2.GetTokenizerResponse(tokenizer_json=tokenizer_json(), eos_token_ids=[0])
 
     def _handle(self, item: verify_pb2.VerifyItem, outbox: Outbox[Any]) -> None:
         result = verify_pb2.VerifyItemResult(item_id=item.item_id, session_id=item.session_id)
@@ -174,7 +178,8 @@ def _token(epoch: int, at: int) -> int:
 
 
 @cache
-def _tokenizer() -> bytes:
+def tokenizer_json() -> bytes:
+    """Of single bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0} | {letter: at for at, letter in enumerate(letters, start=1)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -183,12 +188,13 @@ def _tokenizer() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def _info(tier: str) -> WorkerInfo:
+def simulated_info(tier: str) -> WorkerInfo:
+    """What a worker of a tier says it is."""
     return WorkerInfo(
         worker_id=f"simulated-{tier}",
         model_name="simulated",
         model_hash="simulated",
-        tokenizer_hash=hashlib.sha256(_tokenizer()).hexdigest(),
+        tokenizer_hash=hashlib.sha256(tokenizer_json()).hexdigest(),
         vocab_size=257,
         dtype="float32",
         device="simulated",

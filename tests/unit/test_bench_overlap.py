@@ -1,0 +1,47 @@
+"""The benchmark of overlaps: its arms are what they say, and it sees a token that is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from specinfer.errors import SpecinferError
+from specinfer_bench.overlap import OVERLAPS, compare, run_turn
+from specinfer_bench.stated_engines import StatedRunner
+
+TOKENS = 16
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_both_arms_give_the_targets_tokens(name: str) -> None:
+    overlap = OVERLAPS[name]
+    for world in (overlap.off, overlap.on):
+        assert run_turn(world, overlap.sessions, TOKENS).right
+
+
+def test_negative_control_a_target_of_another_rule_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overlap = OVERLAPS["drafting ahead"]
+    made = StatedRunner.__init__
+
+    def unsure(self: StatedRunner, seconds: float, acceptance: float = 0.5) -> None:
+        made(self, seconds, acceptance)
+
+    monkeypatch.setattr(StatedRunner, "__init__", unsure)
+    with pytest.raises(SpecinferError, match="other tokens"):
+        compare(overlap, 1, TOKENS)
+
+
+def test_a_propose_beside_a_long_commit_is_not_waited_for() -> None:
+    """The switch switches: in line, a commit's time is on top of drafting's in every round."""
+    overlap = OVERLAPS["propose beside the commit"]
+    off, on = (
+        run_turn(
+            replace(world, verify_seconds=0.001, draft_seconds=0.02, commit_seconds=0.08), 1, TOKENS
+        ).rounds_per_second
+        for world in (overlap.off, overlap.on)
+    )
+    # Every round but the first waits 160 ms in line and 80 ms beside.
+    assert on > 1.3 * off
