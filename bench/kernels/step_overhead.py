@@ -29,7 +29,7 @@ from specinfer_kernels import (
     pack_linear,
 )
 
-NUM_LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM = 24, 64, 128, 4, 2, 16
+NUM_LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM = 24, 64, 128, 2, 1, 64
 VOCAB_SIZE, MAX_LENGTH, CONTEXT, BLOCK_SIZE = 256, 512, 64, 16
 # Sequences and rows of each: a root, a tree, eight roots, eight small trees.
 PASSES = ((1, 1), (1, 8), (8, 1), (8, 4))

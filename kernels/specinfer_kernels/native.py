@@ -70,8 +70,6 @@ def _load() -> ctypes.CDLL | str:
     library.specinfer_sample_gumbel.argtypes = [_POINTER] + [_LONG] * 4 + [_POINTER] * 4 + [_LONG]
     library.specinfer_linear.argtypes = [_POINTER] * 2 + [_LONG] * 2 + [_POINTER, _LONG]
     library.specinfer_linear_serves.argtypes = [_LONG]
-    library.specinfer_advise_large_pages.argtypes = [_POINTER, _LONG]
-    library.specinfer_advise_large_pages.restype = None
     return library
 
 

@@ -5,7 +5,9 @@ step is one 32-bit word of each output, which holds one float32, two bfloat16 of
 or as many int8. Missing outputs and inputs are zeros. Knows no layer and makes no choice of layout.
 """
 
+import contextlib
 import ctypes
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from specinfer_kernels.native import native_failure, native_library, raise_for
 
 _PANEL = 32
 _LANES = 16
+_LARGE_PAGE = 2 << 20
 # Kinds of csrc/linear.h and inputs of a word, by dtype of the rows and whether weights are int8.
 _KINDS = {
     (torch.float32, False): (0, 1),
@@ -79,9 +82,8 @@ def pack_native(
     padding = (0, -in_features % inputs, 0, panels * _PANEL - out_features)
     padded = functional.pad(weight.detach(), padding) if any(padding) else weight.detach()
     ordered = padded.reshape(panels, 2, _LANES, -1, inputs).permute(0, 3, 1, 2, 4)
-    packed = torch.empty(ordered.shape, dtype=weight.dtype)
-    library.specinfer_advise_large_pages(packed.data_ptr(), packed.numel() * packed.element_size())
-    packed.copy_(ordered)
+    packed = _large_pages(ordered.numel() * weight.element_size()).view(weight.dtype)
+    packed = packed.view(ordered.shape).copy_(ordered)
     outer = tuple(
         None
         if values is None
@@ -99,6 +101,26 @@ def pack_native(
         ctypes.byref(struct),
         library.specinfer_linear,
     )
+
+
+def _large_pages(num_bytes: int) -> Tensor:
+    """Memory for a weight, uint8 [num_bytes], in large pages as far as the system gives them.
+
+    Fresh from the system, since memory that was used before keeps its small pages, and from where a
+    large page starts: in small pages a weight streams up to a third slower. The last page is large
+    if it is at least half full.
+    """
+    whole, rest = divmod(num_bytes, _LARGE_PAGE)
+    whole += rest * 2 >= _LARGE_PAGE
+    if not whole or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mapping = mmap.mmap(-1, num_bytes + 2 * _LARGE_PAGE, flags=flags)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    start = -memory.data_ptr() % _LARGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        mapping.madvise(mmap.MADV_HUGEPAGE, start, whole * _LARGE_PAGE)
+    return memory[start : start + num_bytes]
 
 
 def multiply_native(weight: NativeWeight, x: Tensor) -> Tensor:

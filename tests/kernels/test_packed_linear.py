@@ -206,3 +206,16 @@ def test_the_native_product_needs_no_padding() -> None:
     native = native_linear_serves(torch.bfloat16)
     assert padded_rows(0) == 0
     assert padded_rows(5) == (5 if native else 8)
+
+
+@pytest.mark.skipif("native" not in layouts(torch.ones(1, 1)), reason="no native product here")
+@pytest.mark.parametrize("shape", [(1024, 1024), (1536, 512), (1040, 1032)])
+def test_large_weights_start_where_large_pages_do(shape: tuple[int, int]) -> None:
+    """And hold what small ones hold: the product is right to the last output."""
+    weight, rows = torch.randn(shape), torch.randn(3, shape[1])
+    layer = pack_linear(weight)
+    assert layer.native_weight is not None
+    panels = layer.native_weight.tensors[0]
+    assert panels is not None
+    assert panels.data_ptr() % (2 << 20) == 0
+    torch.testing.assert_close(layer(rows), functional.linear(rows, weight), rtol=2e-4, atol=2e-4)

@@ -123,9 +123,4 @@ int specinfer_linear(const LinearWeight* weight, const void* input, int64_t row_
         [&] { return linear(*weight, rows, num_threads) ? kFine : kBadDtype; });
 }
 
-// Lets the system back memory that is about to be written by large pages; a hint, never a failure.
-void specinfer_advise_large_pages(char* memory, int64_t num_bytes) {
-    advise_large_pages(memory, num_bytes);
-}
-
 }  // extern "C"

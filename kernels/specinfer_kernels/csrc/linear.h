@@ -15,10 +15,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "vectors.h"
 
 namespace specinfer {
@@ -40,15 +36,6 @@ struct LinearRows {
     int64_t num_rows;
     int64_t row_stride;  // of the input, in elements
 };
-
-inline void advise_large_pages(char* memory, int64_t num_bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kPage = 4096;
-    const uintptr_t first = (uintptr_t(memory) + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (uintptr_t(memory) + uintptr_t(num_bytes)) / kPage * kPage;
-    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
 
 }  // namespace specinfer
 
