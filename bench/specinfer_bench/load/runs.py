@@ -116,13 +116,15 @@ async def _arrivals(
 
 
 def _row(seen: Observation) -> dict[str, object]:
-    """One request for the file, times in seconds after the start of the run."""
+    """One request for the file, times in seconds after the start of the run; told ones as told."""
     first = seen.events[0][0] if seen.events else None
     return {
         "scheduled": round(seen.scheduled, 4),
         "sent": None if seen.sent is None else round(seen.sent, 4),
         "first_token": None if first is None else round(first, 4),
         "ended": round(seen.ended, 4),
+        "told_first_token_seconds": round(seen.told_first_token_seconds, 4),
+        "told_seconds": round(seen.told_seconds, 4),
         "prompt_tokens": seen.num_prompt_tokens,
         "tokens": seen.num_tokens,
         "outcome": seen.outcome,
