@@ -14,7 +14,7 @@ from torch import Tensor
 from specinfer_kernels import native_rows, reference
 from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
-from specinfer_kernels.kv_cache import check_indices
+from specinfer_kernels.kv_cache import check_indices, check_scales
 from specinfer_kernels.triton.runtime import DTYPES as TRITON_DTYPES
 
 
@@ -135,6 +135,8 @@ def rotate_and_write_kv(
     value_cache: Tensor,
     norms: HeadNorms | None = None,
     *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     backend: Backend | None = None,
 ) -> Tensor:
     """Turn queries and keys to their positions and put keys and values into their slots, in place.
@@ -143,29 +145,28 @@ def rotate_and_write_kv(
     [num_rows, (num_heads + 2 * num_kv_heads) * head_dim], queries, keys and values of a row side by
     side. key_cache, value_cache: contiguous [num_blocks, block_size, num_kv_heads, head_dim].
     Returns the queries, contiguous [num_rows, num_heads, head_dim]; keys never exist outside the
-    cache. Raises KernelInputError on a wrong shape, dtype, device or (on a CPU) slot or position.
+    cache. Caches of float8_e4m3fn take keys and values over their scales, as `write_kv` does.
+    Raises KernelInputError on a wrong shape, dtype, scale, device or (on a CPU) slot or position.
     """
     _check_rotation(mixed, places, key_cache, value_cache, norms)
-    chosen = _backend(mixed, backend)
+    check_scales(mixed.dtype, key_cache.dtype, key_scale, value_scale)
+    by_triton = (*TRITON_DTYPES, reference.FLOAT8)
+    chosen = choose_backend(
+        mixed.device, backend, key_cache.dtype, native_rows.DTYPE_CODES, by_triton
+    )
+    weights = (None, None, 0.0) if norms is None else (norms.query, norms.key, norms.epsilon)
+    tables = (places.positions, places.slot_mapping, places.cosines, places.sines)
     if chosen == "native":
-        rotate = native_rows.rotate_and_write_kv
-    elif chosen == "triton":
+        return native_rows.rotate_and_write_kv(mixed, *tables, key_cache, value_cache, *weights)
+    if chosen == "triton":
         rotate = _triton().rotate_and_write_kv
     else:
         check_indices("slot_mapping", places.slot_mapping, key_cache.shape[0] * key_cache.shape[1])
         check_indices("positions", places.positions, places.cosines.shape[0])
         rotate = reference.rotate_and_write_kv
-    weights = (None, None, 0.0) if norms is None else (norms.query, norms.key, norms.epsilon)
-    return rotate(
-        mixed,
-        places.positions,
-        places.slot_mapping,
-        places.cosines,
-        places.sines,
-        key_cache,
-        value_cache,
-        *weights,
-    )
+    scales = (key_scale, value_scale)
+    query: Tensor = rotate(mixed, *tables, key_cache, value_cache, *weights, *scales)
+    return query
 
 
 def _norm_backend(values: Tensor, weight: Tensor, backend: Backend | None) -> Backend:
@@ -217,14 +218,16 @@ def _check_rotation(
         raise KernelInputError(
             f"cosines are of {places.cosines.shape[1]} dimensions, heads of {head_dim}"
         )
-    tensors = [mixed, key_cache, value_cache, places.cosines]
+    if value_cache.dtype != key_cache.dtype:
+        raise KernelInputError(f"caches differ: {key_cache.dtype}, {value_cache.dtype}")
+    tensors = [mixed, places.cosines]
     if norms is not None:
         tensors += [norms.query, norms.key]
         if not norms.query.shape == norms.key.shape == (head_dim,):
             raise KernelInputError(f"norms must be of [{head_dim}]")
     if len({tensor.dtype for tensor in tensors}) > 1:
         raise KernelInputError(f"dtypes differ: {[str(tensor.dtype) for tensor in tensors]}")
-    if len({tensor.device for tensor in tensors}) > 1:
+    if len({tensor.device for tensor in (*tensors, key_cache, value_cache)}) > 1:
         raise KernelInputError("rows, tables and caches are on different devices")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise KernelInputError("the caches must be contiguous")

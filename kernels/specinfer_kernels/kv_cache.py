@@ -3,7 +3,13 @@
 The pool is [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]; a layer's caches are
 its views pool[layer, 0] and pool[layer, 1]. A slot is block * block_size + offset. Knows no block
 manager: whoever calls owns the slots.
+
+Caches may be float8_e4m3fn for rows of another dtype: an element is then what lies there times a
+scale that a layer's keys, or values, share. The scale is given and not found from the rows, so
+that a key has the same bits whichever pass writes it.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -21,13 +27,17 @@ def write_kv(
     value_cache: Tensor,
     slot_mapping: Tensor,
     *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     backend: Backend | None = None,
 ) -> None:
     """Put the key and value of row i into slot slot_mapping[i], in place.
 
     key, value: [num_rows, num_kv_heads, head_dim] of the caches' dtype. key_cache, value_cache:
     contiguous [num_blocks, block_size, num_kv_heads, head_dim]. slot_mapping: int64 [num_rows],
-    distinct slots. Raises KernelInputError on a wrong shape, dtype, device or (on a CPU) slot.
+    distinct slots. Caches of float8_e4m3fn take float16, bfloat16 and float32 divided by
+    key_scale or value_scale, rounded to nearest and kept within 448; no C++ kernel does.
+    Raises KernelInputError on a wrong shape, dtype, scale, device or (on a CPU) slot.
     """
     rows = (slot_mapping.shape[0], *key_cache.shape[2:])
     if key_cache.dim() != 4 or value_cache.shape != key_cache.shape:
@@ -39,19 +49,23 @@ def write_kv(
         raise KernelInputError(
             f"key and value must be {list(rows)}, got {list(key.shape)} and {list(value.shape)}"
         )
-    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype:
-        raise KernelInputError(f"dtypes differ: {key.dtype} rows, {key_cache.dtype} caches")
+    if key.dtype != value.dtype or key_cache.dtype != value_cache.dtype:
+        raise KernelInputError(
+            f"keys and values differ: {key.dtype} and {value.dtype} rows, {key_cache.dtype} and "
+            f"{value_cache.dtype} caches"
+        )
+    check_scales(key.dtype, key_cache.dtype, key_scale, value_scale)
     tensors = (key, value, key_cache, value_cache, slot_mapping)
     if len({tensor.device for tensor in tensors}) > 1:
         raise KernelInputError("rows, caches and slot_mapping are on different devices")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise KernelInputError("the caches must be contiguous")
-    chosen = choose_backend(key_cache.device, backend, key.dtype, native.DTYPE_CODES)
+    chosen = choose_backend(key_cache.device, backend, key_cache.dtype, native.DTYPE_CODES)
     if chosen == "native" and _native_takes(key, value, slot_mapping):
         native.write_kv(key, value, key_cache, value_cache, slot_mapping)
         return
     check_indices("slot_mapping", slot_mapping, key_cache.shape[0] * key_cache.shape[1])
-    reference.write_kv(key, value, key_cache, value_cache, slot_mapping)
+    reference.write_kv(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
 
 
 def compact_kv(
@@ -63,7 +77,9 @@ def compact_kv(
     sources, targets: int64 [n], targets distinct. Raises KernelInputError as write_kv does.
     """
     _check_moves(pool, sources, targets, pool.shape[2] * pool.shape[3] if pool.dim() == 6 else 0)
-    if choose_backend(pool.device, backend, pool.dtype, triton_dtypes=TRITON_DTYPES) == "triton":
+    pool = _bytes_of(pool)
+    movable = (*TRITON_DTYPES, torch.uint8)
+    if choose_backend(pool.device, backend, pool.dtype, triton_dtypes=movable) == "triton":
         # Imported when first needed: it takes a second, and a CPU never needs it.
         from specinfer_kernels.triton import decoder_rows
 
@@ -80,7 +96,12 @@ def copy_blocks(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
     does.
     """
     _check_moves(pool, sources, targets, pool.shape[2] if pool.dim() == 6 else 0)
-    reference.copy_blocks(pool, sources, targets)
+    reference.copy_blocks(_bytes_of(pool), sources, targets)
+
+
+def _bytes_of(pool: Tensor) -> Tensor:
+    """A pool of float8 as bytes, which everything can move; any other pool as it is."""
+    return pool.view(torch.uint8) if pool.dtype == reference.FLOAT8 else pool
 
 
 def _native_takes(key: Tensor, value: Tensor, slot_mapping: Tensor) -> bool:
@@ -99,6 +120,23 @@ def _check_moves(pool: Tensor, sources: Tensor, targets: Tensor, limit: int) -> 
         raise KernelInputError(f"{sources.shape[0]} sources but {targets.shape[0]} targets")
     check_indices("sources", sources, limit)
     check_indices("targets", targets, limit)
+
+
+def check_scales(
+    rows: torch.dtype, caches: torch.dtype, key_scale: float, value_scale: float
+) -> None:
+    """Raise KernelInputError unless caches of one dtype can hold rows of the other so scaled."""
+    if caches != reference.FLOAT8:
+        if rows != caches:
+            raise KernelInputError(f"dtypes differ: {rows} rows, {caches} caches")
+        if key_scale != 1.0 or value_scale != 1.0:
+            raise KernelInputError(f"caches of {caches} have no scale")
+        return
+    if rows not in TRITON_DTYPES:
+        raise KernelInputError(f"caches of {caches} do not take rows of {rows}")
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if not 0.0 < scale < math.inf:
+            raise KernelInputError(f"{name} must be positive and finite, got {scale}")
 
 
 def check_indices(name: str, indices: Tensor, limit: int) -> None:

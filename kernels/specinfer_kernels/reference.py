@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 WORD_BITS = 64
+# Keys and values in one byte (Micikevicius et al., 2022), without infinities.
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_LARGEST = 448.0
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_FIRST = 0xBF58476D1CE4E5B9
 _MIX_SECOND = 0x94D049BB133111EB
@@ -68,6 +71,8 @@ def tree_attention(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """Attention of every row over its own keys in position order; shapes as in the op."""
     num_rows, head_dim = query.shape[0], query.shape[2]
@@ -86,7 +91,9 @@ def tree_attention(
         part = slice(start, start + chunk)
         keys = key_cache.flatten(0, 1)[physical[part]]
         values = value_cache.flatten(0, 1)[physical[part]]
-        output[part] = _attend(query[part], keys, values, visible[part], scale, softcap)
+        output[part] = _attend(
+            query[part], keys, values, visible[part], scale * key_scale, value_scale, softcap
+        )
     return output
 
 
@@ -96,6 +103,7 @@ def _attend(
     values: Tensor,
     visible: Tensor,  # bool [rows, keys]
     scale: float,
+    value_scale: float,
     softcap: float | None,
 ) -> Tensor:
     """softmax(q k^T) v, each sum in one fixed sequence of roundings."""
@@ -120,15 +128,32 @@ def _attend(
         product = weights[:, place, :, :, None] * values[:, place, :, None, :].to(accumulate)
         result = torch.where(seen[:, place, :, :, None], result + product, result)
         total += weights[:, place]
-    return (result / total[..., None]).view(rows, num_heads, head_dim).to(query.dtype)
+    result = result / total[..., None] * value_scale
+    return result.view(rows, num_heads, head_dim).to(query.dtype)
 
 
 def write_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
-    """Put each row's key and value into its slot."""
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key)
-    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slot_mapping, value)
+    """Put each row's key and value into its slot, as float8 over the scale if the caches are."""
+    for rows, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):
+        if cache.dtype == FLOAT8:
+            rows, cache = to_float8(rows, scale).view(torch.uint8), cache.view(torch.uint8)
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, rows)
+
+
+def to_float8(values: Tensor, scale: float) -> Tensor:
+    """values / scale as float8_e4m3fn: to nearest, ties to even, no further than its largest.
+
+    Multiplied by the inverse, so that it is one operation on every device. NaN stays NaN.
+    """
+    return (values.float() * (1.0 / scale)).clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(FLOAT8)
 
 
 def rms_norm(values: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -161,6 +186,8 @@ def rotate_and_write_kv(
     query_weight: Tensor | None,
     key_weight: Tensor | None,
     epsilon: float,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """Norm of each head if there are weights, then its turn; keys and values into their slots."""
     num_kv_heads, head_dim = key_cache.shape[2:]
@@ -171,7 +198,8 @@ def rotate_and_write_kv(
         query, key = rms_norm(query, query_weight, epsilon), rms_norm(key, key_weight, epsilon)
     # [num_rows, 1, head_dim]
     cosine, sine = cosines[positions].unsqueeze(1), sines[positions].unsqueeze(1)
-    write_kv(_turned(key, cosine, sine), value, key_cache, value_cache, slot_mapping)
+    turned = _turned(key, cosine, sine)
+    write_kv(turned, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
     return _turned(query, cosine, sine)
 
 

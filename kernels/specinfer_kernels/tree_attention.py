@@ -9,7 +9,7 @@ no scheduler.
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from specinfer_kernels import native, reference
 from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.errors import KernelInputError
+from specinfer_kernels.kv_cache import check_scales
 from specinfer_kernels.triton.runtime import DTYPES as TRITON_DTYPES
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class AttentionLayout:
         if len({getattr(self, name).device for name, _, _ in expected}) > 1:
             raise KernelInputError("the tensors of a layout are on different devices")
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the rows and their keys lie; what each row sees is not among them."""
+        return self.row_offsets, self.context_lens, self.block_tables
+
     @cached_property
     def triton_plan(self) -> "AttentionPlan":
         """What the Triton kernels read of the layout, made at the first layer of a pass.
@@ -89,6 +95,8 @@ def tree_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     backend: Backend | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v of every row over its own keys, in position order.
@@ -100,62 +108,38 @@ def tree_attention(
 
     The k-th key of a row's list has position k, the row's own position is the last. With
     `sliding_window` w only keys with row_position - k < w are seen; `softcap` c turns a scaled
-    score s into c * tanh(s / c).
+    score s into c * tanh(s / c). Caches of float8_e4m3fn hold keys over key_scale and values over
+    value_scale, as `write_kv` puts them there, for queries of float16, bfloat16 or float32; no C++
+    kernel reads them.
 
-    Raises KernelInputError on a wrong shape, stride, dtype or range, BackendUnavailableError when
-    `backend` is named and cannot serve.
+    Raises KernelInputError on a wrong shape, stride, dtype, scale or range,
+    BackendUnavailableError when `backend` is named and cannot serve.
     """
     _check(query, key_cache, value_cache, layout)
+    check_scales(query.dtype, key_cache.dtype, key_scale, value_scale)
     if sliding_window is not None and sliding_window < 1:
         raise KernelInputError(f"sliding_window must be at least 1, got {sliding_window}")
     if softcap is not None and not softcap > 0:
         raise KernelInputError(f"softcap must be positive, got {softcap}")
-    chosen = choose_backend(query.device, backend, query.dtype, native.DTYPE_CODES, TRITON_DTYPES)
+    by_triton = (*TRITON_DTYPES, reference.FLOAT8)
+    chosen = choose_backend(query.device, backend, key_cache.dtype, native.DTYPE_CODES, by_triton)
     if chosen != "native" and query.device.type == "cpu":
         _check_values(layout, query.shape[0], key_cache, sliding_window)
+    tensors = (query, key_cache, value_cache, *layout.tensors)
+    numbers: dict[str, Any] = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+    }
+    if chosen == "native":
+        return native.tree_attention(*tensors, layout.ancestors, **numbers)
+    numbers |= {"key_scale": key_scale, "value_scale": value_scale}
     if chosen == "triton":
-        return _attend_by_triton(
-            query, key_cache, value_cache, layout, scale, sliding_window, softcap
-        )
-    attend = native.tree_attention if chosen == "native" else reference.tree_attention
-    return attend(
-        query,
-        key_cache,
-        value_cache,
-        layout.row_offsets,
-        layout.context_lens,
-        layout.block_tables,
-        layout.ancestors,
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
+        # Imported here: Triton is heavy and not everywhere.
+        from specinfer_kernels.triton import attention
 
-
-def _attend_by_triton(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    layout: AttentionLayout,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    # Imported here: Triton is heavy and not everywhere.
-    from specinfer_kernels.triton import attention
-
-    return attention.tree_attention(
-        query,
-        key_cache,
-        value_cache,
-        layout.row_offsets,
-        layout.context_lens,
-        layout.block_tables,
-        layout.triton_plan,
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
+        return attention.tree_attention(*tensors, layout.triton_plan, **numbers)
+    return reference.tree_attention(*tensors, layout.ancestors, **numbers)
 
 
 def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: AttentionLayout) -> None:
@@ -181,10 +165,8 @@ def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: Attent
             f"{num_heads} heads of {head_dim} cannot read {num_kv_heads} kv heads of "
             f"{key_cache.shape[3]}"
         )
-    if not query.dtype == key_cache.dtype == value_cache.dtype:
-        raise KernelInputError(
-            f"dtypes differ: query {query.dtype}, caches {key_cache.dtype}, {value_cache.dtype}"
-        )
+    if key_cache.dtype != value_cache.dtype:
+        raise KernelInputError(f"caches differ: {key_cache.dtype}, {value_cache.dtype}")
     if not query.device == key_cache.device == value_cache.device:
         raise KernelInputError("query and caches are on different devices")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):

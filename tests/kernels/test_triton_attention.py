@@ -5,13 +5,14 @@ With a GPU in the machine Triton compiles instead of interpreting, and the same 
 
 import dataclasses
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from specinfer_kernels import AttentionLayout, tree_attention
+from specinfer_kernels.reference import to_float8
 from tests.kernels.cases import (
     Attention,
     Batch,
@@ -59,6 +60,8 @@ def launch(
     sizes: launcher.TileSizes = SIZES,
     serial: bool | None = None,
     reverse: bool = False,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """The launcher with sizes of its own; `reverse` plants a bug: own ancestors last to first."""
     plan = layout.triton_plan
@@ -75,6 +78,8 @@ def launch(
         scale=scale,
         sliding_window=sliding_window,
         softcap=softcap,
+        key_scale=key_scale,
+        value_scale=value_scale,
         sizes=sizes,
         serial=serial,
     )
@@ -256,6 +261,17 @@ def test_bits_of_a_row_are_its_own(
 ) -> None:
     geometry = dataclasses.replace(NARROW, dtype=dtype)
     assert differing_rows(launch, geometry, chains, trees) == []
+
+
+def test_bits_over_caches_of_one_byte() -> None:
+    def over_float8(
+        query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any, **numbers: Any
+    ) -> Tensor:
+        stored = to_float8(key_cache, 0.5), to_float8(value_cache, 2.0)
+        return launch(query, *stored, *rest, key_scale=0.5, value_scale=2.0, **numbers)
+
+    geometry = dataclasses.replace(NARROW, dtype=torch.float16)
+    assert differing_rows(cast(Attention, over_float8), geometry, (33,), (6,)) == []
 
 
 def test_bits_under_a_window_and_a_softcap() -> None:

@@ -86,5 +86,11 @@ def test_rows_are_rounded_where_the_reference_rounds(builds: dict[str, Any]) -> 
         assert build["fused"] == build["unrounded"] == 0, name
 
 
+def test_float8_is_rounded_to_nearest_by_the_hardware(builds: dict[str, Any]) -> None:
+    for name, build in builds["rows"].items():
+        kinds = {"cvt.rn.satfinite.e4m3x2.f32"} if name == "rotate into float8" else set()
+        assert set(build["conversions"]) == kinds, name
+
+
 def test_moves_read_all_before_they_write(builds: dict[str, Any]) -> None:
     assert builds["rows"]["move"]["reads_first"]

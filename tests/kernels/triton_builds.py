@@ -138,8 +138,9 @@ def _linear(
     )
 
 
-@triton.jit
-def noise_kernel(states, noise, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def noise_kernel(states, noise, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The noise of BLOCK tokens, as `sample_kernel` makes it."""
     lanes = tl.arange(0, BLOCK)
     state = tl.load(states).to(tl.uint64)
     tl.store(noise + lanes, sampling_device.gumbel(state, lanes.to(tl.int64)))
@@ -188,6 +189,7 @@ def _row_builds() -> Iterator[tuple[str, dict[str, Any]]]:
             _build(decoder_rows_device.gate_kernel, gate, {"BLOCK": 1024}, options),
         )
         yield f"rotate {kind}", _rotate(rows, rows)
+    yield "rotate into float8", _rotate(POINTERS["bfloat16"], POINTERS["float8_e4m3fn"])
     moves = {"pool": POINTERS["bfloat16"], "sources": LONG, "targets": LONG}
     moves |= dict.fromkeys(("num_moves", "num_slots", "width"), "i32")
     constants = {"MOVES": 16, "COLUMNS": 1024}
@@ -205,8 +207,10 @@ def _rotate(rows: str, cache: str) -> dict[str, Any]:
         "query_weight": rows,
         "key_weight": rows,
         "row_stride": "i32",
-        "epsilon": "fp32",
+        **dict.fromkeys(("epsilon", "key_inverse", "value_inverse"), "fp32"),
     }
-    constants = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "HAS_NORMS": True, "HALF": 64}
+    # In the kernel's order.
+    constants = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128}
+    constants |= {"HAS_NORMS": True, "FLOAT8": cache != rows, "HALF": 64}
     options = {"num_warps": 1, **EXACT}
     return _build(decoder_rows_device.rotate_kernel, arguments, constants, options)

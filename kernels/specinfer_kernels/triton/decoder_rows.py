@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specinfer_kernels.reference import FLOAT8
 from specinfer_kernels.triton import decoder_rows_device as device
 
 GATE_BLOCK = 1024
@@ -53,6 +54,8 @@ def rotate_and_write_kv(
     query_weight: Tensor | None,
     key_weight: Tensor | None,
     epsilon: float,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """As the op; one program for each head of each row, values included."""
     num_kv_heads, head_dim = key_cache.shape[2:]
@@ -70,10 +73,13 @@ def rotate_and_write_kv(
             key_weight if has_norms else mixed,
             mixed.stride(0),
             epsilon,
+            1.0 / key_scale,
+            1.0 / value_scale,
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
             HAS_NORMS=has_norms,
+            FLOAT8=key_cache.dtype == FLOAT8,
             HALF=_power_of_two(head_dim // 2),
             **_options(head_dim),
         )

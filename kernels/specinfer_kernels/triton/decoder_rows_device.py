@@ -102,16 +102,29 @@ def turned(left, cosine, right, sine, SIGN: tl.constexpr):
 
 
 @triton.jit
+def cached(value, inverse, FLOAT8: tl.constexpr):
+    """What a cache holds of it, see reference.to_float8; the comparisons keep a NaN one."""
+    if FLOAT8:
+        wide = value.to(tl.float32) * inverse
+        wide = tl.where(wide > 448.0, 448.0, tl.where(wide < -448.0, -448.0, wide))
+        value = wide.to(tl.float8e4nv, fp_downcast_rounding="rtne")
+    return value
+
+
+@triton.jit
 def rotate_kernel(
     tensors,
     query_weight,
     key_weight,
     row_stride,
     epsilon,
+    key_inverse,
+    value_inverse,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    FLOAT8: tl.constexpr,
     HALF: tl.constexpr,
 ):
     """One program a head of a row: queries are turned, keys also into their slot, values moved."""
@@ -124,9 +137,9 @@ def rotate_kernel(
     if head >= NUM_HEADS + NUM_KV_HEADS:
         first, second = load_head(source, key_weight, epsilon, inside, HEAD_DIM, HALF, False)
         place = slot * NUM_KV_HEADS + (head - NUM_HEADS - NUM_KV_HEADS)
-        target = tensors.value_cache + place * HEAD_DIM
-        tl.store(target + columns, first, mask=inside)
-        tl.store(target + HEAD_DIM // 2 + columns, second, mask=inside)
+        values = tensors.value_cache + place * HEAD_DIM + columns
+        tl.store(values, cached(first, value_inverse, FLOAT8), mask=inside)
+        tl.store(values + HEAD_DIM // 2, cached(second, value_inverse, FLOAT8), mask=inside)
     else:
         is_key = head >= NUM_HEADS
         weight = query_weight
@@ -142,9 +155,9 @@ def rotate_kernel(
         high = turned(second, high_cosine, first, high_sine, 1.0)
         if is_key:
             place = slot * NUM_KV_HEADS + (head - NUM_HEADS)
-            target = tensors.key_cache + place * HEAD_DIM
-            tl.store(target + columns, low, mask=inside)
-            tl.store(target + HEAD_DIM // 2 + columns, high, mask=inside)
+            keys = tensors.key_cache + place * HEAD_DIM + columns
+            tl.store(keys, cached(low, key_inverse, FLOAT8), mask=inside)
+            tl.store(keys + HEAD_DIM // 2, cached(high, key_inverse, FLOAT8), mask=inside)
         else:
             target = tensors.query + (row * NUM_HEADS + head) * HEAD_DIM
             tl.store(target + columns, low, mask=inside)
