@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from specinfer.cores import parse_cores
 from specinfer.errors import InvalidRequest
 from specinfer.redis_connection import RedisSettings, redis_of
 from specinfer.registry import check_group
@@ -42,7 +43,8 @@ class WorkerSettings:
     max_tree_nodes: int = setting(64, "largest tree, root included")
     max_rows: int = setting(256, "most rows of a pass")
     drain_seconds: float = setting(30.0, "how long work may go on after SIGTERM")
-    threads: int = setting(0, "threads of a pass on a CPU; 0 leaves it to torch")
+    threads: int = setting(0, "threads of a pass on a CPU; 0: one for each of --cores, or torch's")
+    cores: str = setting("", "cores to run on, such as 0-3,8; empty: wherever the system likes")
     profile: str = setting(
         KEEP, "measured cost of passes: keep it in the cache folder, renew it, or off: no file"
     )
@@ -84,6 +86,8 @@ class WorkerSettings:
             raise InvalidRequest("--tls-ca needs --tls-certificate and --tls-key", field="tls")
         if self.threads < 0:
             raise InvalidRequest("threads is at least 0", field="threads")
+        if 0 < len(self.core_numbers) < self.threads:
+            raise InvalidRequest("more --threads than --cores would take turns", field="threads")
         if self.profile not in (KEEP, RENEW, OFF):
             raise InvalidRequest("--profile is keep, renew or off", field="profile")
         if self.cuda_graphs not in (AUTO, OFF):
@@ -94,6 +98,11 @@ class WorkerSettings:
     def redis_settings(self) -> RedisSettings | None:
         """The Redis that we announce ourselves in, or None."""
         return redis_of(self)
+
+    @property
+    def core_numbers(self) -> tuple[int, ...]:
+        """The cores to run on; none for all that there are. Raises InvalidRequest."""
+        return parse_cores(self.cores)
 
     @property
     def tls(self) -> TlsSettings | None:

@@ -53,7 +53,16 @@ def make_stack(dtype: torch.dtype) -> DecoderStack:
         linears = [pack_linear(torch.randn(shape).to(dtype) * 0.05) for shape in shapes]
         norm = RowNorm(torch.ones(WIDTH, dtype=dtype), 1e-5)
         layers.append(
-            DecoderLayer(norm, None, linears[0], linears[1], norm, *linears[2:], HEAD_DIM**-0.5)
+            DecoderLayer(
+                attention_norm=norm,
+                head_norms=None,
+                query_key_value=linears[0],
+                output=linears[1],
+                mlp_norm=norm,
+                gate_up=linears[2],
+                down=linears[3],
+                scale=HEAD_DIM**-0.5,
+            )
         )
     return DecoderStack(tuple(layers), HEADS, KV_HEADS, HEAD_DIM)
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.panel import Panel
 
 from specinfer import Capabilities, Client
+from specinfer.cores import usable_cores, whole_cores
 from specinfer.errors import Unauthenticated
 from specinfer_cli import arguments
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster, stop_signals
@@ -53,8 +55,9 @@ _Threads = Annotated[
     typer.Option(
         "--threads",
         min=1,
-        help="Compute threads of each worker; default: the cores that this process may use, shared "
-        "out among the verify workers, and 1 for each draft worker.",
+        help="Compute threads of each worker; default: 1 for each draft worker and the other cores "
+        "that this process may use for the verify workers. No two workers share a core where "
+        "there are enough.",
     ),
 ]
 _Keys = Annotated[
@@ -122,10 +125,22 @@ def up(
     console = messages()
     with stop_signals() as stopped:
         console.print(f"starting {choice.name}, {dtype} ...", style="dim", markup=False)
+        _tell_of_sharing(settings, console)
         with running_cluster(settings, stopped.is_set) as cluster:
             _announce(cluster, json=json)
             cluster.watch(stopped.is_set, _report_death)
             console.print("stopping ...", style="dim")
+
+
+def _tell_of_sharing(settings: ClusterSettings, console: Console) -> None:
+    """Say so where compute threads will take turns on the cores."""
+    shares, cores = settings.core_shares, len(whole_cores(usable_cores()))
+    if not shares.apart and shares.num_threads > cores:
+        console.print(
+            f"{shares.num_threads} compute threads share {cores} cores and take turns",
+            style="dim",
+            markup=False,
+        )
 
 
 def _announce(cluster: RunningCluster, *, json: bool) -> None:

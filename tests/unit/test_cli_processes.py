@@ -247,17 +247,20 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Starts:
     return seen
 
 
-def threads(flags: list[str]) -> str:
-    return flags[flags.index("--threads") + 1]
+def flag(flags: list[str], name: str) -> str | None:
+    return flags[flags.index(name) + 1] if name in flags else None
 
 
-def test_verify_workers_share_the_cores_and_drafters_take_one(starts: Starts) -> None:
+def test_workers_get_cores_of_their_own_or_share_them_all(starts: Starts) -> None:
     settings = ClusterSettings(Path("target"), Path("draft"), num_verifiers=2, num_drafters=2)
-    for given, verify, draft in ((None, "4", "1"), (3, "3", "3")):
+    names = ("verify 1", "verify 2", "draft 1", "draft 2")
+    for given, threads, cores in (
+        (None, "3311", ["0-2", "3-5", "6", "7"]),
+        (3, "3333", [None] * 4),
+    ):
         with running_cluster(dataclasses.replace(settings, num_threads=given)):
-            for number in (1, 2):
-                assert threads(starts.flags[f"verify {number}"]) == verify
-                assert threads(starts.flags[f"draft {number}"]) == draft
+            assert [flag(starts.flags[name], "--threads") for name in names] == list(threads)
+            assert [flag(starts.flags[name], "--cores") for name in names] == cores
 
 
 def test_all_are_told_of_redis_and_the_router_alone_of_other_machines(

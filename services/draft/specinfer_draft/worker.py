@@ -9,8 +9,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.grammar import GrammarChecker, GrammarCompiler
@@ -28,6 +26,7 @@ from specinfer_engine.model import LoadedModel
 from specinfer_engine.profiling import profile_steps
 from specinfer_engine.runner import Runner
 from specinfer_engine.step_profile import ProfileGrid
+from specinfer_engine.threads import take_cores
 
 MEASURED_ROWS = (1, 4, 16, 64)
 MEASURED_CONTEXTS = (256,)
@@ -47,10 +46,10 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
 
     Raises:
         InvalidCheckpoint: when the folder cannot be served.
-        InvalidRequest: when settings contradict each other or the pool does not fit in memory.
+        InvalidRequest: when settings contradict each other, a core is not there, or the pool does
+            not fit in memory.
     """
-    if settings.threads > 0:
-        torch.set_num_threads(settings.threads)
+    take_cores(settings.core_numbers, settings.threads)
     loaded = load_model(
         settings.model,
         dtype=settings.dtype,

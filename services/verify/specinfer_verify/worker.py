@@ -9,8 +9,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from specinfer import __version__
 from specinfer.errors import InvalidRequest
 from specinfer.messages import WorkerInfo
@@ -24,6 +22,7 @@ from specinfer_engine.model import LoadedModel
 from specinfer_engine.profiling import profile_steps
 from specinfer_engine.runner import Runner
 from specinfer_engine.step_profile import ProfileGrid
+from specinfer_engine.threads import take_cores
 from specinfer_verify.checks import Limits
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.settings import Settings
@@ -51,10 +50,10 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
 
     Raises:
         InvalidCheckpoint: when the folder cannot be served.
-        InvalidRequest: when settings contradict each other or the pool does not fit in memory.
+        InvalidRequest: when settings contradict each other, a core is not there, or the pool does
+            not fit in memory.
     """
-    if settings.threads > 0:
-        torch.set_num_threads(settings.threads)
+    take_cores(settings.core_numbers, settings.threads)
     loaded = load_model(
         settings.model,
         dtype=settings.dtype,
@@ -83,7 +82,8 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     costs = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
     on_gpu = loaded.device.type == "cuda"  # a CPU draws for visited nodes only
     engine = VerifyEngine(runner, blocks, limits, walk_on_device=on_gpu, on_failure=on_failure)
-    engine.gather_with(StepCurve(costs))
+    if settings.gather == AUTO:
+        engine.gather_with(StepCurve(costs))
     info = WorkerInfo(
         worker_id=settings.worker_id or f"verify-{uuid.uuid4().hex[:12]}",
         model_name=loaded.name,
