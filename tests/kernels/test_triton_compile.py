@@ -43,7 +43,9 @@ def test_few_and_many_rows_are_multiplied_by_one_instruction(builds: dict[str, A
     """What makes a row's bits its own. The control: tiles of 32 rows take another instruction."""
     linear = builds["linear"]
     instruction = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
-    for name in ("bfloat16 few", "bfloat16 many", "int8 few", "int8 many"):
+    for name in linear:
+        if name.startswith("float32") or name == "bfloat16 narrow":
+            continue
         assert linear[name]["products"] == [instruction], name
         # One block of inputs is four of them for each 64 outputs of a group of four warps.
         groups = {"few": 1, "many": 2}[name.split()[1]]

@@ -71,12 +71,12 @@ def _build(
     options: dict[str, Any],
     odd: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Pointers and integers are taken as multiples of 16, except the integers that `odd` names."""
+    """Pointers and integers are taken as multiples of 16, except those that `odd` names."""
     aligned: list[tuple[int, ...]] = []
     for index, (name, kind) in enumerate(arguments.items()):
         if isinstance(kind, tuple):
             aligned += [(index, part) for part, item in enumerate(kind) if item.startswith("*")]
-        elif kind.startswith("*") or (kind == "i32" and name not in odd):
+        elif name not in odd and (kind.startswith("*") or kind == "i32"):
             aligned.append((index,))
     signature = arguments | dict.fromkeys(constants, "constexpr")
     return _facts(compile_kernel(kernel, signature, constants, aligned, options))
@@ -109,6 +109,7 @@ def _linear_builds() -> Iterator[tuple[str, dict[str, Any]]]:
     narrow = linear.TileSizes(block_rows=32)
     yield "bfloat16 few", _linear("bfloat16", "bfloat16", 1)
     yield "bfloat16 many", _linear("bfloat16", "bfloat16", 4096)
+    yield "bfloat16 few unaligned", _linear("bfloat16", "bfloat16", 1, odd=("x",))
     yield "bfloat16 narrow", _linear("bfloat16", "bfloat16", 1, narrow)
     yield "int8 few", _linear("bfloat16", "int8", 1)
     yield "int8 many", _linear("bfloat16", "int8", 4096)
@@ -117,7 +118,11 @@ def _linear_builds() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _linear(
-    kind: str, weight_kind: str, num_rows: int, sizes: linear.TileSizes | None = None
+    kind: str,
+    weight_kind: str,
+    num_rows: int,
+    sizes: linear.TileSizes | None = None,
+    odd: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """A layer of 4,096 inputs and outputs."""
     weight = torch.empty(4096, 4096, dtype=getattr(torch, weight_kind), device="meta")
@@ -133,9 +138,8 @@ def _linear(
         "num_rows": "i32",
     }
     options = linear.launch_options(shape)
-    return _build(
-        linear_device.linear_kernel, arguments, {"SHAPE": shape}, options, odd=("num_rows",)
-    )
+    odd = ("num_rows", *odd)
+    return _build(linear_device.linear_kernel, arguments, {"SHAPE": shape}, options, odd)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -196,7 +200,11 @@ def _row_builds() -> Iterator[tuple[str, dict[str, Any]]]:
     yield (
         "move",
         _build(
-            decoder_rows_device.move_kernel, moves, constants, {"num_warps": 4}, odd=("num_moves",)
+            decoder_rows_device.move_kernel,
+            moves,
+            constants,
+            {"num_warps": 4, **EXACT},
+            odd=("num_moves",),
         ),
     )
 

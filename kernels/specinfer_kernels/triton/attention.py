@@ -71,7 +71,13 @@ def plan_attention(row_offsets: Tensor, context_lens: Tensor, ancestors: Tensor)
     if num_rows:
         pointers = device.Plan(plan.sequences, plan.num_keys, plan.identity, plan.order)
         device.plan_kernel[(num_rows,)](
-            row_offsets, context_lens, ancestors, pointers, context_lens.numel(), num_words
+            row_offsets,
+            context_lens,
+            ancestors,
+            pointers,
+            context_lens.numel(),
+            num_words,
+            enable_fp_fusion=False,
         )
     return plan
 

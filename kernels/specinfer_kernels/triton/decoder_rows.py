@@ -114,6 +114,7 @@ def move_slots(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
         MOVES=block_moves,
         COLUMNS=block_columns,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 

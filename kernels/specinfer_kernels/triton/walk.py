@@ -16,6 +16,14 @@ def walk_trees(
     walks = torch.empty((num_trees, 2 + max_depth), dtype=torch.int64, device=draws.device)
     if num_trees:
         device.walk_kernel[(num_trees,)](
-            draws, token_ids, parents, row_offsets, walks, max_depth, BLOCK=BLOCK, num_warps=1
+            draws,
+            token_ids,
+            parents,
+            row_offsets,
+            walks,
+            max_depth,
+            BLOCK=BLOCK,
+            num_warps=1,
+            enable_fp_fusion=False,
         )
     return walks
