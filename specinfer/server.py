@@ -266,13 +266,12 @@ def _wrap_stream(behaviour: Any, method: str) -> Any:
     if not inspect.isasyncgenfunction(behaviour):
         return behaviour
 
-    async def stream(
-        request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
+    # Written here rather than yielded on: one generator less for every message to pass.
+    async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         try:
             async with aclosing(behaviour(request, context)) as responses:
                 async for response in responses:
-                    yield response
+                    await context.write(response)
         except Exception as error:
             await _end(context, error, method)
 

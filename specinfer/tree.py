@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import lt
 
 from specinfer.errors import InvalidTree
 
@@ -68,7 +69,7 @@ class TokenTree:
                 depths[node] = depths[parent] + 1
         return tuple(depths)
 
-    @property
+    @cached_property
     def max_depth(self) -> int:
         """Depth of the deepest node."""
         return max(self.depths)
@@ -122,11 +123,13 @@ class TokenTree:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidTree unless every token lies in [0, vocab_size)."""
-        for node, token_id in enumerate(self.token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidTree(
-                    f"node {node} has token {token_id}, outside the vocabulary of {vocab_size}"
-                )
+        # None is negative, or there would be no tree.
+        token_id = max(self.token_ids)
+        if token_id >= vocab_size:
+            node = self.token_ids.index(token_id)
+            raise InvalidTree(
+                f"node {node} has token {token_id}, outside the vocabulary of {vocab_size}"
+            )
 
     def truncate(self, max_nodes: int) -> TokenTree:
         """The first `max_nodes` nodes; a prefix of a topological order is a tree again.
@@ -202,11 +205,12 @@ def _check_shape(tree: TokenTree) -> None:
 def _check_parents(parents: tuple[int, ...]) -> None:
     if parents[0] != -1:
         raise InvalidTree(f"the root's parent is -1, got {parents[0]}")
-    for node in range(1, len(parents)):
-        if not 0 <= parents[node] < node:
-            raise InvalidTree(
-                f"node {node} has parent {parents[node]}; parents stand before their children"
-            )
+    if min(parents[1:], default=0) >= 0 and all(map(lt, parents, range(len(parents)))):
+        return
+    node = next(node for node in range(1, len(parents)) if not 0 <= parents[node] < node)
+    raise InvalidTree(
+        f"node {node} has parent {parents[node]}; parents stand before their children"
+    )
 
 
 def _check_siblings(token_ids: tuple[int, ...], parents: tuple[int, ...]) -> None:

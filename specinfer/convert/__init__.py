@@ -42,6 +42,7 @@ from specinfer.convert.shared import (
 from specinfer.convert.workers import (
     draft_result_from_wire,
     draft_result_to_wire,
+    fill_shape,
     load_from_wire,
     load_to_wire,
     shape_from_wire,
@@ -61,6 +62,7 @@ __all__ = [
     "draft_result_to_wire",
     "event_from_wire",
     "event_to_wire",
+    "fill_shape",
     "finding_from_wire",
     "finding_to_wire",
     "grammar_from_wire",

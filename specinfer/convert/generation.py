@@ -43,7 +43,7 @@ def event_to_wire(event: GenerateEvent) -> router_pb2.GenerateResponse:
         started = {name: getattr(event, name) for name in _STARTED_FIELDS}
         return router_pb2.GenerateResponse(started=router_pb2.Started(**started))
     if isinstance(event, TokensEvent):
-        return router_pb2.GenerateResponse(tokens=_tokens_to_wire(event))
+        return _tokens_to_wire(event)
     return router_pb2.GenerateResponse(finished=_finished_to_wire(event))
 
 
@@ -59,16 +59,21 @@ def event_from_wire(wire: router_pb2.GenerateResponse) -> GenerateEvent:
     raise InvalidRequest("an event of a kind that this version does not know")
 
 
-def _tokens_to_wire(event: TokensEvent) -> router_pb2.Tokens:
-    return router_pb2.Tokens(
-        offset=event.offset,
-        text=event.text,
-        token_ids=event.token_ids,
-        num_accepted_tokens=event.num_accepted_tokens,
-        logprobs=[logprob_to_wire(logprob) for logprob in event.logprobs],
-        round=_facts_to_wire(event.round),
-        detail=None if event.detail is None else _detail_to_wire(event.detail),
-    )
+def _tokens_to_wire(event: TokensEvent) -> router_pb2.GenerateResponse:
+    # Filled in place: a message that is given to another one is copied by way of its bytes.
+    wire = router_pb2.GenerateResponse()
+    tokens, facts = wire.tokens, wire.tokens.round
+    tokens.offset = event.offset
+    tokens.text = event.text
+    tokens.token_ids.extend(event.token_ids)
+    tokens.num_accepted_tokens = event.num_accepted_tokens
+    if event.logprobs:
+        tokens.logprobs.extend(map(logprob_to_wire, event.logprobs))
+    for name in _ROUND_FIELDS:
+        setattr(facts, name, getattr(event.round, name))
+    if event.detail is not None:
+        tokens.detail.CopyFrom(_detail_to_wire(event.detail))
+    return wire
 
 
 def _tokens_from_wire(wire: router_pb2.Tokens) -> TokensEvent:

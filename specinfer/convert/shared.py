@@ -27,8 +27,12 @@ def tree_from_wire(wire: tree_pb2.TokenTree) -> TokenTree:
         raise error_class("INVALID_TREE")(
             f"a tree has at most {MAX_TREE_NODES} nodes, got {len(wire.token_ids)}"
         )
+    # Reading out an empty field costs as much as a full one.
     return TokenTree(
-        tuple(wire.token_ids), tuple(wire.parents), tuple(wire.drafter_ids), tuple(wire.scores)
+        tuple(wire.token_ids),
+        tuple(wire.parents),
+        tuple(wire.drafter_ids) if wire.drafter_ids else (),
+        tuple(wire.scores) if wire.scores else (),
     )
 
 

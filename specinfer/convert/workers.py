@@ -23,12 +23,19 @@ from specinfer.v1 import draft_pb2, tree_pb2, verify_pb2
 
 def shape_to_wire(shape: ShapeQuery) -> draft_pb2.ShapeQuery:
     """Message of a shape query."""
-    return draft_pb2.ShapeQuery(
-        max_nodes=shape.max_nodes,
-        max_depth=shape.max_depth,
-        widths=shape.widths,
-        branch=shape.branch,
-    )
+    wire = draft_pb2.ShapeQuery()
+    fill_shape(wire, shape)
+    return wire
+
+
+def fill_shape(wire: draft_pb2.ShapeQuery, shape: ShapeQuery) -> None:
+    """Write a shape query into an empty message."""
+    wire.SetInParent()
+    wire.max_nodes = shape.max_nodes
+    wire.max_depth = shape.max_depth
+    wire.branch = shape.branch
+    if shape.widths:
+        wire.widths.extend(shape.widths)
 
 
 def shape_from_wire(wire: draft_pb2.ShapeQuery) -> ShapeQuery:
@@ -87,7 +94,7 @@ def verify_result_from_wire(wire: verify_pb2.VerifyItemResult) -> VerifyResult:
         epoch=wire.epoch,
         accepted=tuple(wire.accepted),
         token_ids=tuple(wire.token_ids),
-        logprobs=tuple(logprob_from_wire(logprob) for logprob in wire.logprobs),
+        logprobs=tuple(map(logprob_from_wire, wire.logprobs)) if wire.logprobs else (),
         num_cached_tokens=wire.num_cached_tokens,
         num_rows=wire.num_rows,
         queue_seconds=wire.queue_seconds,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import lru_cache
 
 from prometheus_client import CollectorRegistry
 
@@ -146,20 +147,17 @@ class RouterMetrics:
             drafter: name of the drafter's model.
             worker: address of the draft worker.
         """
-        parents = tree.parents
-        num_children = Tally(parents[1:])
-        for width, num_nodes in Tally(num_children.values()).items():
-            for rank in range(width):
-                self._draft_per_rank.of(str(min(rank, _MAX_RANK))).inc(num_nodes)
+        ranks, num_of_rank = _ranks(tree.parents)
+        for rank, num_nodes in num_of_rank:
+            self._draft_per_rank.of(rank).inc(num_nodes)
         for node in accepted:
-            rank = parents[:node].count(parents[node])
-            self._accepted_per_rank.of(str(min(rank, _MAX_RANK))).inc()
+            self._accepted_per_rank.of(ranks[node]).inc()
         num_accepted = sum(node < num_draft_nodes for node in accepted)
         if num_draft_nodes > 1:
             self._drafter_draft.of(drafter, worker).inc(num_draft_nodes - 1)
             self._drafter_accepted.of(drafter, worker).inc(num_accepted)
-        if len(parents) > num_draft_nodes:
-            self._drafter_draft.of(PREDICTION, "").inc(len(parents) - num_draft_nodes)
+        if len(tree) > num_draft_nodes:
+            self._drafter_draft.of(PREDICTION, "").inc(len(tree) - num_draft_nodes)
             self._drafter_accepted.of(PREDICTION, "").inc(len(accepted) - num_accepted)
 
     def observe_draft_round_trip(self, seconds: float) -> None:
@@ -277,6 +275,20 @@ class SessionTimes:
         self._metrics.observe_usage(usage, self._key_id)
         if self._first is not None and self._num_tokens:
             self._metrics.observe_per_token((self._last - self._first) / self._num_tokens)
+
+
+@lru_cache(maxsize=256)
+def _ranks(parents: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...]]:
+    """The label of each node's place among its siblings, and below the root how many have which.
+
+    Trees are of few shapes, and a round's is nearly always one that was seen before.
+    """
+    num_before: Tally[int] = Tally()
+    ranks = []
+    for parent in parents:
+        ranks.append(str(min(num_before[parent], _MAX_RANK)))
+        num_before[parent] += 1
+    return tuple(ranks), tuple(Tally(ranks[1:]).items())
 
 
 def _exemplar(span: Span) -> dict[str, str] | None:

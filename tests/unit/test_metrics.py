@@ -27,6 +27,7 @@ from specinfer.metrics.metric import OTHER, Kind, Label, Source
 from specinfer.rpc import TlsSettings
 from specinfer.telemetry import Span
 from specinfer.tree import TokenTree
+from specinfer_router.answer import Answer
 from specinfer_router.tier_counts import TierCounts
 from tests.kit.certificates import Certificates
 from tests.kit.fake_workers import info_of
@@ -304,16 +305,15 @@ async def test_metrics_go_over_tls_where_the_worker_does(certificates: Certifica
     await serving.stop()
 
 
-async def test_guesses_that_come_too_late_are_wasted() -> None:
+def test_guesses_that_come_too_late_are_wasted() -> None:
     counts = TierCounts()
     tree = TokenTree((1, 2, 3), (-1, 0, 0))
-    answers = [asyncio.get_running_loop().create_future() for _ in range(3)]
+    answers = [Answer[DraftResult]() for _ in range(3)]
     for answer, reason in zip(answers, ("late", "late", "lost_hedge"), strict=True):
         counts.waste(answer, reason)
-    answers[0].set_result(DraftResult(1, tree))
-    answers[1].set_exception(Unavailable("gone"))
-    answers[2].set_result(DraftResult(1, tree))
-    await asyncio.sleep(0)
+    answers[0].succeed(DraftResult(1, tree))
+    answers[1].fail(Unavailable("gone"))
+    answers[2].succeed(DraftResult(1, tree))
     assert counts.wasted == {"late": 2, "lost_hedge": 2}
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from specinfer.errors import NotFound
-from specinfer.messages import RoundFacts, Started, TokensEvent
+from specinfer.messages import (
+    Finished,
+    RoundFacts,
+    SpeculationSummary,
+    Started,
+    TokensEvent,
+    Usage,
+)
 from specinfer_router.request_log import MAX_ROUNDS, RequestLog
 
 
@@ -52,8 +59,10 @@ def test_times_add_up_and_a_long_request_keeps_its_last_rounds() -> None:
         now += 0.1
         facts = RoundFacts(round_number + 1, draft_seconds=0.02, verify_seconds=0.05)
         entry.add(TokensEvent(round_number, "x", (1,), 0, (), facts))
-    entry.ended("length")
+    entry.told(Finished("length", "", Usage(), SpeculationSummary()))
+    entry.ended()
     report = log.find("long", "")
+    assert report.outcome == "length"
     assert report.timings.queue_seconds == pytest.approx(0.5)
     assert report.timings.prepare_seconds == pytest.approx(0.1)
     assert report.timings.first_token_seconds == pytest.approx(0.7)
@@ -75,6 +84,38 @@ def test_all_requests_together_keep_a_bounded_number_of_rounds() -> None:
     with pytest.raises(NotFound):
         log.find("b", "")
     assert [len(log.find(name, "").rounds) for name in "cde"] == [10, 10, 0]
+
+
+def test_rounds_of_a_forgotten_request_do_not_push_others_out() -> None:
+    log = RequestLog(max_rounds=25)
+    round_ = TokensEvent(0, "x", (1,), 0, (), RoundFacts(0))
+    forgotten = [log.begin("same", "") for _ in range(2)]
+    for entry in forgotten:
+        log.keep(entry)
+        for _ in range(10):
+            entry.add(round_)
+    log.keep(log.begin("same", ""))
+    for entry in forgotten:
+        for _ in range(50):
+            entry.add(round_)
+    other = log.begin("other", "")
+    log.keep(other)
+    for _ in range(20):
+        other.add(round_)
+    log.keep(log.begin("last", ""))
+    assert len(log.find("same", "").rounds) == 0
+    assert len(log.find("other", "").rounds) == 20
+
+
+def test_a_request_ends_as_its_reader_was_told() -> None:
+    log = RequestLog()
+    left, failed = log.begin("left", ""), log.begin("failed", "")
+    # Made, but nobody took it any more.
+    left.add(Finished("stop", "", Usage(), SpeculationSummary()))
+    left.ended()
+    failed.failed(NotFound("gone"))
+    failed.ended()
+    assert (left.outcome, failed.outcome) == ("cancelled", "not_found")
 
 
 def test_ids_of_answers_over_http_and_of_calls_with_several_choices_are_found() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from specinfer_router.completion import Completion, Kept
@@ -21,6 +23,9 @@ class Letters:
         text = self._held + LETTERS[token_id]
         self._held = text if text[-1] in self._late else ""
         return "" if self._held else text
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
         held, self._held = self._held, ""
@@ -44,6 +49,29 @@ def test_a_round_in_the_middle_is_kept_whole() -> None:
     assert completion.take([0, 1, 2]) == Kept((0, 1, 2), "abc")
     assert completion.take([3]) == Kept((3,), "d")
     assert (completion.num_tokens, completion.num_left) == (4, 46)
+
+
+@pytest.mark.parametrize("max_tokens", [3, 7, 8, 50])
+@pytest.mark.parametrize("end", [3, STOP, EOS])
+def test_a_round_at_once_is_the_same_as_token_by_token(max_tokens: int, end: int) -> None:
+    rounds = ([0, 1, 2], [4], [end, 2, 1, 0], [5, 6])
+    whole = completion_of(max_tokens=max_tokens, late="cd")
+    single = completion_of(max_tokens=max_tokens, late="cd")
+    for token_ids in rounds:
+        kept, pieces = whole.take(token_ids), []
+        for token_id in token_ids:
+            pieces.append(single.take([token_id]))
+            if pieces[-1].finish_reason:
+                break
+        assert kept.token_ids == tuple(piece.token_ids[0] for piece in pieces)
+        assert kept.text == "".join(piece.text for piece in pieces)
+        assert (kept.finish_reason, kept.stop_match) == (
+            pieces[-1].finish_reason,
+            pieces[-1].stop_match,
+        )
+        assert whole.num_tokens == single.num_tokens
+        if kept.finish_reason:
+            return
 
 
 def test_the_end_token_is_kept_and_has_no_text() -> None:

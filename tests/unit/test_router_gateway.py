@@ -52,7 +52,7 @@ async def test_not_ready_without_a_verify_worker(bench: Bench, http: httpx.Async
     await waiting
     bench.verifiers[0].gate.clear()
     hanging = link.forget("a", 0)
-    hanging.add_done_callback(lambda _: broken.set())
+    hanging.watch(broken.set)
     await bench.verifiers[0].kill()
     await broken.wait()
     ready = await http.get("/health/ready")

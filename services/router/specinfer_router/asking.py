@@ -6,12 +6,12 @@ being committed. This module knows nothing of pools, hedging or what is done wit
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specinfer.messages import DraftResult, ShapeQuery
+from specinfer_router.answer import Answer
 from specinfer_router.guess import Guess
 from specinfer_router.worker_links import DraftLink
 
@@ -31,7 +31,7 @@ class Place:
     link: DraftLink
     generation: int
     known_len: int = 0
-    late: asyncio.Future[DraftResult] | None = None
+    late: Answer[DraftResult] | None = None
     left: bool = False
 
     @property
@@ -42,7 +42,7 @@ class Place:
     @property
     def waiting(self) -> bool:
         """Whether an answer is still to come that nobody waits for."""
-        return self.late is not None and not self.late.done()
+        return self.late is not None and not self.late.done
 
 
 @dataclass(eq=False)
@@ -56,22 +56,14 @@ class Ask:
         asked: when it was sent.
         after_prefill: whether the drafter has to read the whole session first.
         hedge: whether another drafter was asked before.
-        answered: when the answer came, which may be long before somebody waits for it.
     """
 
     place: Place
-    answer: asyncio.Future[DraftResult]
+    answer: Answer[DraftResult]
     ticket: int | None
     asked: float
     after_prefill: bool
     hedge: bool
-    answered: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.answer.add_done_callback(self._note)
-
-    def _note(self, _: asyncio.Future[DraftResult]) -> None:
-        self.answered = time.monotonic()
 
     @property
     def silent(self) -> bool:
@@ -81,7 +73,7 @@ class Ask:
     @property
     def seconds(self) -> float:
         """How long the answer took, once it is there."""
-        return (self.answered or time.monotonic()) - self.asked
+        return (self.answer.arrived or time.monotonic()) - self.asked
 
 
 @dataclass(frozen=True)

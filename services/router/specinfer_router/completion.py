@@ -59,6 +59,9 @@ class Completion:
 
     def take(self, token_ids: Sequence[int]) -> Kept:
         """Add a round's tokens, as many as belong to the completion; at least one is given."""
+        if len(token_ids) < self.num_left and self._only_text(token_ids):
+            self.num_tokens += len(token_ids)
+            return Kept(tuple(token_ids), self._detokenizer.push_all(token_ids))
         text: list[str] = []
         for index, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1
@@ -66,6 +69,14 @@ class Completion:
             if reason:
                 return Kept(tuple(token_ids[:index]), "".join(text), reason, match)
         return Kept(tuple(token_ids), "".join(text))
+
+    def _only_text(self, token_ids: Sequence[int]) -> bool:
+        """Whether none of these tokens can end the completion, as in nearly every round."""
+        return (
+            self._matcher.idle
+            and self._stop_token_ids.isdisjoint(token_ids)
+            and self._eos_token_ids.isdisjoint(token_ids)
+        )
 
     def _take_one(self, token_id: int, text: list[str]) -> tuple[str, str]:
         if token_id in self._stop_token_ids:

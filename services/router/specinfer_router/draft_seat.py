@@ -6,11 +6,9 @@ a token. This module knows nothing of verify workers, text, stores or when a ses
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from specinfer.errors import (
     InvalidRequest,
@@ -23,8 +21,8 @@ from specinfer.messages import DraftResult, Grammar, ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
+from specinfer_router.answer import Answer, first_answer
 from specinfer_router.asking import Ask, Asking, Place, Question
-from specinfer_router.first_answer import first_answer
 from specinfer_router.guess import Guess, usable_tree
 from specinfer_router.hedging import HedgeBudget
 from specinfer_router.pool import WorkerPool
@@ -88,19 +86,19 @@ class DraftSeat:
         question = Question(
             token_ids, epoch, shape, start, start + self._deadline_seconds, traceparent
         )
-        root = TokenTree.root_only(token_ids[-1])
         if shape.max_nodes == 0:
-            return Asking(question, Guess(root, "budget"))
+            return Asking(question, _root_alone(question, "budget"))
         reason = self._sit(epoch)
         if self._place is None or reason:
-            return Asking(question, Guess(root, reason))
+            return Asking(question, _root_alone(question, reason))
         place = self._place
         try:
             return Asking(question, asks=[self._ask(place, question)])
         except SpecinferError as error:
             self._fail(place, None, error)
             self._leave(place, epoch)
-            return Asking(question, Guess(root, "draft_error", time.monotonic() - start))
+            seconds = time.monotonic() - start
+            return Asking(question, _root_alone(question, "draft_error", seconds=seconds))
 
     async def answer(self, asking: Asking) -> Guess:
         """A tree, or the root alone with the reason. Raises nothing of ours.
@@ -110,10 +108,8 @@ class DraftSeat:
         """
         if asking.guess is not None:
             return asking.guess
-        since = time.monotonic()
         try:
-            guess = await self._first_tree(asking.asks, asking.question)
-            return replace(guess, seconds=time.monotonic() - since)
+            return await self._first_tree(asking.asks, asking.question)
         finally:
             self.drop(asking)
 
@@ -133,34 +129,35 @@ class DraftSeat:
 
     async def _first_tree(self, asks: list[Ask], question: Question) -> Guess:
         """The first usable tree of those who were asked; a second drafter is, after a while."""
+        since = time.monotonic()
         hedge_at = self._hedge_at(asks[0], question)
         going = list(asks)
         while going:
             limit = question.deadline if hedge_at is None else hedge_at
             await first_answer([ask.answer for ask in going], limit - time.monotonic())
-            answered = [ask for ask in going if ask.answer.done()]
+            answered = [ask for ask in going if ask.answer.done]
             for ask in answered:
                 going.remove(ask)
                 try:
-                    guess = self._take(ask, question)
+                    guess = self._take(ask, question, since, hedged=len(asks) > 1)
                 except SpecinferError as error:
                     self._fail(ask.place, ask.ticket, error)
                     continue
                 self._lose(going)
-                return replace(guess, hedged=len(asks) > 1)
+                return guess
             if not answered and hedge_at is None:
-                return self._miss(going, question, hedged=len(asks) > 1)
+                return self._miss(going, question, since, hedged=len(asks) > 1)
             if hedge_at is not None:
                 hedge_at = None
                 second = self._hedge(asks[0], question) if going else []
                 asks += second
                 going += second
-        root = TokenTree.root_only(question.token_ids[-1])
-        return Guess(root, "draft_error", hedged=len(asks) > 1)
+        seconds = time.monotonic() - since
+        return _root_alone(question, "draft_error", seconds=seconds, hedged=len(asks) > 1)
 
-    def _take(self, ask: Ask, question: Question) -> Guess:
+    def _take(self, ask: Ask, question: Question, since: float, *, hedged: bool) -> Guess:
         """Use one's tree and follow who brought it; raises when it is none."""
-        result = ask.answer.result()
+        result = ask.answer.result
         root = question.token_ids[-1]
         tree = usable_tree(result, root, question.epoch, question.shape, self._vocab_size)
         ask.place.link.breaker.succeed(ask.ticket)
@@ -172,12 +169,14 @@ class DraftSeat:
         return Guess(
             tree,
             "" if tree.num_draft_tokens else "no_guess",
+            time.monotonic() - since,
             queue_seconds=result.queue_seconds,
             compute_seconds=result.compute_seconds,
             round_trip_seconds=ask.seconds,
             num_draft_nodes=len(tree),
             draft_depth=tree.max_depth,
             after_prefill=ask.after_prefill,
+            hedged=hedged,
             drafter=ask.place.link.name,
             worker=ask.place.link.address,
         )
@@ -190,7 +189,9 @@ class DraftSeat:
             if ask.silent and not ask.hedge:
                 ask.place.link.breaker.fail(ask.ticket)
 
-    def _miss(self, going: Sequence[Ask], question: Question, *, hedged: bool) -> Guess:
+    def _miss(
+        self, going: Sequence[Ask], question: Question, since: float, *, hedged: bool
+    ) -> Guess:
         """Nobody answered in time."""
         for ask in going:
             link = ask.place.link
@@ -204,8 +205,7 @@ class DraftSeat:
         kept = going[0]
         kept.place.late = kept.answer
         self._place = kept.place
-        root = TokenTree.root_only(question.token_ids[-1])
-        return Guess(root, "deadline", hedged=hedged)
+        return _root_alone(question, "deadline", seconds=time.monotonic() - since, hedged=hedged)
 
     def _hedge_at(self, ask: Ask, question: Question) -> float | None:
         """When to ask a second drafter, or None for never."""
@@ -278,7 +278,7 @@ class DraftSeat:
             raise
         return Ask(place, answer, ticket, asked, after_prefill, hedge)
 
-    def _send(self, place: Place, question: Question, asked: float) -> asyncio.Future[DraftResult]:
+    def _send(self, place: Place, question: Question, asked: float) -> Answer[DraftResult]:
         link, token_ids = place.link, question.token_ids
         if place.known_len == 0:
             link.open(
@@ -328,3 +328,10 @@ class DraftSeat:
                 place.link.forget(self._session_id, epoch, owner=self._owner)
             except SpecinferError as error:
                 log.warning("a draft session was not closed: %s", loggable(error))
+
+
+def _root_alone(
+    question: Question, reason: str, *, seconds: float = 0.0, hedged: bool = False
+) -> Guess:
+    """No guess, and why."""
+    return Guess(TokenTree.root_only(question.token_ids[-1]), reason, seconds, hedged=hedged)

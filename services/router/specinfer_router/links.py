@@ -34,13 +34,14 @@ from specinfer.errors import (
 from specinfer.messages import WorkerInfo, WorkerLoad
 from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
 from specinfer.tasks import end_task
+from specinfer_router.answer import Answer
 from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.hedging import MovingQuantile
 
 log = logging.getLogger(__name__)
 
 FrameT = TypeVar("FrameT", bound=Message)
-_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class LinkLimits:
 @dataclass(frozen=True)
 class _Pending:
     session_id: str
-    answer: asyncio.Future[Any]
+    answer: Answer[Any]
     convert: Callable[[Any], Any]
 
 
@@ -192,11 +193,11 @@ class WorkerLink(ABC, Generic[FrameT]):
         return self._next_item_id - 1
 
     def _send(
-        self, frame: FrameT, item_id: int, session_id: str, convert: Callable[[Any], _Answer]
-    ) -> asyncio.Future[_Answer]:
-        """Queue a frame of one item, to leave in the next one; the future ends with its result.
+        self, frame: FrameT, item_id: int, session_id: str, convert: Callable[[Any], _Result]
+    ) -> Answer[_Result]:
+        """Queue a frame of one item, to leave in the next one; its result is the answer to come.
 
-        An item that fails ends it with a typed error.
+        An item that fails is answered by a typed error.
 
         Raises:
             Unavailable: there is no connection.
@@ -216,7 +217,7 @@ class WorkerLink(ABC, Generic[FrameT]):
                 f"an item of {len(written)} bytes is larger than a frame may be "
                 f"({self._limits.max_frame_bytes})"
             )
-        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        answer: Answer[_Result] = Answer()
         self._pending[item_id] = _Pending(session_id, answer, convert)
         self._outbox.append(written)
         self._wake.set()
@@ -324,42 +325,31 @@ class WorkerLink(ABC, Generic[FrameT]):
         if pending is None:
             log.warning("%s worker at %s answered an unknown item", self.tier, self.address)
             return
-        if pending.answer.done():
-            return
         try:
             if result.session_id != pending.session_id:
                 raise InternalError("a result for another session than its item's")
             error = status_error(result.status)
             if error is not None:
                 raise error
-            pending.answer.set_result(pending.convert(result))
+            value = pending.convert(result)
         except SpecinferError as failure:
-            _fail(pending.answer, failure)
+            pending.answer.fail(failure)
         except Exception:
             # A fault of ours or a result that nobody foresaw: it is this item's alone.
             log.exception("a result of the %s worker at %s broke us", self.tier, self.address)
-            _fail(
-                pending.answer,
-                InternalError(f"a result of the {self.tier} worker cannot be read"),
-            )
+            pending.answer.fail(InternalError(f"a result of the {self.tier} worker cannot be read"))
+        else:
+            pending.answer.succeed(value)
 
     def _fail_pending(self) -> None:
         pending, self._pending = self._pending, {}
         for item in pending.values():
-            if not item.answer.done():
-                _fail(
-                    item.answer,
-                    Unavailable(f"the stream to the {self.tier} worker at {self.address} broke"),
-                )
+            item.answer.fail(
+                Unavailable(f"the stream to the {self.tier} worker at {self.address} broke")
+            )
 
     def _log_failure(self, error: grpc.aio.AioRpcError | SpecinferError) -> None:
         told = error if isinstance(error, SpecinferError) else error_from_rpc(error)
         # A worker that is not up yet is asked again and again; once is enough to say so.
         level = logging.DEBUG if self._failures else logging.WARNING
         log.log(level, "%s worker at %s: %s", self.tier, self.address, told.message)
-
-
-def _fail(answer: asyncio.Future[Any], error: SpecinferError) -> None:
-    answer.set_exception(error)
-    # Nobody may be left to look at it; asyncio is not to complain about that.
-    answer.exception()

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from specinfer.errors import NotFound
+from specinfer.errors import NotFound, SpecinferError
 from specinfer.messages import (
     Finished,
     GenerateEvent,
@@ -31,6 +31,13 @@ RUNNING = "running"
 
 
 @dataclass
+class _Rounds:
+    """How many rounds a log keeps, of all its requests."""
+
+    count: int = 0
+
+
+@dataclass
 class RequestLogEntry:
     """One request as it goes on.
 
@@ -39,6 +46,7 @@ class RequestLogEntry:
         key_id: API key that it belongs to, or "".
         arrived: when it came, on the log's clock.
         arrived_at: when it came, in seconds since 1970.
+        kept: what its rounds are counted in; its own once it is forgotten.
     """
 
     request_id: str
@@ -55,6 +63,8 @@ class RequestLogEntry:
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
     rounds: deque[RoundReport] = field(default_factory=lambda: deque(maxlen=MAX_ROUNDS))
+    kept: _Rounds = field(default_factory=_Rounds)
+    _end: str = ""
 
     @property
     def seconds(self) -> float:
@@ -82,9 +92,18 @@ class RequestLogEntry:
         elif isinstance(event, Finished):
             self.num_cached_tokens = event.usage.num_cached_tokens
 
-    def ended(self, outcome: str) -> None:
-        """Note how it ended."""
-        self.outcome = outcome
+    def told(self, event: GenerateEvent) -> None:
+        """Note an event at the moment its reader takes it."""
+        if isinstance(event, Finished):
+            self._end = event.reason
+
+    def failed(self, error: SpecinferError) -> None:
+        """Note that it ends with an error."""
+        self._end = error.reason.lower()
+
+    def ended(self) -> None:
+        """Note that it has ended, as it was said to or else by its reader's leaving."""
+        self.outcome = self._end or "cancelled"
         self.total_seconds = self.seconds
 
     def report(self) -> RequestReport:
@@ -104,6 +123,7 @@ class RequestLogEntry:
         now, took = self.seconds, round_seconds(event.round)
         self.first_token_seconds = self.first_token_seconds or now
         start = max(0.0, now - took)
+        self.kept.count += len(self.rounds) < MAX_ROUNDS
         self.rounds.append(
             RoundReport(event.offset, len(event.token_ids), start, took, event.round)
         )
@@ -122,6 +142,7 @@ class RequestLog:
         self._max_requests = max_requests
         self._max_rounds = max_rounds
         self._clock = clock
+        self._rounds = _Rounds()
         # By key and request id: nobody hides another key's request behind the same id.
         self._entries: OrderedDict[tuple[str, str], RequestLogEntry] = OrderedDict()
 
@@ -132,14 +153,20 @@ class RequestLog:
     def keep(self, entry: RequestLogEntry) -> None:
         """Remember a request that was admitted; one of its key with the same id is replaced."""
         name = (entry.key_id, entry.request_id)
+        if name in self._entries:
+            self._forget(self._entries.pop(name))
         self._entries[name] = entry
-        self._entries.move_to_end(name)
-        num_rounds = sum(len(kept.rounds) for kept in self._entries.values())
+        self._rounds.count += len(entry.rounds)
+        entry.kept = self._rounds
         while len(self._entries) > 1 and (
-            len(self._entries) > self._max_requests or num_rounds > self._max_rounds
+            len(self._entries) > self._max_requests or self._rounds.count > self._max_rounds
         ):
-            _, oldest = self._entries.popitem(last=False)
-            num_rounds -= len(oldest.rounds)
+            self._forget(self._entries.popitem(last=False)[1])
+
+    def _forget(self, entry: RequestLogEntry) -> None:
+        # It may still be running, and goes on counting for itself alone.
+        self._rounds.count -= len(entry.rounds)
+        entry.kept = _Rounds(len(entry.rounds))
 
     def find(self, identity: str, key_id: str) -> RequestReport:
         """The report of a request by its own id, that of its session or of its answer over HTTP.

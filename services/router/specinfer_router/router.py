@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -197,8 +197,9 @@ class Router:
         entry = self._requests.begin(request.request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=request.detail)
         source = self._generated(request, caller, entry, unattended=unattended)
-        async with aclosing(self._serve(source, entry, span, "generate")) as events:
+        async with self._served(source, entry, span, "generate") as events:
             async for event in events:
+                entry.told(event)
                 yield event
 
     async def resume(
@@ -230,8 +231,9 @@ class Router:
         entry = self._requests.begin(request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=record.terms.detail)
         source = self._resumed(record, request, caller, entry, whole, orphaned_only)
-        async with aclosing(self._serve(source, entry, span, "resume")) as events:
+        async with self._served(source, entry, span, "resume") as events:
             async for event in events:
+                entry.told(event)
                 yield event
 
     async def follow(
@@ -275,30 +277,28 @@ class Router:
             raise NotFound(f"no session {session_id}, or it has expired", field="session_id")
         return record
 
-    async def _serve(
+    @asynccontextmanager
+    async def _served(
         self,
         source: AsyncGenerator[GenerateEvent, None],
         entry: RequestLogEntry,
         span: Span,
         kind: str,
-    ) -> AsyncGenerator[GenerateEvent, None]:
+    ) -> AsyncGenerator[AsyncGenerator[GenerateEvent, None], None]:
         """The events of `source` through a bounded buffer, with one log entry and one outcome."""
-        outcome = "cancelled"
         try:
             source = traced(source, span, entry.request_id)
             async with self._metrics.stream(kind), aclosing(self._streams.read(source)) as events:
-                async for event in events:
-                    outcome = event.reason if isinstance(event, Finished) else outcome
-                    yield event
+                yield events
         except SpecinferError as error:
             error.request_id = error.request_id or entry.request_id
-            outcome = error.reason.lower()
+            entry.failed(error)
             span.fail(error)
             raise
         finally:
-            entry.ended(outcome)
+            entry.ended()
             request_ended(span, entry)
-            self._metrics.observe_request(outcome, entry.seconds, span)
+            self._metrics.observe_request(entry.outcome, entry.seconds, span)
 
     def _leaving(self, caller: Caller, *, unattended: bool) -> Callable[[], bool]:
         """What a session asks between two rounds: whether it is to go on elsewhere."""

@@ -10,7 +10,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
@@ -47,6 +47,8 @@ class Vocabulary:
     byte_level: bool
     special_ids: frozenset[int]
     byte_ids: frozenset[int]
+    # What was looked up already, at most the vocabulary.
+    _pieces: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
@@ -74,6 +76,17 @@ class Vocabulary:
             return bytes([int(token[3:5], 16)])
         return token.replace(WORD_START, " ").encode()
 
+    def piece(self, token_id: int) -> bytes:
+        """Bytes of one token of a byte-level vocabulary in a text; special tokens have none."""
+        found = self._pieces.get(token_id)
+        if found is None:
+            token = self.tokenizer.id_to_token(token_id)
+            if token is None:
+                return b""
+            found = b"" if token_id in self.special_ids else byte_level_bytes(token)
+            self._pieces[token_id] = found
+        return found
+
     def token_texts(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Text of each token by itself; a part of a character reads as U+FFFD."""
         return tuple(self.token_bytes(token).decode(errors="replace") for token in token_ids)
@@ -92,6 +105,10 @@ class Detokenizer(Protocol):
         """Text that became certain with this token; "" while a character is incomplete."""
         ...
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """As `push` of one after the other."""
+        ...
+
     def flush(self) -> str:
         """The rest at the end of the stream; an incomplete character becomes U+FFFD."""
         ...
@@ -106,10 +123,11 @@ class ByteDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token."""
-        if token_id in self._vocabulary.special_ids:
-            return ""
-        token = self._vocabulary.tokenizer.id_to_token(token_id)
-        return "" if token is None else self._decoder.decode(byte_level_bytes(token))
+        return self._decoder.decode(self._vocabulary.piece(token_id))
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """As `push` of one after the other."""
+        return self._decoder.decode(b"".join(map(self._vocabulary.piece, token_ids)))
 
     def flush(self) -> str:
         """The rest at the end of the stream."""
@@ -147,6 +165,10 @@ class WindowDetokenizer:
             return ""
         return self._release(text)
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """As `push` of one after the other."""
+        return "".join(map(self.push, token_ids))
+
     def flush(self) -> str:
         """The rest at the end of the stream."""
         return self._release(self._held_text()) if self._held else ""
@@ -174,6 +196,11 @@ class StopMatcher:
         self._fallbacks = tuple(_fallbacks(stop) for stop in self._stops)
         self._matched = [0] * len(self._stops)
         self._held = ""
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to find."""
+        return not self._stops
 
     def push(self, text: str) -> tuple[str, str]:
         """Text free to show, and the stop string found or ""; after a match nothing may follow."""

@@ -6,11 +6,11 @@ or Prometheus.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 
 from specinfer.messages import DraftResult
+from specinfer_router.answer import Answer
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class TierCounts:
     moves: Counter[str] = field(default_factory=Counter)
     wasted: Counter[str] = field(default_factory=Counter)
 
-    def waste(self, answer: asyncio.Future[DraftResult], reason: str) -> None:
+    def waste(self, answer: Answer[DraftResult], reason: str) -> None:
         """Note the guesses of an answer that nobody waits for any more, once it comes."""
 
-        def note(late: asyncio.Future[DraftResult]) -> None:
-            if not late.cancelled() and late.exception() is None:
-                self.wasted[reason] += late.result().tree.num_draft_tokens
+        def note() -> None:
+            if not answer.failed:
+                self.wasted[reason] += answer.result.tree.num_draft_tokens
 
-        answer.add_done_callback(note)
+        answer.watch(note)

@@ -30,8 +30,8 @@ from specinfer.step_curve import StepCurve
 from specinfer.telemetry import current_span
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
+from specinfer_router.answer import Answer, first_answer
 from specinfer_router.deadlines import RoundWait, StepDeadline
-from specinfer_router.first_answer import first_answer
 from specinfer_router.pool import WorkerPool
 from specinfer_router.worker_links import VerifyLink
 
@@ -111,6 +111,7 @@ class VerifySeat:
         self._link: VerifyLink | None = None
         self._generation = 0
         self._curve = StepCurve(())
+        self._usual: tuple[tuple[int, int, int], RoundWait] | None = None
         self._num_misses = 0
 
     @property
@@ -120,8 +121,8 @@ class VerifySeat:
 
     @property
     def num_sharing(self) -> int:
-        """Sessions of this router at the same worker, ours included."""
-        return self._link.num_seats if self._link is not None else 1
+        """Sessions of this router at the same worker, ours included; 0 without a place."""
+        return self._link.num_seats if self._link is not None else 0
 
     async def step(
         self, token_ids: Sequence[int], epoch: int, tree: TokenTree, *, traceparent: str = ""
@@ -188,8 +189,8 @@ class VerifySeat:
         epoch: int,
         avoid: VerifyLink | None,
         traceparent: str,
-    ) -> asyncio.Future[None] | None:
-        """Have a place; the future of opening it when it is new. It leaves in the step's frame.
+    ) -> Answer[None] | None:
+        """Have a place; the answer to opening it when it is new. It leaves in the step's frame.
 
         A worker that drains or was found to fail is left for another one, if there is one.
         """
@@ -213,6 +214,7 @@ class VerifySeat:
         )
         self._link, self._generation = link, link.generation
         self._curve = StepCurve(link.info.step_costs if link.info is not None else ())
+        self._usual = None
         link.num_seats += 1
         return link.open(
             self._session_id,
@@ -233,7 +235,7 @@ class VerifySeat:
             return None
         return link
 
-    async def _ask(self, opening: asyncio.Future[None] | None, asked: _Round) -> VerifyResult:
+    async def _ask(self, opening: Answer[None] | None, asked: _Round) -> VerifyResult:
         """The worker's result, checked; tells its breaker how it went."""
         link = self._link
         assert link is not None
@@ -251,7 +253,7 @@ class VerifySeat:
             # Why a session was not taken says more than that the worker does not know it.
             if opening is not None:
                 await opening
-            result = await stepping
+            result = stepping.result
             check_result(result, asked.tree, asked.epoch, self._vocab_size)
             link.breaker.succeed(ticket)
             return result
@@ -264,7 +266,7 @@ class VerifySeat:
     async def _wait(
         self,
         link: VerifyLink,
-        stepping: asyncio.Future[VerifyResult],
+        stepping: Answer[VerifyResult],
         ticket: int | None,
         since: float,
         opened: bool,
@@ -275,12 +277,12 @@ class VerifySeat:
         Raises:
             _TookTooLong: the deadline has passed and another worker is there, or none came.
         """
-        allowed, late = self._allowed(link, opened, asked), False
+        allowed, late = self._first_wait(link, opened, asked), False
         until = since + allowed.seconds
         while True:
             limit = until - time.monotonic()
             await first_answer((stepping,), min(limit, LOOK_SECONDS) if late else limit)
-            if stepping.done():
+            if stepping.done:
                 return
             passed = time.monotonic() >= until
             # One that has answered nobody since is hung; one that has is slow.
@@ -297,6 +299,15 @@ class VerifySeat:
             if passed:
                 allowed = self._allowed(link, opened, asked)
                 until = time.monotonic() + allowed.seconds
+
+    def _first_wait(self, link: VerifyLink, opened: bool, asked: _Round) -> RoundWait:
+        """As `_allowed`, which mostly says what it said of the last round."""
+        if opened or self._num_misses:
+            return self._allowed(link, opened, asked)
+        load = len(asked.tree), link.num_seats, link.load.num_waiting
+        if self._usual is None or self._usual[0] != load:
+            self._usual = load, self._allowed(link, opened, asked)
+        return self._usual[1]
 
     def _allowed(self, link: VerifyLink, opened: bool, asked: _Round) -> RoundWait:
         return self._deadline.wait(

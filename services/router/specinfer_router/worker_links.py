@@ -6,7 +6,6 @@ retries or which worker is chosen.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,9 @@ import grpc.aio
 
 from specinfer.convert import (
     draft_result_from_wire,
+    fill_shape,
     grammar_to_wire,
     sampling_to_wire,
-    shape_to_wire,
     tree_to_wire,
     verify_result_from_wire,
     worker_info_from_wire,
@@ -28,6 +27,7 @@ from specinfer.rpc import error_from_rpc
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer.v1 import draft_pb2, draft_pb2_grpc, verify_pb2, verify_pb2_grpc
+from specinfer_router.answer import Answer
 from specinfer_router.links import WorkerLink
 
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
@@ -68,7 +68,7 @@ class DraftLink(WorkerLink[draft_pb2.DraftRequest]):
         grammar: Grammar | None = None,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[None]:
+    ) -> Answer[None]:
         """Let the worker follow a session whose last token is the root."""
         frame, item_id = draft_pb2.DraftRequest(), self._item_id()
         frame.items.add(
@@ -97,25 +97,25 @@ class DraftLink(WorkerLink[draft_pb2.DraftRequest]):
         *,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[DraftResult]:
+    ) -> Answer[DraftResult]:
         """Ask for a tree below the last of the new tokens, or of the known ones."""
         frame, item_id = draft_pb2.DraftRequest(), self._item_id()
-        frame.items.add(
+        item = frame.items.add(
             item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
             traceparent=traceparent,
-            propose=draft_pb2.ProposeTree(
-                known_len=known_len,
-                new_token_ids=new_token_ids,
-                shape=shape_to_wire(shape),
-                deadline_seconds=deadline_seconds,
-            ),
         )
+        # Filled in place: a message that is given to another one is copied by way of its bytes.
+        propose = item.propose
+        propose.known_len = known_len
+        propose.new_token_ids.extend(new_token_ids)
+        propose.deadline_seconds = deadline_seconds
+        fill_shape(propose.shape, shape)
         return self._send(frame, item_id, session_id, draft_result_from_wire)
 
-    def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> Answer[None]:
         """Let the worker drop a session."""
         frame, item_id = draft_pb2.DraftRequest(), self._item_id()
         frame.items.add(
@@ -157,7 +157,7 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
         grammar: Grammar | None = None,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[None]:
+    ) -> Answer[None]:
         """Bring a session to the worker; its last token is the root."""
         frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
         frame.items.add(
@@ -184,7 +184,7 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
         *,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[VerifyResult]:
+    ) -> Answer[VerifyResult]:
         """Have a tree checked and what it confirms committed to the worker's KV."""
         frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
         frame.items.add(
@@ -197,7 +197,7 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
         )
         return self._send(frame, item_id, session_id, verify_result_from_wire)
 
-    def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> Answer[None]:
         """Let the worker give a session's KV up."""
         frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
         frame.items.add(

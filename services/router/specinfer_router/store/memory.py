@@ -111,7 +111,9 @@ class MemoryStore:
             )
         entry.token_ids.extend(token_ids)
         entry.last_commit = commit
-        entry.record = replace(record, epoch=epoch + 1, finish_reason=finish_reason)
+        entry.record = SessionRecord(
+            session_id, record.terms, (), epoch + 1, record.owner, finish_reason
+        )
         self._touch(entry)
         return epoch + 1
 
