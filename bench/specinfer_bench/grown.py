@@ -22,7 +22,7 @@ def grown_target(source: Path, preset: str, dtype: str, cache: Path | None = Non
 
     Args:
         source: folder of a Llama checkpoint.
-        preset: "200m" or "1b".
+        preset: "200m", "1b" or "7b".
         dtype: number format of the grown weights.
         cache: where grown targets are kept; None takes the user's cache folder.
 

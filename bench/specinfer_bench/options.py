@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specinfer.errors import InvalidRequest
 
-GROWN_PRESETS = ("200m", "1b")
+GROWN_PRESETS = ("200m", "1b", "7b")
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,10 @@ from specinfer_engine.graphs import (
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.runner import Runner
-from tests.kit.passes import Pages, random_tree
+from tests.kit.recorded_passes import BLOCK_SIZE, NUM_BLOCKS, differing_passes, random_rows
 from tests.kit.tiny_models import write_tiny_llama
 
 VOCAB_SIZE = 300
-BLOCK_SIZE = 8
-NUM_BLOCKS = 320
-MOST_CONTEXT = 40
 NUM_PASSES = 25
 
 
@@ -85,50 +82,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def random_pool(runner: Runner) -> None:
-    """Keys and values in every slot, so that contexts say something; the same for every runner."""
-    generator = torch.Generator().manual_seed(1)
-    shape = runner.pool[:, :, : runner.num_blocks].shape
-    runner.pool[:, :, : runner.num_blocks] = torch.randn(shape, generator=generator)
-
-
-def random_rows(choose: random.Random, num_sequences: int) -> list[SequenceRows]:
-    """Chains and trees of one to twelve rows on scattered pages."""
-    pages = Pages(NUM_BLOCKS, BLOCK_SIZE, choose.randrange(1 << 30))
-    rows = []
-    for _ in range(num_sequences):
-        context, count = choose.randrange(MOST_CONTEXT), choose.choice((1, 1, 3, 12))
-        table = pages.table(context + count)
-        if choose.random() < 0.5:
-            tree = random_tree(choose, count, VOCAB_SIZE)
-            rows.append(SequenceRows.tree(tree, context, table))
-        else:
-            tokens = [choose.randrange(VOCAB_SIZE) for _ in range(count)]
-            wanted = (count - 1,) if choose.random() < 0.7 else ()
-            rows.append(SequenceRows.chain(tokens, context, table, wanted))
-    return rows
-
-
-def differing_passes(loaded: LoadedModel, num_passes: int = NUM_PASSES) -> list[int]:
-    """Passes whose logits, or whose keys and values, are not those of a runner without graphs."""
-    plain = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+def compare(loaded: LoadedModel, num_passes: int = NUM_PASSES) -> list[int]:
+    """Passes that differ between a runner that records and one that does not."""
     recorder = Recorder()
-    recording = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=recorder)
-    choose, different = random.Random(4), []
-    random_pool(plain)
-    random_pool(recording)
-    for index in range(num_passes):
-        rows = random_rows(choose, choose.choice((1, 1, 2, 5, 9, 20)))
-        pairs = zip(plain.forward(rows), recording.forward(rows), strict=True)
-        same = all(torch.equal(mine, its) for mine, its in pairs)
-        if not same or not torch.equal(plain.pool, recording.pool[:, :, :NUM_BLOCKS]):
-            different.append(index)
+    different = differing_passes(loaded, recorder, num_passes)
     assert recorder.num_replayed == num_passes > recorder.num_recorded > 3
     return different
 
 
 def test_recorded_passes_give_the_bits_of_plain_ones(loaded: LoadedModel) -> None:
-    assert differing_passes(loaded) == []
+    assert compare(loaded) == []
 
 
 def test_padding_that_writes_into_the_first_blocks_is_noticed(loaded: LoadedModel) -> None:
@@ -139,13 +102,13 @@ def test_padding_that_writes_into_the_first_blocks_is_noticed(loaded: LoadedMode
 
     scratch_of_others.count = ScratchBlocks.count  # type: ignore[attr-defined]
     with patch("specinfer_engine.runner.ScratchBlocks", scratch_of_others):
-        assert differing_passes(loaded, 8)
+        assert compare(loaded, 8)
 
 
 def test_inputs_left_over_from_the_pass_before_are_noticed(loaded: LoadedModel) -> None:
     """Negative control: a replay that was not given its batch."""
     with patch.object(graphs, "_copy", _copy_once()):
-        assert differing_passes(loaded, 8)
+        assert compare(loaded, 8)
 
 
 def _copy_once() -> Callable[[StepInputs, StepInputs], None]:
@@ -244,7 +207,7 @@ def test_what_cannot_be_recorded_runs_plainly_and_is_told_once(
     choose = random.Random(2)
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
-            rows = random_rows(choose, 3)
+            rows = random_rows(choose, 3, VOCAB_SIZE)
             pairs = zip(plain.forward(rows), runner.forward(rows), strict=True)
             assert all(torch.equal(mine, its) for mine, its in pairs)
     assert [record.message for record in caplog.records] == [

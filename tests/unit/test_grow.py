@@ -102,7 +102,7 @@ def test_bfloat16_checkpoint_loads_and_copies_the_tokenizer(tmp_path: Path) -> N
 
 
 def test_presets_have_the_stated_sizes() -> None:
-    for name, expected in (("200m", 200e6), ("1b", 1.1e9)):
+    for name, expected in (("200m", 200e6), ("1b", 1.1e9), ("7b", 7e9)):
         shape = PRESETS[name]
         attention = 2 * shape.hidden * 64 * (shape.heads + shape.kv_heads)
         per_layer = attention + 3 * shape.hidden * shape.intermediate
@@ -116,7 +116,7 @@ def test_presets_have_the_stated_sizes() -> None:
         (Shape(12, 2, 20, 6, 2), "hidden"),
         (Shape(24, 2, 20, 7, 2), "cannot share"),
         (Shape(24, 2, 20, 6, 6), "fewer query heads"),
-        ("7b", "unknown preset"),
+        ("70b", "unknown preset"),
     ],
 )
 def test_impossible_shapes_are_refused(tmp_path: Path, shape: str | Shape, message: str) -> None:

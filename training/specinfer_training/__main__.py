@@ -26,7 +26,7 @@ def _grow_parser() -> argparse.ArgumentParser:
         description="Widen and deepen a Llama checkpoint without changing its function.",
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the source")
-    parser.add_argument("--preset", choices=("200m", "1b"), required=True)
+    parser.add_argument("--preset", choices=("200m", "1b", "7b"), required=True)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser

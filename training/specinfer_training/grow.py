@@ -51,6 +51,7 @@ class Shape:
 PRESETS = {
     "200m": Shape(hidden=1024, layers=18, intermediate=2816, heads=16, kv_heads=4),
     "1b": Shape(hidden=2048, layers=25, intermediate=5632, heads=32, kv_heads=4),
+    "7b": Shape(hidden=4096, layers=32, intermediate=14336, heads=64, kv_heads=16),
 }
 
 
@@ -244,7 +245,7 @@ def grow_checkpoint(
     Args:
         source: a Hugging Face folder with a Llama in safetensors.
         target_dir: the folder to write, with the tokenizer files copied.
-        shape: "200m", "1b" or explicit sizes, none smaller than the source's.
+        shape: "200m", "1b", "7b" or explicit sizes, none smaller than the source's.
         dtype: the type of the written weights.
         seed: of the random weights.
 

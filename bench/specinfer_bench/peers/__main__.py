@@ -71,6 +71,7 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
         metavar="T",
         help="one report for each; 0 is greedy",
     )
+    parser.set_defaults(device="cpu")
     add("--output", type=Path, help="write the results to this file as JSON")
     return parser
 
@@ -87,6 +88,7 @@ def make_pair(arguments: argparse.Namespace) -> Pair:
         threads=len(os.sched_getaffinity(0)),
         eos_token_ids=frozenset(read_checkpoint(target).eos_token_ids),
         cache=default_cache().parent / "peers",
+        device=arguments.device,
     )
 
 

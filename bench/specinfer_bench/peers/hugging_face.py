@@ -39,7 +39,7 @@ class Transformers:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         torch.set_num_threads(pair.threads)
-        target, draft = (_load(folder, pair.dtype) for folder in (pair.target, pair.draft))
+        target, draft = (_load(folder, pair) for folder in (pair.target, pair.draft))
         lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
         yield {
             "transformers, plain": Arm(partial(_run, target, {}), plain=True),
@@ -65,14 +65,14 @@ class _FirstToken(BaseStreamer):
         """Nothing is left to do."""
 
 
-def _load(folder: Path, dtype: str) -> PreTrainedModel:
+def _load(folder: Path, pair: Pair) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, pair.dtype), local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise InvalidCheckpoint(f"transformers cannot load {folder.name}: {error}") from error
-    evaluated: PreTrainedModel = model.eval()
+    evaluated: PreTrainedModel = model.to(pair.device).eval()
     return evaluated
 
 
@@ -82,7 +82,7 @@ def _run(model: Any, options: Mapping[str, Any], task: Task) -> Answer:
     sampled: dict[str, Any] = {"do_sample": False}
     if task.temperature > 0:
         sampled = {"do_sample": True, "temperature": task.temperature, "top_k": 0, "top_p": 1.0}
-    prompt, streamer = torch.tensor([task.token_ids]), _FirstToken()
+    prompt, streamer = torch.tensor([task.token_ids], device=model.device), _FirstToken()
     begun = time.perf_counter()
     generated = model.generate(
         prompt,

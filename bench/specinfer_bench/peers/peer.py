@@ -23,6 +23,7 @@ class Pair:
         threads: compute threads that an engine may use.
         eos_token_ids: tokens that end a text.
         cache: folder for what an engine makes of the checkpoints.
+        device: where engines that can choose run, such as cpu or cuda:0.
     """
 
     target: Path
@@ -31,6 +32,7 @@ class Pair:
     threads: int
     eos_token_ids: frozenset[int]
     cache: Path
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KERNELS = Path("bench/kernels")
-NO_BENCH = ("timing.py",)
+NO_BENCH = ("timing.py", "results.py")
+# These need a GPU: `specinfer_bench.gpu` runs them.
+GPU_PREFIX = "gpu_"
 KERNEL_PREFIX = "kernels-"
 KERNEL_SECONDS = 60.0
 
@@ -137,7 +139,8 @@ PARTS = (
 def all_parts(root: Path) -> tuple[Part, ...]:
     """The parts, and one for each benchmark of kernels below `root`."""
     files = sorted(path.name for path in (root / KERNELS).glob("*.py"))
-    return (*PARTS, *(_kernel(name) for name in files if name not in NO_BENCH))
+    here = [name for name in files if name not in NO_BENCH and not name.startswith(GPU_PREFIX)]
+    return (*PARTS, *(_kernel(name) for name in here))
 
 
 def _kernel(file: str) -> Part:

@@ -1,0 +1,55 @@
+"""Random passes through a runner that records and one that does not, compared bit for bit."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from specinfer_engine.batch import SequenceRows
+from specinfer_engine.graphs import Capture
+from specinfer_engine.model import LoadedModel
+from specinfer_engine.runner import Runner
+from tests.kit.passes import Pages, random_tree
+
+BLOCK_SIZE = 8
+NUM_BLOCKS = 320
+MOST_CONTEXT = 40
+
+
+def random_rows(choose: random.Random, num_sequences: int, vocab_size: int) -> list[SequenceRows]:
+    """Chains and trees of one to twelve rows on scattered pages."""
+    pages = Pages(NUM_BLOCKS, BLOCK_SIZE, choose.randrange(1 << 30))
+    rows = []
+    for _ in range(num_sequences):
+        context, count = choose.randrange(MOST_CONTEXT), choose.choice((1, 1, 3, 12))
+        table = pages.table(context + count)
+        if choose.random() < 0.5:
+            rows.append(SequenceRows.tree(random_tree(choose, count, vocab_size), context, table))
+        else:
+            tokens = [choose.randrange(vocab_size) for _ in range(count)]
+            wanted = (count - 1,) if choose.random() < 0.7 else ()
+            rows.append(SequenceRows.chain(tokens, context, table, wanted))
+    return rows
+
+
+def fill_pool(runner: Runner) -> None:
+    """Keys and values in every slot, so that contexts say something; the same for every runner."""
+    pool = runner.pool[:, :, : runner.num_blocks]
+    pool.copy_(torch.randn(pool.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def differing_passes(loaded: LoadedModel, capture: Capture, num_passes: int) -> list[int]:
+    """Passes whose logits, or whose keys and values, are not those of a runner without graphs."""
+    plain = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    recording = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=capture)
+    choose, different = random.Random(4), []
+    fill_pool(plain)
+    fill_pool(recording)
+    for index in range(num_passes):
+        rows = random_rows(choose, choose.choice((1, 1, 2, 5, 9, 20)), loaded.vocab_size)
+        pairs = zip(plain.forward(rows), recording.forward(rows), strict=True)
+        same = all(torch.equal(mine, its) for mine, its in pairs)
+        if not same or not torch.equal(plain.pool, recording.pool[:, :, :NUM_BLOCKS]):
+            different.append(index)
+    return different
