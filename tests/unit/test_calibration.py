@@ -107,6 +107,14 @@ def test_a_drafter_that_was_slow_once_is_soon_trusted_again() -> None:
     assert sum(cost.parts()) < usual + 0.001, "one slow answer among many counts for little"
 
 
+def test_a_drafter_that_is_only_ever_asked_to_read_a_prompt_is_trusted_again_too() -> None:
+    calibration = Calibration(StepCurve(()), lambda: (StepCost(1, 0, 0.5),))
+    for _ in range(12):
+        history = RoundHistory(calibration, temperature=0.0, context_len=40)
+        observed(history, accepted=(1,), after_prefill=True)
+    assert sum(history.record.cost.parts()) < 0.01, "said 0.5, took 0.004"
+
+
 def test_passes_correct_what_was_measured_for_their_number_of_rows() -> None:
     live = LiveCosts(StepCurve([StepCost(1, 0, 0.01), StepCost(64, 0, 0.01)]))
     assert live.at(9, 0) == 0.01
@@ -182,10 +190,10 @@ def observed(history: RoundHistory, *, accepted: tuple[int, ...], after_prefill:
 
 
 def test_a_round_that_read_a_prompt_says_nothing_of_costs() -> None:
-    calibration = Calibration(StepCurve([StepCost(1, 0, 0.01)]))
+    calibration = Calibration(StepCurve([StepCost(1, 0, 0.01)]), lambda: (StepCost(1, 0, 0.001),))
     history = RoundHistory(calibration, temperature=0.0, context_len=40)
     observed(history, accepted=(1, 3), after_prefill=True)
-    assert (history.record.cost.parts(), calibration.num_passes) == ((0.0, 0.0), 0)
+    assert (history.record.cost.parts(), calibration.num_passes) == ((0.0, 0.001), 0)
     assert history.shift > 0
     observed(history, accepted=(), after_prefill=False)
     assert sum(history.record.cost.parts()) > 0

@@ -191,6 +191,15 @@ def test_many_that_begin_at_once_are_not_each_taken_to_be_alone() -> None:
     assert policy.plan(ANY, histories[0], 1).max_nodes > 4, "alone again"
 
 
+def test_what_was_in_vain_under_load_does_not_keep_few_sessions_waiting() -> None:
+    policy = AdaptiveShape(CAP, Calibration(MEASURED, lambda: (StepCost(1, 0, 0.0005),)))
+    world = World(MEASURED, BAD, gathers=True, contention=1.5)
+    Simulation(world, policy, 64, seed=1).run(60)
+    few = Simulation(World(MEASURED, GOOD), policy, 2, seed=2)
+    few.run(120)
+    assert few.run(100).speed > 1.5 * plain_speed(few.world, 2)
+
+
 @pytest.mark.parametrize("sessions", [1, 4, 64])
 @pytest.mark.parametrize("curve", ["flat", "steep", "measured"])
 def test_a_machine_that_wanders_a_busy_drafter_and_contention_leave_it_near_plain(

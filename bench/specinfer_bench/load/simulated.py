@@ -33,6 +33,8 @@ from specinfer_bench.simulated_workers import (
 
 PROFILED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 WRONG_GUESS = 1
+# Of the trees that are asked for by default.
+LEVELS = 8
 # Who is due may be late, and what is waited for is certain.
 CAUTION = 1.25
 
@@ -150,7 +152,15 @@ class FallibleDrafter(SimulatedDrafter):
 
     def __init__(self, costs: SimulatedCosts) -> None:
         super().__init__(Simulation(draft_seconds=costs.draft_seconds))
+        self._costs = costs
         self._acceptance = costs.acceptance
+
+    async def GetInfo(self, request: Any, context: Any) -> Any:
+        """What this worker is, with what a level of its trees costs at most."""
+        answer = await super().GetInfo(request, context)
+        cost = StepCost(1, 0, self._costs.draft_seconds / LEVELS)
+        info = replace(worker_info_from_wire(answer.info), step_costs=(cost,))
+        return draft_pb2.DraftServiceGetInfoResponse(info=worker_info_to_wire(info))
 
     def _handle(self, item: draft_pb2.DraftItem, outbox: Outbox[Any]) -> None:
         if item.WhichOneof("action") != "propose":

@@ -159,6 +159,11 @@ class DraftCost:
         if four - two * two / one > CLEAR_SPREAD:
             self._learnt_level = self.parts()[1]
 
+    def seconds(self, levels: int) -> float:
+        """Of a tree of `levels` levels."""
+        fixed, level = self.parts()
+        return fixed + levels * level
+
     def parts(self) -> tuple[float, float]:
         """Fixed seconds and seconds for each level; what is not known costs nothing."""
         weight, levels, seconds, squares, products = self._sums
@@ -244,6 +249,7 @@ class DrafterRecord:
         num_busy_rounds: rounds planned with guesses, not to probe, since the last one without.
         num_vain_probes: probes since speculation last paid.
         num_vain_starts: times since then that it began and was given up soon after.
+        crowd: most sessions at once since those two were counted.
     """
 
     def __init__(self, costs: Sequence[StepCost] = ()) -> None:
@@ -251,7 +257,7 @@ class DrafterRecord:
         self._curve = StepCurve(costs)
         self.cost = DraftCost(self._curve.at(1) if costs else 0.0)
         self.num_idle_rounds = self.num_busy_rounds = 0
-        self.num_vain_probes = self.num_vain_starts = 0
+        self.num_vain_probes = self.num_vain_starts = self.crowd = 0
         self._counts = AcceptanceCounts()
         self._num_rounds, self._next_snapshot = 0, 1
         self.snapshot = self._counts.snapshot()

@@ -151,6 +151,7 @@ class AdaptiveShape:
         if asked.widths or asked.max_nodes == 0 or asked.max_depth == 0:
             return asked
         record, crowded = history.record, self._num_sessions > CROWD
+        self._notice_load(record)
         choice = self._choice(record, history, asked, crowded=crowded)
         going = history.speculating
         if going is None or crowded:
@@ -163,6 +164,13 @@ class AdaptiveShape:
             return replace(asked, max_nodes=0)
         history.num_drafting = 1
         return replace(asked, max_nodes=1, max_depth=1)
+
+    def _notice_load(self, record: DrafterRecord) -> None:
+        """With half as many sessions, what was in vain before says little."""
+        record.crowd = max(record.crowd, self._num_sessions)
+        if 2 * self._num_sessions <= record.crowd:
+            record.crowd = self._num_sessions
+            record.num_vain_probes = record.num_vain_starts = 0
 
     def _goes_on(self, record: DrafterRecord) -> None:
         """A round with guesses that are expected to pay."""

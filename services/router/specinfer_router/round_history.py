@@ -87,9 +87,11 @@ class RoundHistory:
         )
         for right in outcomes:
             self._surprise += OWN_WEIGHT * (right - usual - self._surprise)
-        if not guess.after_prefill:
-            seconds = guess.seconds / record.slowness(self.num_drafting)
-            record.cost.observe(max(1, guess.draft_depth), seconds, after_pause=paused)
+        levels = max(1, guess.draft_depth)
+        seconds = guess.seconds / record.slowness(self.num_drafting)
+        # What read a prompt too says at least that a tree takes no longer than that.
+        if not guess.after_prefill or seconds < record.cost.seconds(levels):
+            record.cost.observe(levels, seconds, after_pause=paused)
 
 
 def _log_odds(chance: float) -> float:
