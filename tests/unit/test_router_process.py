@@ -20,6 +20,7 @@ from specinfer.admin import AdminClient
 from specinfer.client import AsyncClient
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
+from specinfer_router.__main__ import fastest_loop
 from specinfer_router.goodput import AdaptiveShape
 from specinfer_router.policy import StaticShape
 from specinfer_router.settings import RouterSettings
@@ -36,6 +37,16 @@ def test_defaults_stay_on_this_machine() -> None:
     assert not settings.insecure_bind
     assert settings.tls is None
     assert settings.worker_tls is None
+
+
+def test_the_faster_event_loop_is_taken_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+        assert isinstance(runner.get_loop(), uvloop.Loop)
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert fastest_loop() is None
 
 
 @pytest.mark.parametrize(
