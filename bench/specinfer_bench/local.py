@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from prometheus_client import CollectorRegistry
 
+from specinfer.errors import Cancelled, InternalError, SpecinferError
 from specinfer.messages import (
     ChatMessage,
     DraftResult,
@@ -38,6 +40,7 @@ from specinfer_draft.engine import DraftEngine
 from specinfer_draft.settings import Settings as DraftSettings
 from specinfer_draft.worker import Worker as DraftWorker
 from specinfer_draft.worker import build_worker as build_drafter
+from specinfer_router.answer import Answer
 from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.cluster import Cluster
 from specinfer_router.hedging import MovingQuantile
@@ -52,6 +55,27 @@ from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.settings import Settings as VerifySettings
 from specinfer_verify.worker import Worker
 from specinfer_verify.worker import build_worker as build_verifier
+
+_Value = TypeVar("_Value")
+
+
+def _answer_of(future: Future[_Value]) -> Answer[_Value]:
+    """What an engine's thread will say, told on the event loop that asked, as links tell it."""
+    answer: Answer[_Value] = Answer()
+
+    def tell(told: asyncio.Future[_Value]) -> None:
+        error = None if told.cancelled() else told.exception()
+        if told.cancelled():
+            answer.fail(Cancelled("the engine gave up"))
+        elif isinstance(error, SpecinferError):
+            answer.fail(error)
+        elif error is not None:
+            answer.fail(InternalError(f"{type(error).__name__}: {error}"))
+        else:
+            answer.succeed(told.result())
+
+    asyncio.wrap_future(future).add_done_callback(tell)
+    return answer
 
 
 class LocalLink:
@@ -95,9 +119,9 @@ class LocalDraftLink(LocalLink):
         grammar: None = None,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[None]:
+    ) -> Answer[None]:
         """See DraftLink.open; the benchmark asks for no grammar."""
-        return asyncio.wrap_future(
+        return _answer_of(
             self._engine.open(session_id, epoch, token_ids, sampling, num_prompt_tokens)
         )
 
@@ -111,17 +135,17 @@ class LocalDraftLink(LocalLink):
         deadline_seconds: float,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[DraftResult]:
+    ) -> Answer[DraftResult]:
         """See DraftLink.propose."""
-        return asyncio.wrap_future(
+        return _answer_of(
             self._engine.propose(
                 session_id, epoch, known_len, new_token_ids, shape, deadline_seconds
             )
         )
 
-    def forget(self, session_id: str, epoch: int, owner: int = 0) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, owner: int = 0) -> Answer[None]:
         """See DraftLink.forget."""
-        return asyncio.wrap_future(self._engine.close(session_id))
+        return _answer_of(self._engine.close(session_id))
 
 
 class LocalVerifyLink(LocalLink):
@@ -142,9 +166,9 @@ class LocalVerifyLink(LocalLink):
         grammar: None = None,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[None]:
+    ) -> Answer[None]:
         """See VerifyLink.open; the benchmark asks for no grammar."""
-        return asyncio.wrap_future(
+        return _answer_of(
             self._engine.open(
                 session_id, epoch, token_ids, sampling, num_prompt_tokens, num_logprobs
             )
@@ -157,13 +181,13 @@ class LocalVerifyLink(LocalLink):
         tree: TokenTree,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[VerifyResult]:
+    ) -> Answer[VerifyResult]:
         """See VerifyLink.step."""
-        return asyncio.wrap_future(self._engine.step(session_id, epoch, tree))
+        return _answer_of(self._engine.step(session_id, epoch, tree))
 
-    def forget(self, session_id: str, epoch: int, owner: int = 0) -> asyncio.Future[None]:
+    def forget(self, session_id: str, epoch: int, owner: int = 0) -> Answer[None]:
         """See VerifyLink.forget."""
-        return asyncio.wrap_future(self._engine.close(session_id))
+        return _answer_of(self._engine.close(session_id))
 
 
 @dataclass(frozen=True)

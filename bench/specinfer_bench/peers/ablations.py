@@ -28,6 +28,7 @@ from specinfer_draft.worker import Worker as DraftWorker
 from specinfer_draft.worker import build_worker as build_drafter
 from specinfer_kernels import pack_linear
 from specinfer_kernels.packed_linear import Layout, layouts
+from specinfer_router.answer import Answer
 from specinfer_router.router import Router
 from specinfer_verify.settings import Settings as VerifySettings
 from specinfer_verify.worker import Worker
@@ -54,7 +55,7 @@ class OwnLawLink(LocalDraftLink):
         grammar: None = None,
         owner: int = 0,
         traceparent: str = "",
-    ) -> asyncio.Future[None]:
+    ) -> Answer[None]:
         """Open the session as if it were greedy: noise has the weight 0 there."""
         own = replace(sampling, temperature=0.0)
         return super().open(session_id, epoch, token_ids, own, num_prompt_tokens)
