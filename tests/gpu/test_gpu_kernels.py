@@ -101,10 +101,12 @@ def test_rows_of_attention_are_invariant(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rows_of_products_are_invariant(dtype: torch.dtype, int8: bool) -> None:
+@pytest.mark.parametrize("in_features", [520, 4099])  # one split of the inputs, and several
+def test_rows_of_products_are_invariant(dtype: torch.dtype, int8: bool, in_features: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(1000, 520, generator=generator) / 23).to(dtype).to(DEVICE)
-    rows = torch.randn(300, 520, generator=generator).to(dtype).to(DEVICE)
+    weight = torch.randn(1000, in_features, generator=generator) * in_features**-0.5
+    weight = weight.to(dtype).to(DEVICE)
+    rows = torch.randn(300, in_features, generator=generator).to(dtype).to(DEVICE)
     layer = pack_linear(weight, int8=int8)
     assert layer.row_invariant
     together = layer(rows)
