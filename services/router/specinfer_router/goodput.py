@@ -120,7 +120,8 @@ class AdaptiveShape:
     tried more often than that from the beginning, and where rows are so dear that not even guesses
     that are all right would pay, nothing is tried.
 
-    More than CROWD sessions are decided for as one: their rows are each other's costs.
+    More than CROWD sessions are decided for as one, for their rows are each other's costs, and
+    probe that rarely from the beginning.
     """
 
     def __init__(self, default: ShapeQuery, calibration: Calibration) -> None:
@@ -185,7 +186,9 @@ class AdaptiveShape:
             record.num_vain_starts = min(MOST_VAIN_STARTS, record.num_vain_starts + 1)
         record.num_busy_rounds = 0
         record.num_idle_rounds += 1
-        wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), choice.most_wait)
+        wait = choice.most_wait
+        if self._num_sessions <= CROWD:
+            wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), wait)
         wait = max(wait, choice.least_wait) << record.num_vain_starts
         if choice.hopeless or record.num_idle_rounds <= wait:
             return False
