@@ -42,11 +42,12 @@ async def test_clients_and_prometheus_agree_and_no_arm_changes_a_token(
     assert found["goodput"]["met"] == 24
     for name in ("requests", "prompt_tokens", "generation_tokens", "first_tokens"):
         assert prometheus[name]["client"] == prometheus[name]["router"] > 0, name
-    assert report["trusted"]
+    assert report["trusted"], prometheus
     for name in ("first_token_seconds", "request_seconds"):
-        # What clients are told is what the router counts, and their own clocks have the way on top:
-        # two per cent on a quiet machine, which this one need not be.
+        # What clients are told is what the router counts, less the end of the stream; their own
+        # clocks have the way on top. Two per cent on a quiet machine, which this one need not be.
         numbers = prometheus[name]
-        assert numbers["told"] == pytest.approx(numbers["router"], rel=0.001)
+        exact = 0.002 if name == "first_token_seconds" else 0.3
+        assert numbers["told"] == pytest.approx(numbers["router"], rel=exact)
         assert 0.98 * numbers["router"] <= numbers["client"] <= 1.5 * numbers["router"], name
     assert sweep["identical"]

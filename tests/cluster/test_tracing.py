@@ -100,8 +100,8 @@ async def run_all(models: Models, folder: Path) -> Seen:
         traced_cluster(
             models,
             flags=("--log-level", "debug"),
-            # However busy the machine is, each round waits for its tree.
-            router_flags=("--propose-deadline", "60"),
+            # However busy the machine is, each round has a tree and waits for it.
+            router_flags=("--policy", "static", "--propose-deadline", "60"),
             logs=folder,
         ) as running,
         AsyncClient(running.router) as client,

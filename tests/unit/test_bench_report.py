@@ -94,7 +94,7 @@ def test_a_missing_prompt_file_is_named(tmp_path: Path) -> None:
     ("options", "field"),
     [
         ({"num_prompts": 0}, "num_prompts"),
-        ({"grow": "7b"}, "grow"),
+        ({"grow": "70b"}, "grow"),
         ({"router": "127.0.0.1:1", "grow": "1b"}, "router"),
     ],
 )

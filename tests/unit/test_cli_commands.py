@@ -106,6 +106,7 @@ def test_bad_arguments_exit_with_2(router: FakeRouter) -> None:
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--max-tokens", "0"], "max_tokens"),
         (["lossless", "--prompts", "/nowhere.jsonl"], "cannot read"),
+        (["lossless", "--all-paths", "--router", "127.0.0.1:1"], "clusters, without --router"),
         (["lossless", "--dtype", "int8"], "float32, bfloat16, float64"),
     ):
         result = run(*arguments, "--router", router.address)
@@ -301,7 +302,7 @@ def test_bench_fails_when_outputs_differ(router: FakeRouter, prompts: Path) -> N
 
 
 def test_bench_refuses_what_cannot_be(router: FakeRouter) -> None:
-    for arguments, reason in ((["--grow", "7b"], "200m"), (["--repeats", "0"], "repeats")):
+    for arguments, reason in ((["--grow", "70b"], "200m"), (["--repeats", "0"], "repeats")):
         result = run("bench", *arguments)
         assert result.exit_code == 2
         assert reason in result.stderr

@@ -2,10 +2,11 @@
 
 The router's /metrics are read before and after a run that had the router to itself, and what it
 counted in between is laid beside what the clients saw. Times are there three times. A router's
-begin with the request's arrival and end when the event is made. What it tells each client with the
-last event is the same, so these sums are equal but for rounding. A client's own clock begins with
-the sending and ends when the event was read: it has the way there and back on top, and what that
-takes for each request is a number of its own. This module knows nothing of schedules.
+begin with the request's arrival and end when the event is made; a whole request ends when its
+stream has. What it tells each client with the last event are these times, the whole one as it is
+then. A client's own clock begins with the sending and ends when the event was read: it has the way
+there and back on top, and what that takes for each request is a number of its own. This module
+knows nothing of schedules.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ ANSWER_SECONDS = 10.0
 SETTLE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 COUNTS = ("requests", "prompt_tokens", "generation_tokens", "first_tokens")
+# What a client can know as the router does.
+EXACT = (*COUNTS, "first_token_seconds")
 SERIES = {
     "requests": "requests_total",
     "prompt_tokens": "prompt_tokens_total",

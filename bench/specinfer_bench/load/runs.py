@@ -1,9 +1,9 @@
 """One run of a load against one cluster, from the first connection to the report.
 
 A report's "trusted" says whether its numbers may be believed: outputs equal in every arm of a
-sweep, and the router's counts and times the same as those that clients were told. "times_agree"
-says it of the clients' own clocks too: on a machine without a free core a client sees an event
-later than the router sent it, and both are right. This module starts nothing.
+sweep, and the router's counts and first tokens the same as those that clients were told.
+"times_agree" says it of the clients' own clocks too: on a machine without a free core a client sees
+an event later than the router sent it, and both are right. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specinfer import AsyncClient
-from specinfer_bench.load.agreement import COUNTS, agreement, scraped_after
+from specinfer_bench.load.agreement import COUNTS, EXACT, agreement, scraped_after
 from specinfer_bench.load.arrivals import Arrival, from_trace, poisson, read_trace
 from specinfer_bench.load.asking import NO_RETRY, SPECULATION, asking, characters_a_token
 from specinfer_bench.load.cluster import Cluster
@@ -84,7 +84,7 @@ async def open_report(cluster: Cluster, prompts: Sequence[str], run: OpenRun) ->
         "max_sessions": run.sessions,
         "summary": asdict(summary(seen, run.objective)),
         "prometheus": {name: asdict(each) for name, each in found.items()},
-        "trusted": all(each.same for each in found.values()) and found["requests"].client > 0,
+        "trusted": all(found[name].same for name in EXACT) and found["requests"].client > 0,
         "times_agree": all(each.agrees for name, each in found.items() if name not in COUNTS),
         "requests": [_row(one) for one in seen],
     }
