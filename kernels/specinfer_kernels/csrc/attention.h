@@ -13,6 +13,7 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -221,6 +222,7 @@ template <class Stored> class TileAttention {
     T *query_ = nullptr, *result_ = nullptr, *maximum_ = nullptr, *total_ = nullptr;
     std::vector<int32_t> own_rows_;
     RowKeys rows_[kTileQueries];
+    int64_t offsets_[kBlock];  // of the keys of the block at work
     int group_size_ = 0;
     int num_rows_ = 0;
 
@@ -246,9 +248,8 @@ template <class Stored> class TileAttention {
             last = std::max(last, rows_[row].last);
         }
         int64_t start = first / kBlock * kBlock;
-        fetch_ahead(unit, start);
+        fetch_ahead(unit, start, 0, 1);
         for (; start < last; start += kBlock) {
-            fetch_ahead(unit, start + kBlock);
             add_block(unit, start);
         }
         for (int head = unit.first_head; head < unit.last_head; ++head) {
@@ -312,7 +313,8 @@ template <class Stored> class TileAttention {
 
     // Rows whose lists agree in this block (one is a prefix of the other) are done together.
     void add_block(const Unit& unit, int64_t start) {
-        bool done[kTileQueries];
+        const int heads = unit.last_head - unit.first_head;
+        bool done[kTileQueries], fetched = false;
         for (int row = 0; row < num_rows_; ++row)
             done[row] = rows_[row].last <= start || rows_[row].first >= start + kBlock;
         for (;;) {
@@ -330,11 +332,14 @@ template <class Stored> class TileAttention {
                 first = std::min(first, std::max(start, rows_[row].first));
             }
             const int64_t last = std::min(start + kBlock, rows_[longest].last);
-            for (int head = unit.first_head; head < unit.last_head; ++head) {
-                select_head(unit, head);
-                pack(unit, rows_[longest], start, first, last);
+            find_keys(unit, rows_[longest], start, first, last);
+            for (int head = 0; head < heads; ++head) {
+                if (!fetched) fetch_ahead(unit, start + kBlock, head, heads);
+                select_head(unit, unit.first_head + head);
+                pack(int(last - start));
                 attend(members, count, start, int(last - start));
             }
+            fetched = true;
         }
     }
 
@@ -345,62 +350,104 @@ template <class Stored> class TileAttention {
         return true;
     }
 
-    // Element offset in the caches of a kv head's key at a position of a row's list.
-    int64_t offset_of(const Unit& unit, const RowKeys& row, int64_t position, int64_t head) const {
-        const int64_t slot = row.logical_slot(position);
-        const int64_t block = a_.block_tables[unit.sequence * a_.max_blocks + slot / a_.block_size];
-        const int64_t physical = block * a_.block_size + slot % a_.block_size;
-        return (physical * a_.num_kv_heads + head) * a_.head_dim;
-    }
+    // Element offsets in the caches of a sequence's logical slots, for its first kv head.
+    class Offsets {
+        const AttentionArguments& a_;
+        const int32_t* table_;
+        int64_t first_ = 0, end_ = 0, shift_ = 0;  // the block last looked up
 
-    // Asks for the committed keys of a block while the block before it is computed. The heads of
-    // a unit lie side by side: asked for in this order memory streams, head by head it does not.
-    void fetch_ahead(const Unit& unit, int64_t start) const {
+      public:
+        Offsets(const AttentionArguments& a, int64_t sequence)
+            : a_(a), table_(a.block_tables + sequence * a.max_blocks) {}
+        int64_t of(int64_t slot) {
+            if (slot < first_ || slot >= end_) {
+                const int64_t block = slot / a_.block_size;
+                first_ = block * a_.block_size;
+                end_ = first_ + a_.block_size;
+                shift_ = table_[block] * a_.block_size - first_;
+            }
+            return (slot + shift_) * a_.num_kv_heads * a_.head_dim;
+        }
+    };
+
+    // Asks for a part of the committed keys of a block while the block before it is computed. The
+    // heads of a unit lie side by side: asked for in this order memory streams, head by head it
+    // does not.
+    void fetch_ahead(const Unit& unit, int64_t start, int64_t part, int64_t parts) const {
         const RowKeys& row = rows_[0];
-        const int64_t last = std::min(start + kBlock, row.context);
+        const int64_t last = std::min(start + kBlock * (part + 1) / parts, row.context);
         const int64_t bytes =
             (unit.last_head - unit.first_head) * a_.head_dim * int64_t(sizeof(Stored));
-        for (const void* cache : {a_.key_cache, a_.value_cache})
-            for (int64_t position = std::max(start, row.first); position < last; ++position) {
-                const Stored* from =
-                    (const Stored*)cache + offset_of(unit, row, position, unit.first_head);
+        Offsets offsets(a_, unit.sequence);
+        for (int64_t position = std::max(start + kBlock * part / parts, row.first);
+             position < last; ++position) {
+            const int64_t offset = offsets.of(position) + unit.first_head * a_.head_dim;
+            for (const void* cache : {a_.key_cache, a_.value_cache})
                 for (int64_t byte = 0; byte < bytes; byte += kVectorBytes)
-                    __builtin_prefetch((const char*)from + byte, 0, 2);
-            }
+                    __builtin_prefetch((const char*)((const Stored*)cache + offset) + byte, 0, 2);
+        }
     }
 
-    // keys becomes [head_dim][kBlock], values [kBlock][padded_dim]; unseen places are zero.
-    void pack(const Unit& unit, const RowKeys& row, int64_t start, int64_t first, int64_t last) {
-        int64_t offsets[kBlock];
+    // Where the keys of a block are; -1 for places that no member of it sees.
+    void find_keys(const Unit& unit, const RowKeys& row, int64_t start, int64_t first,
+                   int64_t last) {
+        Offsets offsets(a_, unit.sequence);
         for (int place = 0; place < kBlock; ++place) {
             const int64_t position = start + place;
             const bool used = position >= first && position < last;
-            offsets[place] = used ? offset_of(unit, row, position, head_) : -1;
+            offsets_[place] = used ? offsets.of(row.logical_slot(position)) : -1;
         }
-        const Stored* keys = (const Stored*)a_.key_cache;
-        const Stored* values = (const Stored*)a_.value_cache;
-        const int used = int(last - start);
-        for (int place = 0; place < used; place += kLanes)
-            for (int64_t dim = 0; dim < a_.head_dim; dim += kLanes)
-                pack_keys(keys, offsets + place, place, dim);
+    }
+
+    // keys becomes [head_dim][kBlock], values [kBlock][padded_dim]; unseen places are zero.
+    void pack(int used) {
+        const Stored* keys = (const Stored*)a_.key_cache + head_ * a_.head_dim;
+        const Stored* values = (const Stored*)a_.value_cache + head_ * a_.head_dim;
+        const int64_t head_bytes = a_.head_dim * int64_t(sizeof(Stored));
+        for (int place = 0; place < used; ++place)
+            for (int64_t byte = 0; offsets_[place] >= 0 && byte < head_bytes; byte += kVectorBytes)
+                __builtin_prefetch((const char*)(values + offsets_[place]) + byte, 0, 3);
+        const int64_t paired = std::is_same<Stored, BFloat16>::value ? a_.head_dim / 32 * 32 : 0;
+        for (int place = 0; place < used; place += kLanes) {
+            if constexpr (std::is_same<Stored, BFloat16>::value)
+                for (int64_t dim = 0; dim < paired; dim += 32) pack_paired_keys(keys, place, dim);
+            for (int64_t dim = paired; dim < a_.head_dim; dim += kLanes)
+                pack_keys(keys, place, dim);
+        }
         for (int place = 0; place < used; ++place)
             for (int64_t dim = 0; dim < padded_dim_; dim += kLanes)
                 store(scratch_.values + place * padded_dim_ + dim,
-                      offsets[place] < 0 ? V{}
-                                         : load_row(values + offsets[place] + dim,
-                                                    a_.head_dim - dim));
+                      offsets_[place] < 0 ? V{}
+                                          : load_row(values + offsets_[place] + dim,
+                                                     a_.head_dim - dim));
     }
 
-    void pack_keys(const Stored* keys, const int64_t* offsets, int place, int64_t dim) {
+    void pack_keys(const Stored* keys, int place, int64_t dim) {
         V square[kLanes];
-        for (int key = 0; key < kLanes; ++key)
-            square[key] = offsets[key] < 0
-                              ? V{}
-                              : load_row(keys + offsets[key] + dim, a_.head_dim - dim);
+        for (int key = 0; key < kLanes; ++key) {
+            const int64_t offset = offsets_[place + key];
+            square[key] = offset < 0 ? V{} : load_row(keys + offset + dim, a_.head_dim - dim);
+        }
         transpose(square);
         const int count = int(std::min<int64_t>(kLanes, a_.head_dim - dim));
         for (int row = 0; row < count; ++row)
             store(scratch_.keys + (dim + row) * kBlock + place, square[row]);
+    }
+
+    // Of bfloat16, 32 dimensions at once: two neighbours are one word until they are transposed.
+    void pack_paired_keys(const BFloat16* keys, int place, int64_t dim) {
+        V square[kLanes];
+        for (int key = 0; key < kLanes; ++key) {
+            const int64_t offset = offsets_[place + key];
+            square[key] = V{};
+            if (offset >= 0) std::memcpy(&square[key], keys + offset + dim, sizeof(V));
+        }
+        transpose(square);
+        for (int row = 0; row < kLanes; ++row) {
+            T* to = scratch_.keys + (dim + 2 * row) * kBlock + place;
+            store(to, (V)((Ints)square[row] << 16));
+            store(to + kBlock, (V)((Ints)square[row] & int32_t(0xffff0000)));
+        }
     }
 
     // Adds the packed block to the members. Query vectors that see the same places run together.
@@ -484,8 +531,7 @@ template <class Stored> class TileAttention {
             highest = value > highest ? value : highest;
             store(scores + vector * kLanes, value);
         }
-        T maximum = maximum_[query];
-        for (int lane = 0; lane < kLanes; ++lane) maximum = std::max(maximum, highest[lane]);
+        const T maximum = std::max(maximum_[query], highest_lane(highest));
         V total = load(total_ + query * kLanes);
         if (maximum != maximum_[query]) {
             const V decay = splat(exp_nonpositive(maximum_[query] - maximum));

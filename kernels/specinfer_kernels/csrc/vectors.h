@@ -76,6 +76,25 @@ inline Doubles fma(const Doubles& a, const Doubles& b, const Doubles& c) {
 #endif
 }
 
+// The highest lane; there is no NaN.
+inline float highest_lane(const Floats& vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)vector);
+#else
+    float highest = vector[0];
+    for (int lane = 1; lane < lanes<float>(); ++lane)
+        highest = vector[lane] > highest ? vector[lane] : highest;
+    return highest;
+#endif
+}
+
+inline double highest_lane(const Doubles& vector) {
+    double highest = vector[0];
+    for (int lane = 1; lane < lanes<double>(); ++lane)
+        highest = vector[lane] > highest ? vector[lane] : highest;
+    return highest;
+}
+
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 inline float widen(BFloat16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
@@ -188,12 +207,14 @@ inline Doubles load_row(const double* from, int64_t count) {
 
 inline Floats load_row(const BFloat16* from, int64_t count) {
     typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-    Halves halves{};
-    if (count >= lanes<float>())
-        std::memcpy(&halves, from, sizeof(halves));
-    else if (count > 0)
-        std::memcpy(&halves, from, size_t(count) * sizeof(BFloat16));
-    return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+    if (count >= lanes<float>()) {  // on its own: a copy of any size would go through the stack
+        Halves whole;
+        std::memcpy(&whole, from, sizeof(whole));
+        return (Floats)(__builtin_convertvector(whole, Ints) << 16);
+    }
+    Halves part{};
+    if (count > 0) std::memcpy(&part, from, size_t(count) * sizeof(BFloat16));
+    return (Floats)(__builtin_convertvector(part, Ints) << 16);
 }
 
 // The first `count` lanes of a vector, rounded to the stored format.
