@@ -8,9 +8,10 @@ events are.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from specinfer.errors import ReaderStalled, SpecinferError
 
@@ -40,14 +41,13 @@ class OpenStreams:
             ReaderStalled: after the events that fitted, when nobody took one for too long.
             SpecinferError: what `cut` was told.
         """
-        queue: asyncio.Queue[_Event | None] = asyncio.Queue(self._max_events)
-        pump = asyncio.create_task(_pump(source, queue, self._stall_seconds))
+        buffer: Buffer[_Event] = Buffer(self._max_events)
+        pump = asyncio.create_task(_pump(source, buffer, self._stall_seconds))
         self._pumps.add(pump)
-        pump.add_done_callback(lambda _: _tell_end(queue))
+        pump.add_done_callback(lambda _: buffer.end())
         try:
-            while (event := await queue.get()) is not None:
+            while (event := await buffer.take()) is not None:
                 yield event
-            await asyncio.wait((pump,))
             if pump.cancelled() and self._cut_by is not None:
                 raise type(self._cut_by)(self._cut_by.message, retry_after=self._cut_by.retry_after)
             pump.result()
@@ -63,31 +63,78 @@ class OpenStreams:
             pump.cancel()
 
 
-def _tell_end(queue: asyncio.Queue[_Event | None]) -> None:
-    # A pump that was cut before it ran has told nobody that it ended.
-    if not queue.full():
-        queue.put_nowait(None)
+class Buffer(Generic[_Event]):
+    """Events on their way from one task that makes them to one that takes them.
+
+    What an `asyncio.Queue` does, without what many readers and joining would need: every event of
+    every session passes here.
+
+    Args:
+        max_events: most that wait.
+    """
+
+    def __init__(self, max_events: int) -> None:
+        self._max_events = max_events
+        self._events: deque[_Event] = deque()
+        self._ended = False
+        # What either side waits for: something to take, or room.
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether the next event has to wait."""
+        return len(self._events) >= self._max_events
+
+    def put(self, event: _Event) -> None:
+        """Add one; it is for the caller to see that there is room."""
+        self._events.append(event)
+        self._wake()
+
+    def end(self) -> None:
+        """No more come."""
+        self._ended = True
+        self._wake()
+
+    async def take(self) -> _Event | None:
+        """The next event, once there is one; None after the last."""
+        while not self._events:
+            if self._ended:
+                return None
+            await self._wait()
+        event = self._events.popleft()
+        self._wake()
+        return event
+
+    async def room(self) -> None:
+        """Wait until it is not full."""
+        while self.full:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        # Empty and full at once it never is, so that only one side ever waits.
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 async def _pump(
-    source: AsyncGenerator[_Event, None], queue: asyncio.Queue[_Event | None], stall_seconds: float
+    source: AsyncGenerator[_Event, None], buffer: Buffer[_Event], stall_seconds: float
 ) -> None:
-    try:
-        async with aclosing(source) as events:
-            async for event in events:
-                await _put(queue, event, stall_seconds)
-    finally:
-        # The source is closed by now; however long the reader takes, it holds nothing up.
-        await queue.put(None)
+    async with aclosing(source) as events:
+        async for event in events:
+            if buffer.full:
+                await _make_room(buffer, stall_seconds)
+            buffer.put(event)
 
 
-async def _put(queue: asyncio.Queue[_Event | None], event: _Event, stall_seconds: float) -> None:
-    if not queue.full():
-        queue.put_nowait(event)
-        return
+async def _make_room(buffer: Buffer[_Event], stall_seconds: float) -> None:
     try:
         async with asyncio.timeout(stall_seconds):
-            await queue.put(event)
+            await buffer.room()
     except TimeoutError as error:
         raise ReaderStalled(
             f"nothing of the stream was read for {stall_seconds:g} s, so it was cut off; resume it "
