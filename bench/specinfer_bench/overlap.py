@@ -161,9 +161,9 @@ def main(given: Sequence[str] | None = None) -> int:
         "load_average": before,
     }
     report = {
-        "guesses of a round": CHAIN.max_nodes,
-        "chance that a guess is right": World.acceptance,
-        **{name: compare(each, arguments.rounds) for name, each in OVERLAPS.items()},
+        "guesses": CHAIN.max_nodes,
+        "acceptance": World.acceptance,
+        "overlaps": {name: compare(each, arguments.rounds) for name, each in OVERLAPS.items()},
         "setup": setup,
     }
     write_report(report, arguments.output)

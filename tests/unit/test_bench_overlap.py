@@ -9,6 +9,7 @@ import pytest
 from specinfer.errors import SpecinferError
 from specinfer_bench.overlap import OVERLAPS, compare, run_turn
 from specinfer_bench.stated_engines import StatedRunner
+from specinfer_bench.suite.tables import overlap_table
 
 TOKENS = 16
 
@@ -32,6 +33,13 @@ def test_negative_control_a_target_of_another_rule_is_seen(
     monkeypatch.setattr(StatedRunner, "__init__", unsure)
     with pytest.raises(SpecinferError, match="other tokens"):
         compare(overlap, 1, TOKENS)
+
+
+def test_a_comparison_is_a_row_of_the_page() -> None:
+    found = compare(OVERLAPS["drafting ahead"], 1, TOKENS)
+    rows = overlap_table({"guesses": 4, "acceptance": 0.9, "overlaps": {"ahead": found}})
+    assert "| ahead | 40 | 4 | 0 | " in rows
+    assert "| yes |" in rows
 
 
 def test_a_propose_beside_a_long_commit_is_not_waited_for() -> None:

@@ -22,6 +22,7 @@ from specinfer_bench.suite.tables import (
     agreement_table,
     numbers_table,
     open_table,
+    overlap_table,
     printed,
     speed_table,
     sweep_table,
@@ -100,6 +101,11 @@ def _numbers_of(prefix: str) -> Callable[[Results, str], str]:
         return _whole(results, prefix, *tables)
 
     return section
+
+
+def _overlap(results: Results, pictures: str) -> str:
+    found = results.documents.get("overlap")
+    return _whole(results, "overlap", overlap_table(found) if found else "")
 
 
 def _kernels(results: Results, pictures: str) -> str:
@@ -187,7 +193,7 @@ SECTIONS: Mapping[str, Callable[[Results, str], str]] = {
     "peers": _arms_of("peers-"),
     "ablations": _arms_of("ablations"),
     "router": _numbers_of("router-"),
-    "overlap": _numbers_of("overlap"),
+    "overlap": _overlap,
     "kernels": _kernels,
     "parts": _parts,
     "readme-speed": _readme_speed,

@@ -56,6 +56,7 @@ _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16
 _OPEN = "python -m specinfer_bench.load open --grow 200m --rate 1.5 --requests 45 --max-tokens 32"
 _PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32 --repeats 1"
 _ABLATIONS = "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --repeats 1"
+_ROUTER_COST = "python -m specinfer_bench.router_cost --windows 3"
 
 PARTS = (
     _speed("200m", "0", *_SHORT_200M),
@@ -105,17 +106,14 @@ PARTS = (
     Part(
         "router-cost",
         "the router's processor time",
-        tuple("python -m specinfer_bench.router_cost --windows 3".split()),
+        (*_ROUTER_COST.split(), "--load", "64 sessions, answers at once"),
         limit_seconds=90.0,
         needs="bench/specinfer_bench/router_cost.py",
     ),
     Part(
         "router-loss",
         "the cluster against one process at steps of 50 ms",
-        tuple(
-            "python -m specinfer_bench.router_cost --windows 3 --sessions 1"
-            " --verify-seconds 0.05".split()
-        ),
+        (*_ROUTER_COST.split(), "--load", "1 session, steps of 50 ms"),
         limit_seconds=90.0,
         needs="bench/specinfer_bench/router_cost.py",
     ),

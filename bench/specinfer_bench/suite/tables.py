@@ -145,6 +145,31 @@ def _agreement_rows(report: Document) -> Iterator[list[str]]:
         ]
 
 
+def overlap_table(report: Document) -> str:
+    """Rounds a second with one thing beside another and without."""
+    head = (
+        *("beside each other", "verify pass, ms", "draft pass, ms", "commit, ms"),
+        *("rounds/s off", "on", "on over off", "identical"),
+    )
+    rows = [_overlap_row(name, each) for name, each in report["overlaps"].items()]
+    says = (
+        f"A round has {report['guesses']} guesses, one below the other, each right with a chance "
+        f"of {report['acceptance']:g} where the one above it is."
+    )
+    return table(head, rows) + "\n\n" + says
+
+
+def _overlap_row(name: str, arm: Document) -> list[str]:
+    ratio = arm["on over off"]
+    return [
+        name,
+        *(f"{arm[part]:.0f}" for part in ("verify pass, ms", "draft pass, ms", "commit, ms")),
+        *(f"{arm[f'rounds a second, {switch}']:.1f}" for switch in ("off", "on")),
+        f"**{ratio['median']:.2f}** ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        _yes(arm["identical"]),
+    ]
+
+
 def numbers_table(report: Document) -> str:
     """Any report's numbers by their names: for parts that have no table of their own."""
     found = [row for row in _numbers("", report) if not row[0].startswith("setup")]
