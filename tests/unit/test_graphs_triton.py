@@ -1,0 +1,87 @@
+"""Padded passes on the path of a GPU, through Triton's interpreter: the bits of plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specinfer.tree import TokenTree
+from specinfer_engine.batch import SequenceRows
+from specinfer_engine.loader import load_model
+from specinfer_engine.runner import Runner
+from specinfer_kernels import Backend, backends, native_decoder
+from tests.kit.recorded_passes import fill_pool
+from tests.kit.tiny_models import SMALLEST_VOCABULARY, write_tiny_llama
+from tests.kit.triton_interpreter import patch_once
+
+pytest.importorskip("triton")
+
+from specinfer_kernels.triton import attention
+from specinfer_kernels.triton.runtime import is_interpreting
+
+pytestmark = pytest.mark.skipif(not is_interpreting(), reason="Triton compiles in this process")
+
+BLOCK_SIZE, NUM_BLOCKS = 8, 40
+TREE = TokenTree((5, 6, 7, 8, 9), (-1, 0, 0, 2, 1))
+
+
+def run_again(step: Callable[[], None]) -> Callable[[], None]:
+    """A recorder that keeps the function."""
+    step()
+    return step
+
+
+def take_triton(
+    device: torch.device,
+    dtype: torch.dtype | None,
+    _native: Iterable[torch.dtype],
+    by_triton: Iterable[torch.dtype],
+) -> Backend:
+    """Every op takes Triton where it has a kernel, as on CUDA."""
+    return "reference" if backends._triton_refusal(device, dtype, by_triton) else "triton"
+
+
+def test_padding_changes_no_bit_on_the_path_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_llama(
+        tmp_path, vocab_size=SMALLEST_VOCABULARY, hidden_size=32, num_layers=1, num_heads=2
+    )
+    # Otherwise all layers are one native call, which asks for no backend.
+    monkeypatch.setattr(native_decoder, "native_stack", lambda stack: None)
+    loaded = load_model(folder, dtype="float32")
+    plain = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    padded = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=run_again)
+    fill_pool(plain)
+    fill_pool(padded)
+    patch_once(monkeypatch)
+    monkeypatch.setattr(backends, "_first_backend", take_triton)
+    launched: list[int] = []
+    launch = attention.tree_attention
+
+    def count(query: Tensor, *args: Any, **named: Any) -> Tensor:
+        launched.append(query.shape[0])
+        return launch(query, *args, **named)
+
+    monkeypatch.setattr(attention, "tree_attention", count)
+    passes = (
+        # One tree of five rows in eight; then three sequences in room for eight, after a context
+        # that fills tiles.
+        [SequenceRows.tree(TREE, 13, (3, 9, 1))],
+        [
+            SequenceRows.tree(TREE, 70, (12, 2, 17, 4, 30, 6, 21, 8, 25, 10)),
+            SequenceRows.chain((4,), 0, (20,), (0,)),
+            SequenceRows.chain((11, 12, 13), 6, (39, 38), (2,)),
+        ],
+    )
+    for rows in passes:
+        for mine, its in zip(plain.forward(rows), padded.forward(rows), strict=True):
+            assert torch.equal(mine, its)
+        assert torch.equal(plain.pool, padded.pool[:, :, :NUM_BLOCKS])
+    # Of the second pass of each runner: nine rows, and sixteen with the padding.
+    assert {5, 8, 9, 16} == set(launched)
