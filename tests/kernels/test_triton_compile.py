@@ -29,33 +29,41 @@ def test_attention_uses_tensor_cores_and_both_kernels_the_same(builds: dict[str,
     """A row begun by one kernel and ended by the other keeps its bits only if they compute alike:
     the same tensor-core instruction, and no fused multiply-add that one of them could lack."""
     attention = builds["attention"]
-    assert len(attention) == 4
-    for name, build in attention.items():
-        other = attention[name.replace("finish", "shared")]
-        assert build["products"], name
-        assert all("mma" in product and "f32" in product for product in build["products"])
-        assert build["products"] == other["products"]
-        assert build["fused"] == build["unrounded"] == 0, name
-        assert build["warps"] == other["warps"]
+    kinds = {name.split()[1] for name in attention if name.startswith("shared_kernel")}
+    assert kinds == {"torch.bfloat16", "torch.float8_e4m3fn"}
+    for kind in kinds:
+        shared, finish = attention[f"shared_kernel {kind}"], attention[f"finish_kernel {kind}"]
+        assert len(shared["products"]) == 1
+        assert "mma" in shared["products"][0]
+        assert "f32" in shared["products"][0]
+        assert finish["products"] == shared["products"]
+        assert finish["fused"] == finish["unrounded"] == 0
+        assert shared["fused"] == shared["unrounded"] == 0
+        assert finish["warps"] == shared["warps"]
 
 
 def test_few_and_many_rows_are_multiplied_by_one_instruction(builds: dict[str, Any]) -> None:
     """What makes a row's bits its own. The control: tiles of 32 rows take another instruction."""
     linear = builds["linear"]
     instruction = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
-    for name in linear:
-        if name.startswith("float32") or name == "bfloat16 narrow":
-            continue
-        assert linear[name]["products"] == [instruction], name
+    for name in ("bfloat16 1", "bfloat16 129", "int8 1", "int8 129", "bfloat16 unaligned"):
+        build = linear[f"linear_kernel {name}"]
+        assert build["products"] == [instruction], name
         # One block of inputs is four of them for each 64 outputs of a group of four warps.
-        groups = {"few": 1, "many": 2}[name.split()[1]]
-        assert linear[name]["num_products"] == 4 * groups, name
-        assert linear[name]["fused"] == linear[name]["unrounded"] == 0, name
-    assert linear["bfloat16 narrow"]["products"] not in ([], [instruction])
+        assert build["num_products"] == build["warps"], name
+        assert build["fused"] == build["unrounded"] == 0, name
+    assert linear["linear_kernel narrow"]["products"] not in ([], [instruction])
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "float32"])
+def test_nothing_is_compiled_for_a_number_of_rows(builds: dict[str, Any], kind: str) -> None:
+    linear = builds["linear"]
+    for kernel in ("linear_kernel", "fold_kernel"):
+        assert linear[f"{kernel} {kind} 1"]["hash"] == linear[f"{kernel} {kind} 16"]["hash"]
 
 
 def test_float32_is_multiplied_in_full_precision(builds: dict[str, Any]) -> None:
-    few, many = (builds["linear"][f"float32 {count}"] for count in ("few", "many"))
+    few, many = (builds["linear"][f"linear_kernel float32 {count}"] for count in (1, 129))
     assert few["products"] == many["products"] == []  # no tensor core, so no TF32
     assert few["fused"] == many["fused"] > 0
 
@@ -63,15 +71,15 @@ def test_float32_is_multiplied_in_full_precision(builds: dict[str, Any]) -> None
 def test_noise_is_made_step_by_step(builds: dict[str, Any]) -> None:
     """Each product and sum rounded by itself, constants in full. The control: fusion is seen."""
     draws = builds["draws"]
-    assert draws["noise"]["fused"] == draws["noise"]["unrounded"] == 0
-    assert draws["noise with fused steps"]["fused"] + draws["noise with fused steps"]["unrounded"]
+    assert draws["noise_kernel"]["fused"] == draws["noise_kernel"]["unrounded"] == 0
+    assert draws["noise_kernel with fused steps"]["fused"] > 0
     constants = double_constants()
     assert len(constants) > 8
-    for name in ("noise", "sample"):
+    for name in ("noise_kernel", "sample_kernel"):
         assert constants <= set(draws[name]["doubles"]), name
         assert {kind for kind in draws[name]["divisions"] if ".rn." not in kind} == set(), name
-    assert draws["sample"]["unrounded"] == 0
-    assert draws["walk"]["fused"] == 0
+    assert draws["sample_kernel"]["unrounded"] == 0
+    assert draws["walk_kernel"]["fused"] == 0
 
 
 def double_constants() -> set[str]:
@@ -89,10 +97,12 @@ def test_rows_are_rounded_where_the_reference_rounds(builds: dict[str, Any]) -> 
 
 
 def test_float8_is_rounded_to_nearest_by_the_hardware(builds: dict[str, Any]) -> None:
-    for name, build in builds["rows"].items():
-        kinds = {"cvt.rn.satfinite.e4m3x2.f32"} if name == "rotate into float8" else set()
-        assert set(build["conversions"]) == kinds, name
+    rotations = {name for name in builds["rows"] if name.startswith("rotate_kernel")}
+    assert len(rotations) == 3
+    for name in rotations:
+        kinds = ["cvt.rn.satfinite.e4m3x2.f32"] if name.endswith("float8_e4m3fn") else []
+        assert builds["rows"][name]["conversions"] == kinds, name
 
 
 def test_moves_read_all_before_they_write(builds: dict[str, Any]) -> None:
-    assert builds["rows"]["move"]["reads_first"]
+    assert builds["rows"]["move_kernel"]["reads_first"]

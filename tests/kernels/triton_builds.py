@@ -1,57 +1,65 @@
 """Builds of the Triton kernels for sm_90, made in a process that does not interpret Triton.
 
-Each is what the test asks of its PTX, by name. Knows no expectation.
+The launchers are called as the ops call them; each build is what the tests ask of its PTX. Knows no
+expectation.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from specinfer_kernels import AttentionLayout, Laws
+from specinfer_kernels.reference import FLOAT8
 from specinfer_kernels.triton import (
     attention,
-    attention_device,
-    decoder_rows_device,
+    decoder_rows,
     linear,
-    linear_device,
     sampling,
     sampling_device,
     walk,
-    walk_device,
 )
-from tests.kit.triton_compile import POINTERS, compile_kernel
+from tests.kit.triton_compile import compile_only
 
-FLOAT, WHOLE, LONG, DOUBLE = (POINTERS[kind] for kind in ("float32", "int32", "int64", "float64"))
-EXACT = {"enable_fp_fusion": False}
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+Build = dict[str, Any]
 
 
-def all_builds() -> dict[str, Any]:
+def all_builds() -> dict[str, dict[str, Build]]:
     """What the tests ask, by family and build."""
-    return {
-        "attention": {
-            f"{query} {cache} {name}": _attention(query, cache, name)
-            for query, cache in (("bfloat16", "bfloat16"), ("float16", "float8_e4m3fn"))
-            for name in ("shared_kernel", "finish_kernel")
-        },
-        "linear": dict(_linear_builds()),
-        "draws": dict(_draw_builds()),
-        "rows": dict(_row_builds()),
+    launches = compile_only()
+    families = {
+        "attention": _attention_builds,
+        "linear": _linear_builds,
+        "draws": _draw_builds,
+        "rows": _row_builds,
     }
+    return {family: dict(builds(launches)) for family, builds in families.items()}
 
 
-def _facts(built: Any) -> dict[str, Any]:
+def _take(launches: list[tuple[str, Any]], label: str) -> Iterator[tuple[str, Build]]:
+    """The builds since the last call, named by kernel and label."""
+    for name, built in launches:
+        yield f"{name} {label}".strip(), _facts(built)
+    launches.clear()
+
+
+def _facts(built: Any) -> Build:
     ptx = built.asm["ptx"]
+    products = re.findall(r"wgmma\.mma_async\S*|mma\.sync\S*", ptx)
     loads, stores, barriers = (
         [match.start() for match in re.finditer(word, ptx)]
         for word in (r"ld\.global", r"st\.global", r"bar\.sync")
     )
     return {
+        "hash": built.hash,
         "target": re.findall(r"\.target (\w+)", ptx)[0],
-        "products": sorted(set(re.findall(r"(wgmma\.mma_async\S*|mma\.sync\S*)", ptx))),
-        "num_products": len(re.findall(r"wgmma\.mma_async\S*|mma\.sync\S*", ptx)),
+        "products": sorted(set(products)),
+        "num_products": len(products),
         "fused": len(re.findall(r"\bfma\.rn", ptx)),
         # Without a rounding mode the assembler may fuse a product and a sum.
         "unrounded": len(re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)\b", ptx)),
@@ -64,82 +72,48 @@ def _facts(built: Any) -> dict[str, Any]:
     }
 
 
-def _build(
-    kernel: Any,
-    arguments: dict[str, Any],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-    odd: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Pointers and integers are taken as multiples of 16, except those that `odd` names."""
-    aligned: list[tuple[int, ...]] = []
-    for index, (name, kind) in enumerate(arguments.items()):
-        if isinstance(kind, tuple):
-            aligned += [(index, part) for part, item in enumerate(kind) if item.startswith("*")]
-        elif name not in odd and (kind.startswith("*") or kind == "i32"):
-            aligned.append((index,))
-    signature = arguments | dict.fromkeys(constants, "constexpr")
-    return _facts(compile_kernel(kernel, signature, constants, aligned, options))
-
-
-def _attention(query: str, cache: str, name: str) -> dict[str, Any]:
-    dtype = getattr(torch, query)
-    inputs = attention_device.Inputs(
-        torch.empty(1, 8, 64, dtype=dtype), torch.empty(1, 16, 2, 64), *[None] * 4
+def _attention_builds(launches: list[tuple[str, Any]]) -> Iterator[tuple[str, Build]]:
+    layout = AttentionLayout(
+        torch.tensor([0, 5], dtype=torch.int32),
+        torch.tensor([3], dtype=torch.int32),
+        torch.zeros(1, 4, dtype=torch.int32),
+        torch.ones(5, 1, dtype=torch.int64),
     )
-    shape = attention.compiled_shape(inputs, attention.tile_sizes(dtype, 64))
-    out, cached = POINTERS[query], POINTERS[cache]
-    signature: dict[str, Any] = {
-        "inputs": attention_device.Inputs(out, cached, cached, WHOLE, WHOLE, WHOLE),
-        "plan": attention_device.Plan(WHOLE, WHOLE, WHOLE, WHOLE),
-        "states": attention_device.States(FLOAT, FLOAT, FLOAT),
-    }
-    aligned = [(0, index) for index in range(6)] + [(2, index) for index in range(3)]
-    if name == "finish_kernel":
-        signature["output"] = out
-    signature["numbers"] = attention_device.Numbers(*["i32"] * 7, *["fp32"] * 3)
-    aligned += [(len(signature) - 1, index) for index in (2, 3)]
-    signature["SHAPE"] = "constexpr"
-    kernel: Callable[..., Any] = getattr(attention_device, name)
-    options = attention.launch_options(shape)
-    return _facts(compile_kernel(kernel, signature, {"SHAPE": shape}, aligned, options))
+    tables = (layout.row_offsets, layout.context_lens, layout.block_tables)
+    plan = attention.plan_attention(layout.row_offsets, layout.context_lens, layout.ancestors)
+    yield from _take(launches, "")
+    numbers: dict[str, Any] = {"scale": 0.1, "sliding_window": None, "softcap": None}
+    for dtype, kind in ((BFLOAT16, BFLOAT16), (FLOAT16, FLOAT8)):
+        query, cache = torch.empty(5, 8, 64, dtype=dtype), torch.empty(4, 16, 2, 64, dtype=kind)
+        attention.tree_attention(query, cache, cache, *tables, plan, **numbers)
+        yield from _take(launches, str(kind))
 
 
-def _linear_builds() -> Iterator[tuple[str, dict[str, Any]]]:
-    narrow = linear.TileSizes(block_rows=32)
-    yield "bfloat16 few", _linear("bfloat16", "bfloat16", 1)
-    yield "bfloat16 many", _linear("bfloat16", "bfloat16", 4096)
-    yield "bfloat16 few unaligned", _linear("bfloat16", "bfloat16", 1, odd=("x",))
-    yield "bfloat16 narrow", _linear("bfloat16", "bfloat16", 1, narrow)
-    yield "int8 few", _linear("bfloat16", "int8", 1)
-    yield "int8 many", _linear("bfloat16", "int8", 4096)
-    yield "float32 few", _linear("float32", "float32", 1)
-    yield "float32 many", _linear("float32", "float32", 4096)
+def _linear_builds(launches: list[tuple[str, Any]]) -> Iterator[tuple[str, Build]]:
+    def multiply(label: str, layer: linear.TritonWeight, rows: Tensor) -> Iterator[Any]:
+        linear.multiply_triton(layer, rows)
+        yield from _take(launches, label)
+
+    plain, wide = (_layer(dtype) for dtype in (BFLOAT16, FLOAT32))
+    quantised = _layer(BFLOAT16, torch.int8)
+    for num_rows in (1, 16, 129):
+        rows = torch.empty(num_rows, 4096, dtype=BFLOAT16)
+        yield from multiply(f"bfloat16 {num_rows}", plain, rows)
+        yield from multiply(f"int8 {num_rows}", quantised, rows)
+        yield from multiply(f"float32 {num_rows}", wide, rows.float())
+    anywhere = torch.empty(4097, dtype=BFLOAT16)[1:].view(1, 4096)
+    yield from multiply("bfloat16 unaligned", plain, anywhere)
+    narrow = _layer(BFLOAT16, sizes=linear.TileSizes(block_rows=32))
+    yield from multiply("narrow", narrow, anywhere)
 
 
-def _linear(
-    kind: str,
-    weight_kind: str,
-    num_rows: int,
-    sizes: linear.TileSizes | None = None,
-    odd: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """A layer of 4,096 inputs and outputs."""
-    weight = torch.empty(4096, 4096, dtype=getattr(torch, weight_kind), device="meta")
-    scale = torch.empty(4096, device="meta") if weight_kind == "int8" else None
-    packed = linear.pack_triton(weight, None, getattr(torch, kind), scale, sizes=sizes)
-    shape = linear.compiled_shape(packed, num_rows)
-    pointer, stored = POINTERS[kind], POINTERS[weight_kind]
-    arguments = {
-        "layer": linear_device.Layer(stored, FLOAT, pointer),
-        "x": pointer,
-        "sums": FLOAT,
-        "output": pointer,
-        "num_rows": "i32",
-    }
-    options = linear.launch_options(shape)
-    odd = ("num_rows", *odd)
-    return _build(linear_device.linear_kernel, arguments, {"SHAPE": shape}, options, odd)
+def _layer(
+    dtype: torch.dtype, stored: torch.dtype | None = None, **sizes: Any
+) -> linear.TritonWeight:
+    """A layer of 4,096 inputs and outputs, whose inputs are in splits."""
+    weight = torch.empty(4096, 4096, dtype=stored or dtype)
+    scale = None if stored is None else torch.empty(4096)
+    return linear.pack_triton(weight, torch.empty(4096, dtype=dtype), dtype, scale, **sizes)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -150,75 +124,29 @@ def noise_kernel(states, noise, BLOCK: tl.constexpr):  # type: ignore[no-untyped
     tl.store(noise + lanes, sampling_device.gumbel(state, lanes.to(tl.int64)))
 
 
-def _draw_builds() -> Iterator[tuple[str, dict[str, Any]]]:
-    noise = {"states": LONG, "noise": DOUBLE}
-    yield "noise", _build(noise_kernel, noise, {"BLOCK": 128}, EXACT)
-    fused = {"enable_fp_fusion": True}
-    yield "noise with fused steps", _build(noise_kernel, noise, {"BLOCK": 128}, fused)
-    arguments = {
-        "logits": FLOAT,
-        "laws": sampling_device.Laws(FLOAT, WHOLE, DOUBLE, DOUBLE),
-        "seeds": LONG,
-        "positions": LONG,
-        "tokens": LONG,
-        "row_stride": "i32",
-        "vocab_size": "i32",
-    }
-    options = {"num_warps": 8, **EXACT}
-    yield (
-        "sample",
-        _build(sampling_device.sample_kernel, arguments, {"BLOCK": sampling.BLOCK}, options),
-    )
-    names = ("draws", "token_ids", "parents", "row_offsets", "walks")
-    trees = dict(zip(names, (LONG, LONG, WHOLE, WHOLE, LONG), strict=True)) | {"max_depth": "i32"}
-    options = {"num_warps": 1, **EXACT}
-    yield "walk", _build(walk_device.walk_kernel, trees, {"BLOCK": walk.BLOCK}, options)
+def _draw_builds(launches: list[tuple[str, Any]]) -> Iterator[tuple[str, Build]]:
+    whole, noise = torch.zeros(3, dtype=torch.int64), torch.empty(128, dtype=torch.float64)
+    for fused in (False, True):
+        noise_kernel[(1,)](whole, noise, BLOCK=128, enable_fp_fusion=fused)
+        yield from _take(launches, "with fused steps" if fused else "")
+    law = torch.ones(3)
+    laws = Laws(law, law.int(), law.double(), law.double())
+    sampling.sample_law(torch.empty(3, 1000), laws, whole, whole)
+    walk.walk_trees(whole, whole, whole.int(), torch.tensor([0, 3], dtype=torch.int32), 7)
+    yield from _take(launches, "")
 
 
-def _row_builds() -> Iterator[tuple[str, dict[str, Any]]]:
-    for kind in ("bfloat16", "float32"):
-        rows = POINTERS[kind]
-        norm = dict.fromkeys(("values", "update", "weight", "result"), rows)
-        norm |= dict.fromkeys(("value_stride", "update_stride", "width"), "i32")
-        constants: dict[str, Any] = {"HAS_UPDATE": True, "BLOCK": 4096}
-        options = {"num_warps": 8, **EXACT}
-        yield (
-            f"norm {kind}",
-            _build(decoder_rows_device.norm_kernel, norm | {"epsilon": "fp32"}, constants, options),
+def _row_builds(launches: list[tuple[str, Any]]) -> Iterator[tuple[str, Build]]:
+    whole = torch.zeros(3, dtype=torch.int64)
+    for dtype, cache in ((BFLOAT16, BFLOAT16), (FLOAT32, FLOAT32), (BFLOAT16, FLOAT8)):
+        rows, weight = torch.empty(3, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)
+        decoder_rows.rms_norm(rows, rows, weight, 1e-5)
+        decoder_rows.silu_multiply(rows)
+        table, pool = torch.empty(9, 128, dtype=dtype), torch.empty(4, 16, 8, 128, dtype=cache)
+        heads = table[0]
+        decoder_rows.rotate_and_write_kv(
+            rows, whole, whole, table, table, pool, pool, heads, heads, 1e-6
         )
-        gate = {"gate_up": rows, "result": rows, "stride": "i32", "width": "i32"}
-        options = {"num_warps": 2, **EXACT}
-        yield (
-            f"gate {kind}",
-            _build(decoder_rows_device.gate_kernel, gate, {"BLOCK": 1024}, options),
-        )
-        yield f"rotate {kind}", _rotate(rows, rows)
-    yield "rotate into float8", _rotate(POINTERS["bfloat16"], POINTERS["float8_e4m3fn"])
-    moves = {"pool": POINTERS["bfloat16"], "sources": LONG, "targets": LONG}
-    moves |= dict.fromkeys(("num_moves", "num_slots", "width"), "i32")
-    constants = {"MOVES": 16, "COLUMNS": 1024}
-    yield (
-        "move",
-        _build(
-            decoder_rows_device.move_kernel,
-            moves,
-            constants,
-            {"num_warps": 4, **EXACT},
-            odd=("num_moves",),
-        ),
-    )
-
-
-def _rotate(rows: str, cache: str) -> dict[str, Any]:
-    arguments = {
-        "tensors": decoder_rows_device.Rotation(rows, LONG, LONG, rows, rows, cache, cache, rows),
-        "query_weight": rows,
-        "key_weight": rows,
-        "row_stride": "i32",
-        **dict.fromkeys(("epsilon", "key_inverse", "value_inverse"), "fp32"),
-    }
-    # In the kernel's order.
-    constants = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128}
-    constants |= {"HAS_NORMS": True, "FLOAT8": cache != rows, "HALF": 64}
-    options = {"num_warps": 1, **EXACT}
-    return _build(decoder_rows_device.rotate_kernel, arguments, constants, options)
+        yield from _take(launches, f"{dtype} into {cache}")
+    decoder_rows.move_slots(torch.empty(1, 2, 4, 16, 8, 128, dtype=BFLOAT16), whole, whole)
+    yield from _take(launches, "")
