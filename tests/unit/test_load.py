@@ -17,6 +17,7 @@ from specinfer_bench.load.asking import BY_COST, OFF
 from specinfer_bench.load.closed_loop import run_closed_loop
 from specinfer_bench.load.observation import DONE, DROPPED, FAILED, Observation
 from specinfer_bench.load.open_loop import Ask, Clock, OpenLoopOptions, run_open_loop
+from specinfer_bench.load.rates import RateCell, RatesOptions, run_rates
 from specinfer_bench.load.summary import Objective, nearest_rank, percentiles, summary
 from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
 from tests.kit.virtual_time import run_in_virtual_time
@@ -332,6 +333,46 @@ def test_a_speed_is_that_of_all_sessions_while_all_are_busy() -> None:
     report = run_in_virtual_time(run_sweep(dict.fromkeys(ARMS, ask), PROMPTS, options))
     # Two sessions of ten tokens a second; of the last one only what came meanwhile.
     assert report.cells[0].arms[OFF].tokens_per_second == pytest.approx(20.0, rel=0.2)
+
+
+def test_goodput_follows_the_rate_as_far_as_an_arm_can_serve() -> None:
+    def one_at_a_time(seconds: float) -> Ask:
+        server = asyncio.Lock()
+
+        async def ask(arrival: Arrival, seen: Observation, clock: Clock) -> None:
+            async with server:
+                await asyncio.sleep(seconds)
+            seen.events.append((clock(), arrival.max_tokens))
+            seen.token_ids.extend([arrival.seed])
+
+        return ask
+
+    async def run() -> tuple[RateCell, ...]:
+        asks = {OFF: one_at_a_time(0.5), "static": one_at_a_time(0.2), BY_COST: one_at_a_time(0.05)}
+        options = RatesOptions(rates=(4.0, 0.25), seconds=40.0, max_tokens=8)
+        return await run_rates(asks, PROMPTS, options, Objective(1.0, 1.0))
+
+    low, high = run_in_virtual_time(run())
+    assert low.identical
+    assert low.requests == 10
+    assert high.requests == 160
+    assert all(arm.share > 0.8 for arm in low.arms.values())
+    assert high.arms[OFF].goodput < 0.5 < high.arms["static"].goodput < high.rate
+    assert high.arms[BY_COST].goodput == pytest.approx(high.rate)
+    assert high.arms[OFF].lost > 0
+
+
+def test_another_token_at_one_rate_is_not_identical() -> None:
+    asks = simulated(dict.fromkeys(ARMS, 0.01), lies=BY_COST)
+    options = RatesOptions(rates=(1.0,), seconds=5.0, max_tokens=2)
+    (cell,) = run_in_virtual_time(run_rates(asks, PROMPTS, options, OBJECTIVE))
+    assert not cell.identical
+
+
+@pytest.mark.parametrize("rates", [(), (0.0,), (float("nan"),), (float("inf"),)])
+def test_rates_are_positive_numbers(rates: tuple[float, ...]) -> None:
+    with pytest.raises(InvalidRequest, match="rates"):
+        RatesOptions(rates=rates)
 
 
 def test_another_token_in_one_arm_is_not_identical() -> None:

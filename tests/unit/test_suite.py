@@ -17,6 +17,7 @@ from specinfer_bench.load.asking import BY_COST, OFF
 from specinfer_bench.load.observation import DONE as REQUEST_DONE
 from specinfer_bench.load.observation import Observation
 from specinfer_bench.load.open_loop import Clock
+from specinfer_bench.load.rates import RatesOptions, run_rates
 from specinfer_bench.load.summary import Objective, summary
 from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
 from specinfer_bench.report import ArmReport, BenchReport
@@ -124,6 +125,13 @@ def sweep_document() -> dict[str, object]:
     return {**asdict(report), "setup": {"machine": MACHINE}}
 
 
+def rates_document() -> dict[str, object]:
+    objective = Objective(0.5, 0.1)
+    options = RatesOptions(rates=(1.0, 2.0), seconds=4.0, max_tokens=10)
+    cells = run_in_virtual_time(run_rates(dict.fromkeys(ARMS, ask), ["a"], options, objective))
+    return {"objective": asdict(objective), "cells": [asdict(cell) for cell in cells]}
+
+
 def open_document(speculation: str) -> dict[str, object]:
     objective = Objective(0.5, 0.1)
     seen = [Observation(0.0, 0.0, [(0.3, 2), (0.7, 8)], ended=0.7, outcome=REQUEST_DONE)]
@@ -145,6 +153,7 @@ def write_results(folder: Path, speedup: float = 4.5) -> None:
     documents = {
         "speed-200m-t0.8": speed_report(speedup),
         "load-sweep": sweep_document(),
+        "load-rates": rates_document(),
         "load-open-off": open_document(OFF),
         "load-open-by-cost": open_document(BY_COST),
         "peers-200m": {"reports": [], "skipped": {"vllm": "not installed"}, "setup": {}},

@@ -1,11 +1,13 @@
 """`python -m specinfer_bench.load`: put a load on a cluster and write down what its clients saw.
 
     python -m specinfer_bench.load open --grow 200m --rate 2 --requests 60 --output open.json
+    python -m specinfer_bench.load rates --grow 200m --rates 0.5,1,2,4 --output rates.json
     python -m specinfer_bench.load sweep --grow 200m --sessions 1,4,16,64 --output sweep.json
 
 `open` sends requests when they are due, drawn from a Poisson process or from a trace, and compares
-what it saw with the router's own metrics. `sweep` keeps 1 to 64 sessions busy with speculation off,
-on and chosen by cost, in turn. Both take a running cluster with --cluster, or start one.
+what it saw with the router's own metrics. `rates` does so at several rates, with speculation off,
+on and chosen by cost, in turn. `sweep` keeps 1 to 64 sessions busy in each of these ways. All take
+a running cluster with --cluster, or start one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from specinfer.errors import SpecinferError
 from specinfer_bench.cluster_report import setup_facts, write_report
 from specinfer_bench.load.asking import SPECULATION
 from specinfer_bench.load.cluster import Cluster, given_cluster, started_cluster
-from specinfer_bench.load.runs import OpenRun, open_report, sweep_report
+from specinfer_bench.load.open_loop import OpenLoopOptions
+from specinfer_bench.load.rates import RatesOptions
+from specinfer_bench.load.runs import OpenRun, open_report, rates_report, sweep_report
 from specinfer_bench.load.simulated_cluster import simulated_cluster
 from specinfer_bench.load.summary import Objective
 from specinfer_bench.load.sweep import SweepOptions
@@ -39,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=_first_line())
     kinds = parser.add_subparsers(dest="kind", required=True)
     _open_arguments(kinds.add_parser("open", help="requests when they are due"))
+    _rates_arguments(kinds.add_parser("rates", help="goodput by arrival rate"))
     _sweep_arguments(kinds.add_parser("sweep", help="speed by load, with speculation off and on"))
     return parser
 
@@ -71,9 +76,23 @@ def _open_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-wait", type=float, default=30.0, help="seconds before one is dropped"
     )
+    _objective_arguments(parser)
+    parser.add_argument("--speculation", choices=tuple(SPECULATION), default="by_cost")
+
+
+def _objective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objective-first", type=float, default=0.5, help="seconds to first token")
     parser.add_argument("--objective-token", type=float, default=0.05, help="seconds a token")
-    parser.add_argument("--speculation", choices=tuple(SPECULATION), default="by_cost")
+
+
+def _rates_arguments(parser: argparse.ArgumentParser) -> None:
+    _common(parser, max_tokens=RatesOptions.max_tokens)
+    default = ",".join(map(str, RatesOptions.rates))
+    parser.add_argument("--rates", default=default, help="requests a second, a cell each")
+    parser.add_argument("--seconds", type=float, default=RatesOptions.seconds, help="of a cell")
+    parser.add_argument("--sessions", type=int, default=64, help="most requests in flight")
+    parser.add_argument("--max-wait", type=float, default=5.0, help="seconds before one is dropped")
+    _objective_arguments(parser)
 
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,9 +136,18 @@ async def _report(arguments: argparse.Namespace, cluster: Cluster) -> dict[str, 
             seed=arguments.seed,
         )
         return await sweep_report(cluster, prompts, options, arguments.temperature)
+    objective = Objective(arguments.objective_first, arguments.objective_token)
+    if arguments.kind == "rates":
+        rates = RatesOptions(
+            rates=tuple(float(each) for each in arguments.rates.split(",")),
+            seconds=arguments.seconds,
+            max_tokens=arguments.max_tokens,
+            sending=OpenLoopOptions(arguments.sessions, arguments.max_wait),
+            seed=arguments.seed,
+        )
+        return await rates_report(cluster, prompts, rates, objective, arguments.temperature)
     names = ("rate", "requests", "trace", "trace_speed", "sessions", "max_wait", "max_tokens")
     given = {name: getattr(arguments, name) for name in (*names, "temperature", "seed")}
-    objective = Objective(arguments.objective_first, arguments.objective_token)
     run = OpenRun(objective=objective, speculation=arguments.speculation, **given)
     return await open_report(cluster, prompts, run)
 

@@ -20,7 +20,8 @@ from specinfer_bench.load.arrivals import Arrival, from_trace, poisson, read_tra
 from specinfer_bench.load.asking import NO_RETRY, SPECULATION, asking, characters_a_token
 from specinfer_bench.load.cluster import Cluster
 from specinfer_bench.load.observation import Observation
-from specinfer_bench.load.open_loop import OpenLoopOptions, run_open_loop
+from specinfer_bench.load.open_loop import Ask, OpenLoopOptions, run_open_loop
+from specinfer_bench.load.rates import RatesOptions, run_rates
 from specinfer_bench.load.summary import Objective, summary
 from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
 
@@ -131,16 +132,40 @@ def _row(seen: Observation) -> dict[str, object]:
     }
 
 
+async def rates_report(
+    cluster: Cluster,
+    prompts: Sequence[str],
+    options: RatesOptions,
+    objective: Objective,
+    temperature: float,
+) -> dict[str, object]:
+    """Sweep the arrival rate; raises what `run_rates` does."""
+    async with AsyncClient(cluster["router"], retry=NO_RETRY) as client:
+        asks = await _asks(client, temperature)
+        cells = await run_rates(asks, prompts, options, objective, progress=_say)
+    return {
+        "options": {**asdict(options), "temperature": temperature},
+        "objective": asdict(objective),
+        "cells": [asdict(cell) for cell in cells],
+        "trusted": all(cell.identical for cell in cells),
+    }
+
+
+async def _asks(client: AsyncClient, temperature: float) -> dict[str, Ask]:
+    """A way to ask for each arm."""
+    chat = (await client.capabilities()).chat
+    return {
+        arm: asking(client, chat=chat, temperature=temperature, speculation=SPECULATION[arm])
+        for arm in ARMS
+    }
+
+
 async def sweep_report(
     cluster: Cluster, prompts: Sequence[str], options: SweepOptions, temperature: float
 ) -> dict[str, object]:
     """Sweep the load; raises what `run_sweep` does."""
     async with AsyncClient(cluster["router"], retry=NO_RETRY) as client:
-        chat = (await client.capabilities()).chat
-        asks = {
-            arm: asking(client, chat=chat, temperature=temperature, speculation=SPECULATION[arm])
-            for arm in ARMS
-        }
+        asks = await _asks(client, temperature)
         report = await run_sweep(asks, prompts, options, progress=_say)
     return {
         "options": {

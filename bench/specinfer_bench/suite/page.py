@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from specinfer.errors import InvalidRequest
 from specinfer_bench.peers.table import peers_table
 from specinfer_bench.suite.parts import KERNEL_PREFIX
-from specinfer_bench.suite.pictures import OPEN, SPEED, SWEEP, expected_digest
+from specinfer_bench.suite.pictures import OPEN, RATES, SPEED, SWEEP, expected_digest
 from specinfer_bench.suite.results import Results
 from specinfer_bench.suite.running import DONE
 from specinfer_bench.suite.tables import (
@@ -24,6 +24,7 @@ from specinfer_bench.suite.tables import (
     open_table,
     overlap_table,
     printed,
+    rates_table,
     speed_table,
     sweep_table,
     table,
@@ -77,6 +78,13 @@ def _open(results: Results, pictures: str) -> str:
     body = open_table(documents) if documents else ""
     picture = _picture(results, pictures, OPEN, "Shares of requests by first token and end")
     return _whole(results, "load-open", body, picture)
+
+
+def _rates(results: Results, pictures: str) -> str:
+    found = results.documents.get("load-rates")
+    body = rates_table(found) if found else ""
+    picture = _picture(results, pictures, RATES, "Goodput by arrival rate")
+    return _whole(results, "load-rates", body, picture)
 
 
 def _agreement(results: Results, pictures: str) -> str:
@@ -189,6 +197,7 @@ SECTIONS: Mapping[str, Callable[[Results, str], str]] = {
     "sweep": _sweep,
     "simulated": _simulated,
     "open": _open,
+    "rates": _rates,
     "agreement": _agreement,
     "peers": _arms_of("peers-"),
     "ablations": _arms_of("ablations"),

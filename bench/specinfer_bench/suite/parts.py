@@ -133,12 +133,23 @@ PARTS = (
     ),
 )
 
+# Where there is time left.
+_RATES = Part(
+    "load-rates",
+    "requests at random times, by how many come",
+    tuple(
+        "python -m specinfer_bench.load rates --grow 200m --rates 1,2,4,8 --seconds 4"
+        " --max-tokens 24".split()
+    ),
+    limit_seconds=150.0,
+)
+
 
 def all_parts(root: Path) -> tuple[Part, ...]:
-    """The parts, and one for each benchmark of kernels below `root`."""
+    """The parts, among them one for each benchmark of kernels below `root`."""
     files = sorted(path.name for path in (root / KERNELS).glob("*.py"))
     here = [name for name in files if name not in NO_BENCH and not name.startswith(GPU_PREFIX)]
-    return (*PARTS, *(_kernel(name) for name in here))
+    return (*PARTS, *(_kernel(name) for name in here), _RATES)
 
 
 def _kernel(file: str) -> Part:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from specinfer_bench.suite.results import Results
 
-SWEEP, OPEN, SPEED = "load.svg", "first-token.svg", "speed.svg"
-SOURCES = {SWEEP: "load-sweep", OPEN: "load-open", SPEED: "speed-"}
+SWEEP, OPEN, SPEED, RATES = "load.svg", "first-token.svg", "speed.svg", "goodput.svg"
+SOURCES = {SWEEP: "load-sweep", OPEN: "load-open", SPEED: "speed-", RATES: "load-rates"}
 """The parts that a picture shows, by how their names begin."""
 _DIGEST = re.compile(r"numbers: ([0-9a-f ]*)")
 

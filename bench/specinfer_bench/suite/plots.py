@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specinfer_bench.suite.pictures import OPEN, SOURCES, SPEED, SWEEP, expected_digest
+from specinfer_bench.suite.pictures import OPEN, RATES, SOURCES, SPEED, SWEEP, expected_digest
 from specinfer_bench.suite.results import Document, Results
 from specinfer_bench.suite.tables import ARM_NAMES
 
@@ -42,6 +42,8 @@ def draw_all(results: Results, folder: Path) -> None:
     with mpl.rc_context(SETTINGS):
         if "load-sweep" in results.documents:
             _save(_sweep(results.documents["load-sweep"]), folder / SWEEP, results)
+        if "load-rates" in results.documents:
+            _save(_goodput(results.documents["load-rates"]), folder / RATES, results)
         if results.named("load-open"):
             _save(_first_token(results.named("load-open")), folder / OPEN, results)
         if results.named("speed-"):
@@ -78,6 +80,26 @@ def _sweep(report: Document) -> Figure:
         color=GREEN,
     )
     speed.legend(frameon=False, title="speculation")
+    return figure
+
+
+def _goodput(report: Document) -> Figure:
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    goodput, first = figure.subplots(1, 2)
+    rates = [cell["rate"] for cell in report["cells"]]
+    for arm, (colour, marker, line) in STYLES.items():
+        cells = [cell["arms"][arm] for cell in report["cells"]]
+        style = {"color": colour, "marker": marker, "linestyle": line, "label": ARM_NAMES[arm]}
+        goodput.plot(rates, [cell["goodput"] for cell in cells], **style)
+        first.plot(rates, [cell["first_token_ms_p50"] / 1e3 for cell in cells], **style)
+    goodput.plot(rates, rates, color=GREEN, linestyle=":", linewidth=1.5, label="all that came")
+    first.axhline(report["objective"]["first_token_seconds"], color=GREEN, linestyle=":")
+    for axes in (goodput, first):
+        axes.set_xlabel("requests a second that came")
+        axes.set_ylim(bottom=0)
+    goodput.set_ylabel("requests a second within the objective")
+    first.set_ylabel("seconds to first token, median")
+    goodput.legend(frameon=False, title="speculation")
     return figure
 
 

@@ -122,6 +122,26 @@ def _open_row(report: Document) -> list[str]:
     ]
 
 
+def rates_table(report: Document) -> str:
+    """How many requests got what they were promised, by how many came."""
+    head = ["requests/s that came", "requests"]
+    for what in ("goodput", "first token ms p50", "lost"):
+        head += [f"{what}, {name}" for name in ARM_NAMES.values()]
+    return table([*head, "identical"], [_rates_row(cell) for cell in report["cells"]])
+
+
+def _rates_row(cell: Document) -> list[str]:
+    arms = [cell["arms"][arm] for arm in ARM_NAMES]
+    return [
+        f"{cell['rate']:.2f}",
+        str(cell["requests"]),
+        *(f"{arm['goodput']:.2f} ({arm['share']:.0%})" for arm in arms),
+        *(f"{arm['first_token_ms_p50']:.0f}" for arm in arms),
+        *(str(arm["lost"]) for arm in arms),
+        _yes(cell["identical"]),
+    ]
+
+
 def agreement_table(documents: Mapping[str, Document]) -> str:
     """The clients' numbers beside those that the router shows to Prometheus."""
     head = (
