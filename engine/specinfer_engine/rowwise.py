@@ -1,10 +1,10 @@
 """Elementwise functions whose bits depend neither on neighbours nor on the number of threads.
 
-PyTorch computes `exp`, `tanh`, `cos` and their kin in vectors, the last elements of a loop one by
-one with another routine, and it cuts long loops between threads wherever the count says. So the
-last bit of an element depends on its place. Here every element stays in a full vector: loops start
-and end at multiples of LANES and are short enough to stay in one thread. Knows no architecture by
-name.
+On a CPU PyTorch computes `exp`, `tanh`, `cos` and their kin in vectors, the last elements of a loop
+one by one with another routine, and it cuts long loops between threads wherever the count says. So
+the last bit of an element depends on its place. Here every element stays in a full vector: loops
+start and end at multiples of LANES and are short enough to stay in one thread. Knows no
+architecture by name.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def apply_elementwise(function: Callable[[Tensor], Tensor], values: Tensor) -> T
 
     `function` maps a tensor to one of the same shape and dtype, element by element.
     """
+    if values.device.type == "cuda":  # one routine for every element, wherever it lies
+        return function(values)
     width = values.shape[-1]
     padding = -width % LANES
     if padding:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from specinfer.messages import (
     ChatMessage,
@@ -20,6 +22,7 @@ from specinfer_draft.settings import Settings as DraftSettings
 from specinfer_draft.worker import build_worker as build_drafter
 from specinfer_engine.graphs import CudaCapture
 from specinfer_engine.loader import load_model
+from specinfer_engine.rowwise import apply_elementwise
 from specinfer_router.policy import StaticShape
 from specinfer_verify.settings import Settings as VerifySettings
 from specinfer_verify.worker import build_worker as build_verifier
@@ -62,6 +65,19 @@ def test_recorded_passes_give_the_bits_of_plain_ones(pair: tuple[Path, Path], dt
     capture = CountingCapture(DEVICE)
     assert differing_passes(loaded, capture, 40) == []
     assert capture.num_recorded > 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [torch.tanh, functional.gelu, functional.silu])
+def test_elements_have_their_bits_wherever_they_lie(
+    function: Callable[[Tensor], Tensor], dtype: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(70, 1003, generator=generator).to(getattr(torch, dtype)).to(DEVICE)
+    together = apply_elementwise(function, values)
+    for start, count in ((0, 1), (69, 1), (3, 5), (7, 40)):
+        rows = apply_elementwise(function, values[start : start + count])
+        assert torch.equal(rows, together[start : start + count])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
