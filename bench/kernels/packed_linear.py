@@ -1,6 +1,6 @@
 """Row-invariant linear layers against their floor, F.linear and oneDNN's packed form.
 
-    python bench/kernels/packed_linear.py [--rounds N] [--threads N] [--rows 1,8,32]
+    python bench/kernels/packed_linear.py [--rounds N] [--threads N] [--rows 1,8,32] [--json FILE]
 
 Each line is one product at a shape of the grown 200 M or 1.1 B model, over copies of the weight
 that together are larger than the caches. The floor is the larger of reading those weights once and
@@ -19,6 +19,7 @@ from timing import interleaved, parse_arguments
 from torch import Tensor
 from torch.nn import functional
 
+from results import add_json_option, save
 from specinfer_kernels import pack_linear
 from specinfer_kernels.packed_linear import layouts
 
@@ -61,8 +62,9 @@ def each(calls: Sequence[Callable[[Tensor], object]], rows: Tensor) -> None:
 
 def run_shape(
     shape: tuple[int, int], dtype: torch.dtype, all_num_rows: Sequence[int], rounds: int
-) -> None:
+) -> list[dict[str, object]]:
     """A line for each number of rows."""
+    lines: list[dict[str, object]] = []
     in_features, out_features = shape
     copies = max(1, COPIES_BYTES // (in_features * out_features * dtype.itemsize))
     weights = [torch.randn(out_features, in_features).to(dtype) * 0.02 for _ in range(copies)]
@@ -74,16 +76,18 @@ def run_shape(
         seconds = interleaved(
             {**candidates, "peak": partial(functional.linear, square, square)}, rounds
         )
-        print(line_of(shape, dtype, num_rows, copies, seconds), flush=True)
+        lines.append(facts_of(shape, dtype, num_rows, copies, seconds))
+        print("  ".join(f"{name} {value}" for name, value in lines[-1].items()), flush=True)
+    return lines
 
 
-def line_of(
+def facts_of(
     shape: tuple[int, int],
     dtype: torch.dtype,
     num_rows: int,
     copies: int,
     seconds: dict[str, list[float]],
-) -> str:
+) -> dict[str, object]:
     """What one product took, per copy, against its floor and the other ways."""
     in_features, out_features = shape
     num_bytes = in_features * out_features * dtype.itemsize
@@ -91,37 +95,38 @@ def line_of(
     peaks = [2 * PEAK_SIZE**3 / took for took in seconds.pop("peak")]
     reads = seconds.pop("read")
     floors = [max(read, operations / peak) for read, peak in zip(reads, peaks, strict=True)]
-    ours = statistics.median(seconds["ours"])
-    parts = [
-        f"{in_features:5d} to {out_features:5d} {num_rows:4d} rows",
-        f"{num_bytes / 1e6:6.1f} MB {operations / copies / 1e9:7.3f} GFLOP",
-        f"{ours / copies * 1e3:8.3f} ms",
-        f"{num_bytes * copies / statistics.median(reads) / 1e9:4.0f} GB/s",
-        f"{statistics.median(peaks) / 1e9:4.0f} GFLOP/s",
-        f"over floor {median_ratio(seconds['ours'], floors):.2f}",
-        f"int8 over floor {median_ratio(seconds.pop('int8'), floors):.2f}",
-    ]
-    others = [name for name in seconds if name != "ours"]
-    parts += [f"{name} x{median_ratio(seconds[name], seconds['ours']):.2f}" for name in others]
-    return "  ".join(parts)
+    ours = seconds.pop("ours")
+    facts: dict[str, object] = {
+        "product": f"{in_features} to {out_features}",
+        "rows": num_rows,
+        "ms": round(statistics.median(ours) / copies * 1e3, 4),
+        "read GB/s": round(num_bytes * copies / statistics.median(reads) / 1e9, 1),
+        "peak GFLOP/s": round(statistics.median(peaks) / 1e9),
+        "over floor": median_ratio(ours, floors),
+        "int8 over floor": median_ratio(seconds.pop("int8"), floors),
+    }
+    return facts | {f"{name} over ours": median_ratio(took, ours) for name, took in seconds.items()}
 
 
 def median_ratio(mine: Sequence[float], its: Sequence[float]) -> float:
-    return statistics.median(one / other for one, other in zip(mine, its, strict=True))
+    return round(statistics.median(one / other for one, other in zip(mine, its, strict=True)), 2)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", default=NUM_ROWS, help="numbers of rows, with commas")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPES))
     parser.add_argument("--model", default="1b", choices=sorted(SHAPES))
+    add_json_option(parser)
 
 
 def main() -> None:
     arguments = parse_arguments("linear", add_options)
+    all_num_rows = [int(num_rows) for num_rows in arguments.rows.split(",")]
+    lines = []
     with torch.inference_mode():
         for shape in SHAPES[arguments.model]:
-            all_num_rows = [int(num_rows) for num_rows in arguments.rows.split(",")]
-            run_shape(shape, DTYPES[arguments.dtype], all_num_rows, arguments.rounds)
+            lines += run_shape(shape, DTYPES[arguments.dtype], all_num_rows, arguments.rounds)
+    save(arguments, lines)
 
 
 if __name__ == "__main__":

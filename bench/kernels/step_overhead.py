@@ -1,18 +1,26 @@
-"""What a step costs beside its arithmetic: 24 layers so narrow that nothing but overhead is left.
+"""What a step costs beside its arithmetic, and a whole step against its floor.
 
-    python bench/kernels/step_overhead.py [--rounds N] [--threads N] [--json FILE]
+    python bench/kernels/step_overhead.py [--rounds N] [--threads N] [--model narrow] [--json FILE]
 
 `step` lays out a batch and runs it through a whole fused decoder, head included: all of a pass but
 sampling. `layers` is the one call of the layers alone, `ops` the same layers op by op, as they ran
-before there was one call; `numbers` does nothing but lay the batch out. A ratio above 1 is slower
-than the step.
+before there was one call; `numbers` does nothing but lay the batch out. The `narrow` model has 24
+layers that compute next to nothing, so all of its step is overhead. The floor is the larger of
+reading every weight once, measured on those very weights, and of their products at the rate of a
+large matrix product, both in the same rounds. Before each the caches are swept, as the pass of a
+large model sweeps them: cold code is slower than warm. A ratio above 1 is slower than the step.
 """
 
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from timing import interleaved, parse_arguments, print_row
 from torch import Tensor, nn
+from torch.nn import functional
 
 from results import add_json_option, save, summary_of
 from specinfer_engine.attention import PagedPass
@@ -23,17 +31,35 @@ from specinfer_kernels import (
     DecoderLayer,
     DecoderStack,
     LayerCaches,
+    PackedLinear,
     RotaryPlaces,
     RowNorm,
     decoder_layers,
     pack_linear,
 )
 
-NUM_LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM = 24, 64, 128, 2, 1, 64
-VOCAB_SIZE, MAX_LENGTH, CONTEXT, BLOCK_SIZE = 256, 512, 64, 16
-# Sequences and rows of each: a root, a tree, eight roots, eight small trees.
-PASSES = ((1, 1), (1, 8), (8, 1), (8, 4))
+HEAD_DIM, MAX_LENGTH, CONTEXT, BLOCK_SIZE, PEAK_SIZE = 64, 512, 64, 16, 1024
+SWEPT_BYTES = 64 << 20
+# Sequences and rows of each: a root, small and large trees, many roots, many small trees.
+PASSES = ((1, 1), (1, 8), (1, 16), (1, 32), (8, 1), (8, 4))
 DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_layers: int
+    width: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+
+
+SHAPES = {
+    "narrow": Shape(24, 64, 128, 2, 1, 256),
+    "200m": Shape(16, 1024, 2816, 16, 4, 3072),
+    "1b": Shape(22, 2048, 5632, 32, 4, 3072),
+}
 
 
 class Angles(nn.Module):
@@ -45,26 +71,51 @@ class Angles(nn.Module):
         return both.cos().to(values.dtype), both.sin().to(values.dtype)
 
 
-def make_stack(dtype: torch.dtype) -> DecoderStack:
-    mixed, query = (HEADS + 2 * KV_HEADS) * HEAD_DIM, HEADS * HEAD_DIM
-    shapes = ((mixed, WIDTH), (WIDTH, query), (2 * INNER, WIDTH), (WIDTH, INNER))
-    layers = []
-    for _ in range(NUM_LAYERS):
-        linears = [pack_linear(torch.randn(shape).to(dtype) * 0.05) for shape in shapes]
-        norm = RowNorm(torch.ones(WIDTH, dtype=dtype), 1e-5)
-        layers.append(
-            DecoderLayer(
-                attention_norm=norm,
-                head_norms=None,
-                query_key_value=linears[0],
-                output=linears[1],
-                mlp_norm=norm,
-                gate_up=linears[2],
-                down=linears[3],
-                scale=HEAD_DIM**-0.5,
-            )
+@dataclass(frozen=True)
+class Model:
+    """A decoder with random weights, and what it is made of."""
+
+    shape: Shape
+    stack: DecoderStack
+    head: PackedLinear
+    embedding: Tensor
+    rotary: RotaryTable
+
+    @property
+    def decoder(self) -> FusedDecoder:
+        norm = RowNorm(torch.ones(self.shape.width, dtype=self.embedding.dtype), 1e-5)
+        return FusedDecoder(self.embedding, self.stack, norm, self.head, self.rotary)
+
+    @property
+    def products(self) -> list[PackedLinear]:
+        layers = self.stack.layers
+        return [*(item for layer in layers for item in layer.products), self.head]
+
+
+def make_model(shape: Shape, dtype: torch.dtype) -> Model:
+    query = shape.num_heads * HEAD_DIM
+    mixed = query + 2 * shape.num_kv_heads * HEAD_DIM
+
+    def linear(inputs: int, outputs: int) -> PackedLinear:
+        return pack_linear(torch.randn(outputs, inputs).to(dtype) * inputs**-0.5)
+
+    norm = RowNorm(torch.ones(shape.width, dtype=dtype), 1e-5)
+    layers = tuple(
+        DecoderLayer(
+            attention_norm=norm,
+            head_norms=None,
+            query_key_value=linear(shape.width, mixed),
+            output=linear(query, shape.width),
+            mlp_norm=norm,
+            gate_up=linear(shape.width, 2 * shape.inner),
+            down=linear(shape.inner, shape.width),
+            scale=HEAD_DIM**-0.5,
         )
-    return DecoderStack(tuple(layers), HEADS, KV_HEADS, HEAD_DIM)
+        for _ in range(shape.num_layers)
+    )
+    embedding = torch.randn(shape.vocab_size, shape.width).to(dtype)
+    stack = DecoderStack(layers, shape.num_heads, shape.num_kv_heads, HEAD_DIM)
+    return Model(shape, stack, pack_linear(embedding), embedding, RotaryTable(Angles(), MAX_LENGTH))
 
 
 def make_rows(num_sequences: int, num_rows: int) -> list[SequenceRows]:
@@ -78,44 +129,82 @@ def make_rows(num_sequences: int, num_rows: int) -> list[SequenceRows]:
     ]
 
 
-def run_pass(
-    dtype: torch.dtype, num_sequences: int, num_rows: int, rounds: int
-) -> dict[str, object]:
-    stack, rotary = make_stack(dtype), RotaryTable(Angles(), MAX_LENGTH)
-    embedding = torch.randn(VOCAB_SIZE, WIDTH).to(dtype)
-    head, norm = pack_linear(embedding), RowNorm(torch.ones(WIDTH, dtype=dtype), 1e-5)
-    decoder = FusedDecoder(embedding, stack, norm, head, rotary)
-    pool = torch.zeros(NUM_LAYERS, 2, num_sequences * 8, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype)
-    caches = LayerCaches(tuple((layer[0], layer[1]) for layer in pool))
-    rows = make_rows(num_sequences, num_rows)
+def make_caches(model: Model, num_sequences: int) -> LayerCaches:
+    blocks = (num_sequences * 8, BLOCK_SIZE, model.shape.num_kv_heads, HEAD_DIM)
+    pool = torch.zeros(model.shape.num_layers, 2, *blocks).to(model.embedding.dtype)
+    return LayerCaches(tuple((layer[0], layer[1]) for layer in pool))
+
+
+def read_weights(model: Model) -> None:
+    for item in model.products:
+        panels = None if item.native_weight is None else item.native_weight.tensors[0]
+        if panels is not None:
+            panels.view(torch.float32).sum()
+
+
+def run_pass(model: Model, num_sequences: int, num_rows: int, rounds: int) -> dict[str, object]:
+    """One line: the step, its parts, and its floor."""
+    dtype, decoder = model.embedding.dtype, model.decoder
+    caches, rows = make_caches(model, num_sequences), make_rows(num_sequences, num_rows)
     batch = build_batch(rows, BLOCK_SIZE)
-    places = RotaryPlaces(batch.position_ids[0], batch.slot_mapping, *rotary.tables(embedding))
-    hidden = torch.randn(batch.num_rows, WIDTH).to(dtype)
+    places = RotaryPlaces(
+        batch.position_ids[0], batch.slot_mapping, *model.rotary.tables(model.embedding)
+    )
+    hidden = torch.randn(batch.num_rows, model.shape.width).to(dtype)
+    square = torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype)
 
     def step() -> Tensor:
         laid_out = build_batch(rows, BLOCK_SIZE)
         return decoder(laid_out, PagedPass(laid_out.layout, laid_out.slot_mapping, caches))
 
-    layers = partial(decoder_layers, hidden, stack, places, batch.layout, caches)
-    seconds = interleaved(
-        {
-            "step": step,
-            "layers": layers,
-            "ops": partial(layers, backend="reference"),
-            "numbers": partial(build_batch, rows, BLOCK_SIZE),
-        },
-        rounds,
-    )
+    layers = partial(decoder_layers, hidden, model.stack, places, batch.layout, caches)
+    candidates: dict[str, Callable[[], object]] = {
+        "step": step,
+        "layers": layers,
+        "ops": partial(layers, backend="reference"),
+        "numbers": partial(build_batch, rows, BLOCK_SIZE),
+        "read": partial(read_weights, model),
+        "peak": partial(functional.linear, square, square),
+    }
+    seconds = swept(candidates, rounds)
+    floor = floors(model, batch.num_rows, seconds.pop("read"), seconds.pop("peak"))
     name = str(dtype).removeprefix("torch.")
-    print_row(f"{name} {num_sequences} sequences of {num_rows} rows", seconds, "step")
+    over = statistics.median(map(float.__truediv__, seconds["step"], floor))
+    label = f"{name} {num_sequences} sequences of {num_rows} rows"
+    print_row(f"{label}, over floor {over:.2f}", seconds, "step")
     facts = {"dtype": name, "sequences": num_sequences, "rows": num_sequences * num_rows}
-    return facts | summary_of(seconds, "step")
+    return facts | {"over_floor": round(over, 3)} | summary_of(seconds, "step")
+
+
+def swept(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Interleaved seconds of each, with caches as cold as a large model's pass leaves them."""
+    other = torch.zeros(SWEPT_BYTES // 4)
+    both: dict[str, Callable[[], object]] = {}
+    for name, run in candidates.items():
+        both |= {f"sweep {name}": other.sum, name: run}
+    seconds = interleaved(both, rounds)
+    return {name: seconds[name] for name in candidates}
+
+
+def floors(model: Model, num_rows: int, reads: list[float], peaks: list[float]) -> list[float]:
+    """Seconds that a step takes at least, for each round."""
+    weights = sum(item.in_features * item.out_features for item in model.products)
+    share = weights * num_rows / PEAK_SIZE**3  # of the multiply-adds of the large product
+    return [max(read, peak * share) for read, peak in zip(reads, peaks, strict=True)]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="narrow", choices=sorted(SHAPES))
+    add_json_option(parser)
 
 
 def main() -> None:
-    arguments = parse_arguments("step overhead", add_json_option)
+    arguments = parse_arguments("step overhead", add_options)
+    lines = []
     with torch.inference_mode():
-        lines = [run_pass(dtype, *shape, arguments.rounds) for dtype in DTYPES for shape in PASSES]
+        for dtype in DTYPES:
+            model = make_model(SHAPES[arguments.model], dtype)
+            lines += [run_pass(model, *shape, arguments.rounds) for shape in PASSES]
     save(arguments, lines)
 
 

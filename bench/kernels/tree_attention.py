@@ -1,6 +1,6 @@
 """Tree attention against torch's fused attention and the plain-torch reference, one layer.
 
-    python bench/kernels/tree_attention.py [--rounds N] [--threads N]
+    python bench/kernels/tree_attention.py [--rounds N] [--threads N] [--json FILE]
 
 `sdpa` gets the keys gathered and the mask made beforehand: it pays for neither pages nor trees.
 `memory` reads the keys and values once. A ratio above 1 is slower than our kernel.
@@ -16,6 +16,7 @@ from timing import interleaved, parse_arguments, print_row
 from torch import Tensor
 from torch.nn import functional
 
+from results import add_json_option, save, summary_of
 from specinfer_kernels import AttentionLayout, available_backends, tree_attention
 
 HEAD_DIM, BLOCK_SIZE = 64, 16
@@ -40,7 +41,7 @@ class Case:
 CASES = [
     *(Case(512, rows, 32, 4, chain=False) for rows in (1, 4, 8, 16)),
     Case(128, 8, 32, 4, chain=False),
-    Case(2048, 8, 32, 4, chain=False),
+    *(Case(context, rows, 32, 4, chain=False) for context in (1024, 4096) for rows in (1, 8, 32)),
     Case(512, 8, 16, 16, chain=False),
     Case(0, 256, 32, 4, chain=True),
     Case(30, 4, 4, 4, chain=False),
@@ -73,7 +74,7 @@ def make_layout(case: Case) -> tuple[AttentionLayout, Tensor]:
     return layout, seen
 
 
-def run_case(case: Case, dtype: torch.dtype, rounds: int) -> None:
+def run_case(case: Case, dtype: torch.dtype, rounds: int) -> dict[str, object]:
     layout, seen = make_layout(case)
     num_blocks, num_keys = layout.block_tables.shape[1], seen.shape[1]
     shape = (num_blocks, BLOCK_SIZE, case.num_kv_heads, HEAD_DIM)
@@ -99,14 +100,16 @@ def run_case(case: Case, dtype: torch.dtype, rounds: int) -> None:
     if case.num_rows * num_keys <= REFERENCE_LIMIT and "native" in available_backends():
         candidates["reference"] = partial(ours, backend="reference")
     name = str(dtype).removeprefix("torch.")
-    print_row(f"{name} {case.label}", interleaved(candidates, rounds), "ours")
+    seconds = interleaved(candidates, rounds)
+    print_row(f"{name} {case.label}", seconds, "ours")
+    return {"dtype": name, "case": case.label} | summary_of(seconds, "ours")
 
 
 def main() -> None:
-    arguments = parse_arguments("tree attention")
-    for dtype in (torch.bfloat16, torch.float32):
-        for case in CASES:
-            run_case(case, dtype, arguments.rounds)
+    arguments = parse_arguments("tree attention", add_json_option)
+    dtypes = (torch.bfloat16, torch.float32)
+    lines = [run_case(case, dtype, arguments.rounds) for dtype in dtypes for case in CASES]
+    save(arguments, lines)
 
 
 if __name__ == "__main__":
