@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from specinfer.errors import InvalidRequest
-from specinfer_bench.load.arrivals import poisson
+from specinfer_bench.load.arrivals import Arrival, poisson
 from specinfer_bench.load.asking import OFF
 from specinfer_bench.load.observation import DONE, Observation
 from specinfer_bench.load.open_loop import Ask, OpenLoopOptions, run_open_loop
@@ -75,7 +75,7 @@ class RateCell:
     """All arms at one rate.
 
     Attributes:
-        rate: requests a second as they came.
+        rate: requests a second.
         requests: how many.
         arms: by name.
         identical: whether what ended in two arms had the same tokens in both.
@@ -102,20 +102,25 @@ async def run_rates(
     cells = []
     for at, rate in enumerate(sorted(options.rates)):
         number = max(MIN_REQUESTS, round(rate * options.seconds))
-        arrivals = poisson(
-            prompts,
-            rate=rate,
-            num_requests=number,
-            max_tokens=options.max_tokens,
-            seed=options.seed + at,
-        )
+        arrivals = _arrivals(prompts, rate, number, options, options.seed + at)
         seen: dict[str, list[Observation]] = {}
         for turn in range(len(ARMS)):
             arm = ARMS[(turn + at) % len(ARMS)]
             progress(f"{rate:g} requests/s, {arm}")
             seen[arm] = await run_open_loop(arrivals, asks[arm], options.sending)
-        cells.append(_cell(number / arrivals[-1].offset, seen, objective))
+        cells.append(_cell(rate, seen, objective))
     return tuple(cells)
+
+
+def _arrivals(
+    prompts: Sequence[str], rate: float, number: int, options: RatesOptions, seed: int
+) -> tuple[Arrival, ...]:
+    """Random times, drawn out or together so that few of them come at the rate too."""
+    drawn = poisson(
+        prompts, rate=rate, num_requests=number, max_tokens=options.max_tokens, seed=seed
+    )
+    stretch = number / rate / drawn[-1].offset
+    return tuple(replace(each, offset=stretch * each.offset) for each in drawn)
 
 
 def _cell(rate: float, seen: Mapping[str, Sequence[Observation]], objective: Objective) -> RateCell:
