@@ -83,8 +83,9 @@ class Answer(Generic[_Value]):
 
 async def first_answer(answers: Sequence[Answer[Any]], seconds: float | None = None) -> None:
     """Return when one of `answers` is there, or after `seconds`; none of them is given up."""
-    if any(answer.done for answer in answers):
-        return
+    for answer in answers:
+        if answer.done:
+            return
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
 
