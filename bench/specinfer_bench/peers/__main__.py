@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from specinfer.cores import usable_cores, whole_cores
 from specinfer.errors import SpecinferError
 from specinfer.messages import ChatMessage
 from specinfer_bench.grown import default_cache, grown_target
@@ -85,7 +86,8 @@ def make_pair(arguments: argparse.Namespace) -> Pair:
         target=target,
         draft=arguments.draft,
         dtype=arguments.dtype,
-        threads=len(os.sched_getaffinity(0)),
+        # What our cluster shares out: a second thread of a core makes no product faster.
+        threads=len(whole_cores(usable_cores())),
         eos_token_ids=frozenset(read_checkpoint(target).eos_token_ids),
         cache=default_cache().parent / "peers",
         device=arguments.device,

@@ -71,16 +71,24 @@ def _sweep_row(cell: Document) -> list[str]:
     return [
         str(cell["sessions"]),
         *(f"{arms[arm]['tokens_per_second']:.1f}" for arm in ARM_NAMES),
-        f"{arms['static']['ratio']:.2f}",
-        f"**{arms['by_cost']['ratio']:.2f}**",
+        _ratio(arms["static"], bold=False),
+        _ratio(arms["by_cost"], bold=True),
         f"{arms['by_cost']['tokens_per_event']:.2f}",
         _yes(cell["identical"]),
     ]
 
 
+def _ratio(arm: Document, *, bold: bool) -> str:
+    """The median over the turns, and the turns' own extremes."""
+    low, high = arm["ratio_min"], arm["ratio_max"]
+    median = f"**{arm['ratio']:.2f}**" if bold else f"{arm['ratio']:.2f}"
+    return f"{median} ({low:.2f} to {high:.2f})" if low < high else median
+
+
 def _goals(report: Document) -> str:
     lowest, low_load = report["lowest_by_cost"], report["lowest_by_cost_low_load"]
     parts = [
+        f"Every cell ran {report['turns']} times; ratios are medians (lowest to highest). "
         f"Chosen by cost, the lowest ratio at any load is {lowest:.2f} "
         f"(goal {report['goal_any_load']:.2f}: {_met(lowest >= report['goal_any_load'])})"
     ]
