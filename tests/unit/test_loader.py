@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     BloomConfig,
     DeepseekV3Config,
@@ -25,7 +26,7 @@ from transformers import (
 
 from specinfer.errors import InvalidCheckpoint
 from specinfer_engine.loader import load_model
-from specinfer_kernels import tree_attention
+from specinfer_kernels import decoder_layers, tree_attention
 from tests.kit.architectures import architectures
 from tests.kit.tiny_models import CHAT_TEMPLATE, write_tiny, write_tiny_llama
 
@@ -212,16 +213,25 @@ def test_an_architecture_that_is_not_served_says_why(
         load_model(write_tiny(tmp_path / "model", config), dtype="float32")
 
 
+@pytest.mark.parametrize(
+    ("name", "op", "fused"),
+    [
+        ("specinfer_engine.attention.tree_attention", tree_attention, False),
+        ("specinfer_engine.fused.decoder_layers", decoder_layers, True),
+    ],
+)
 def test_arithmetic_behind_our_back_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, op: Callable[..., Any], fused: bool
 ) -> None:
     """The comparison with stock logits sees what no argument tells."""
-    monkeypatch.setattr(
-        "specinfer_engine.attention.tree_attention",
-        lambda *args, **kwargs: 0.9 * tree_attention(*args, **kwargs),
-    )
+
+    def planted(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = op(*args, **kwargs)
+        return result + 0.1 * result.flip(-1)
+
+    monkeypatch.setattr(name, planted)
     with pytest.raises(InvalidCheckpoint, match="gives other logits"):
-        load_model(folder, dtype="float32")
+        load_model(folder, dtype="float32", fused=fused)
 
 
 def test_facts_of_a_loaded_model(folder: Path) -> None:
