@@ -17,7 +17,7 @@ from specinfer_engine.batch import SequenceRows
 
 MEASURED_PASSES = 5
 # Seconds after which nothing is timed again, and those after which longer contexts are left out.
-PATIENT_SECONDS = 3.0
+PATIENT_SECONDS = 5.0
 MOST_SECONDS = 8.0
 # How far a remembered cost may be from a fresh look at it.
 AGREEMENT = 1.5
