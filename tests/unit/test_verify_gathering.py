@@ -47,6 +47,14 @@ def test_who_is_late_far_or_too_large_is_not_waited_for() -> None:
     assert wait_until(10.0, [4], [away(10.0, 0.008, 300)], FLAT, MAX_ROWS) == 10.0, "too large"
 
 
+def test_an_unpunctual_session_keeps_nobody_from_waiting_for_the_others() -> None:
+    punctual = [away(9.999, 0.008) for _ in range(7)]
+    erratic = Absence(9.999, 0.006, 4, deviation=0.1)
+    until = wait_until(10.0, [4], punctual, FLAT, MAX_ROWS)
+    assert until > 10.005
+    assert wait_until(10.0, [4], [*punctual, erratic], FLAT, MAX_ROWS) == until
+
+
 @dataclass
 class World:
     """Sessions that are drafted for `away` seconds between two passes."""

@@ -69,16 +69,16 @@ def wait_until(
     """
     rows = sum(waiting)
     alone, best, until = costs.at(rows), 0.0, now
-    num_due, latest = 0, now
-    for absence in sorted(away, key=lambda one: one.due):
-        if absence.latest <= now or not math.isfinite(absence.due):
+    num_due = 0
+    # By until when each is waited for: an unpunctual one that is due first keeps nobody else's.
+    for absence in sorted(away, key=lambda one: one.latest):
+        if absence.latest <= now or not math.isfinite(absence.latest):
             continue
         num_due += absence.num_rows
         if rows + num_due > max_rows:
             break
         saved = alone + costs.at(num_due) - costs.at(rows + num_due)
-        latest = max(latest, absence.latest)
-        saved -= latest - now
+        saved -= absence.latest - now
         if saved > best:
-            best, until = saved, latest
+            best, until = saved, absence.latest
     return until
