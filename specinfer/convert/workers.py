@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from specinfer.convert.shared import (
     logprob_from_wire,
     logprob_to_wire,
@@ -19,6 +21,9 @@ from specinfer.messages import (
 )
 from specinfer.tree import MAX_TREE_NODES
 from specinfer.v1 import draft_pb2, tree_pb2, verify_pb2
+
+# No pass is this short or long; NaN is neither.
+LEAST_STEP_SECONDS, MOST_STEP_SECONDS = 1e-9, 1e6
 
 
 def shape_to_wire(shape: ShapeQuery) -> draft_pb2.ShapeQuery:
@@ -135,14 +140,22 @@ def worker_info_to_wire(info: WorkerInfo) -> tree_pb2.WorkerInfo:
 
 
 def worker_info_from_wire(wire: tree_pb2.WorkerInfo) -> WorkerInfo:
-    """Description of a message."""
+    """Description of a message; step costs that cannot be are as good as none."""
     return WorkerInfo(
         **{name: getattr(wire, name) for name in _INFO_FIELDS},
         acceptance_rules=tuple(wire.acceptance_rules),
-        step_costs=tuple(
-            StepCost(cost.num_rows, cost.context_len, cost.seconds) for cost in wire.step_costs
-        ),
+        step_costs=_step_costs_from_wire(wire.step_costs),
     )
+
+
+def _step_costs_from_wire(wire: Iterable[tree_pb2.StepCost]) -> tuple[StepCost, ...]:
+    costs = tuple(StepCost(cost.num_rows, cost.context_len, cost.seconds) for cost in wire)
+    # One absurd point would spoil whatever is divided by it or averaged with it, for good.
+    believable = all(
+        cost.num_rows >= 1 and LEAST_STEP_SECONDS <= cost.seconds <= MOST_STEP_SECONDS
+        for cost in costs
+    )
+    return costs if believable else ()
 
 
 def load_to_wire(load: WorkerLoad) -> tree_pb2.WorkerLoad:

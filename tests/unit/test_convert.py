@@ -1,5 +1,8 @@
 """Every message survives the wire, and absent fields take their documented defaults."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from specinfer import convert
@@ -30,6 +33,10 @@ from specinfer.v1 import draft_pb2, router_pb2, tree_pb2, verify_pb2
 
 SAMPLING = SamplingParams(0.5, 3, 0.25, 0.125, 1.5, 0.5, -0.5, {4: 1.5}, 2**63 - 1)
 LOGPROB = TokenLogprob(5, -0.25, ((5, -0.25), (6, -2.0)))
+INFO = WorkerInfo(
+    "w", "m", "h", "t", 11, "float32", "cpu", 64, 8, 32, 100, 16, True, ("match",),
+    (StepCost(4, 128, 0.5),), "0.1.0",
+)  # fmt: skip
 
 
 def test_a_tree_survives_the_wire() -> None:
@@ -128,11 +135,7 @@ def test_results_survive_the_wire() -> None:
 
 
 def test_worker_facts_survive_the_wire() -> None:
-    info = WorkerInfo(
-        "w", "m", "h", "t", 11, "float32", "cpu", 64, 8, 32, 100, 16, True, ("match",),
-        (StepCost(4, 128, 0.5),), "0.1.0",
-    )  # fmt: skip
-    assert convert.worker_info_from_wire(convert.worker_info_to_wire(info)) == info
+    assert convert.worker_info_from_wire(convert.worker_info_to_wire(INFO)) == INFO
     load = WorkerLoad(1, 2, 3, True)
     assert convert.load_from_wire(convert.load_to_wire(load)) == load
     capabilities = Capabilities(
@@ -140,6 +143,19 @@ def test_worker_facts_survive_the_wire() -> None:
     )
     wire = convert.capabilities_to_wire(capabilities)
     assert convert.capabilities_from_wire(wire) == capabilities
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        *(StepCost(1, 8, seconds) for seconds in (0.0, -0.5, 5e-324, math.inf, math.nan, 1e300)),
+        StepCost(0, 8, 0.5),
+    ],
+)
+def test_a_worker_of_absurd_costs_is_one_without_costs(absurd: StepCost) -> None:
+    wire = convert.worker_info_to_wire(INFO)
+    wire.step_costs.add(num_rows=absurd.num_rows, context_len=8, seconds=absurd.seconds)
+    assert convert.worker_info_from_wire(wire) == replace(INFO, step_costs=())
 
 
 def test_shapes_survive_the_wire_and_absurd_ones_are_refused() -> None:
