@@ -19,6 +19,8 @@ from specinfer.telemetry import TraceSettings
 KEEP, RENEW, OFF = "keep", "renew", "off"
 AUTO = "auto"
 _AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
+# What OpenMP cannot start may end the process without a word.
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ class WorkerSettings:
             raise InvalidRequest("--tls-certificate and --tls-key are given together", field="tls")
         if self.tls_ca is not None and self.tls_certificate is None:
             raise InvalidRequest("--tls-ca needs --tls-certificate and --tls-key", field="tls")
-        if self.threads < 0:
-            raise InvalidRequest("threads is at least 0", field="threads")
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise InvalidRequest(
+                f"threads is 0 to {MAX_THREADS}: give one for each core, or 0", field="threads"
+            )
         if 0 < len(self.core_numbers) < self.threads:
             raise InvalidRequest("more --threads than --cores would take turns", field="threads")
         if self.profile not in (KEEP, RENEW, OFF):

@@ -47,6 +47,14 @@ def test_settings_know_their_cores() -> None:
         Settings(Path("m"), cores="0-1", threads=3)
 
 
+def test_threads_that_no_machine_can_start_are_refused() -> None:
+    Settings(Path("m"), threads=1024)
+    for threads in (-1, 1025, 100_000):
+        with pytest.raises(InvalidRequest, match="0 to 1024") as caught:
+            Settings(Path("m"), threads=threads)
+        assert caught.value.field == "threads"
+
+
 @needs_binding
 def test_cores_that_are_not_here_are_refused() -> None:
     before = os.sched_getaffinity(0)
