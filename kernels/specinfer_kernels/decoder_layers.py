@@ -164,7 +164,8 @@ def decoder_layers(
     hidden: contiguous [num_rows, width] of the stack's dtype, used up: what it holds afterwards is
     not said. places, layout: of these rows. caches: one pair a layer. Returns the residual stream
     after the last layer, [num_rows, width]; no norm is applied to it. Which rows share the pass
-    changes no row's bits on a CPU, as with the ops that it is made of, whose bits it has.
+    changes no row's bits on a CPU or where Triton serves, as with the ops that it is made of, whose
+    bits it has.
 
     Raises KernelInputError on a wrong shape, dtype, device or range, BackendUnavailableError when
     `backend` is named and cannot serve.

@@ -336,3 +336,17 @@ def test_strided_query_and_no_rows() -> None:
     assert same_bits(run(dataclasses.replace(batch, query=heads_first)), run(batch))
     none = lay_out([Session(nodes[:6], nodes[:0], [])], NARROW, seed=0)
     assert run(none).shape == (0, 2, 16)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("serial", [False, True])
+def test_a_node_beside_a_long_chain_sees_nothing_of_it(serial: bool) -> None:
+    """Its tile of rows runs tiles of keys that it has left, with a NaN in one of them."""
+    nodes = random_nodes(40, NARROW, seed=0)
+    session = Session(nodes[:16], nodes[16:], [*chain(23), 2])
+    attention = cast(Attention, partial(launch, serial=serial))
+    clean = run(lay_out([session], NARROW, seed=0), attention)
+    nodes.key[26], nodes.value[26] = torch.inf, torch.nan
+    spoilt = run(lay_out([session], NARROW, seed=0), attention)
+    rows = [*range(10), 23]
+    assert same_bits(spoilt[rows], clean[rows])

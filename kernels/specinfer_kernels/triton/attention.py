@@ -15,8 +15,10 @@ tensors of one shape with the same number of warps and without fused multiply-ad
 of a matrix product does not depend on its row in the tile is the hardware's part. Splits fold from
 left to right, either in one program or after all of them: launches differ, the operations do not.
 
-A chain longer than block_keys (a prefill) shares all its tiles: there a value that is not finite
-can reach rows of its tile that do not see it. In trees and short chains it cannot.
+A weight of zero does not keep out a value that is not finite. So such a value can reach a row that
+does not see it where the row shares its tile of keys: among rows of a chain longer than block_keys
+(a prefill), and from just behind a row's window. From nodes that are not its ancestors nothing
+reaches a row of a tree or of a short chain.
 """
 
 import math
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from specinfer_kernels.triton import attention_device as device
-from specinfer_kernels.triton.runtime import is_interpreting
+from specinfer_kernels.triton.runtime import device_of, is_interpreting
 
 # From this number of programs on a GPU is full without the splits of a sequence side by side.
 SERIAL_PROGRAMS = 512
@@ -70,15 +72,16 @@ def plan_attention(row_offsets: Tensor, context_lens: Tensor, ancestors: Tensor)
     )
     if num_rows:
         pointers = device.Plan(plan.sequences, plan.num_keys, plan.identity, plan.order)
-        device.plan_kernel[(num_rows,)](
-            row_offsets,
-            context_lens,
-            ancestors,
-            pointers,
-            context_lens.numel(),
-            num_words,
-            enable_fp_fusion=False,
-        )
+        with device_of(ancestors):
+            device.plan_kernel[(num_rows,)](
+                row_offsets,
+                context_lens,
+                ancestors,
+                pointers,
+                context_lens.numel(),
+                num_words,
+                enable_fp_fusion=False,
+            )
     return plan
 
 
@@ -136,9 +139,11 @@ def tree_attention(
         value_scale=value_scale,
     )
     grid = (num_tiles, 1 if serial else num_slots, num_columns)
-    device.shared_kernel[grid](inputs, rows, states, numbers, shape, **launch_options(shape))
-    finish = device.finish_kernel[(num_rows, num_columns)]
-    finish(inputs, rows, states, output, numbers, shape, **launch_options(shape))
+    options = launch_options(shape)
+    with device_of(query):
+        device.shared_kernel[grid](inputs, rows, states, numbers, shape, **options)
+        finish = device.finish_kernel[(num_rows, num_columns)]
+        finish(inputs, rows, states, output, numbers, shape, **options)
     return output
 
 

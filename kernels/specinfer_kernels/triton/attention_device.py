@@ -284,7 +284,9 @@ def shared_split(
         present = (places >= lowest) & (places < highest)
         tile = load_tile(inputs, table, places, present, kv_head, SHAPE)
         visible = (places[None, :] >= low[:, None]) & (places[None, :] < limit[:, None])
-        state = attend_tile(query, tile, visible, state, numbers, SHAPE)
+        # A row that sees no key of the tile gets no weight of zero times what is not finite either.
+        sees = (begin < limit) & (begin + SHAPE.block_keys > low)
+        state = select(sees, attend_tile(query, tile, visible, state, numbers, SHAPE), state)
     return state
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from specinfer_kernels.reference import FLOAT8
 from specinfer_kernels.triton import decoder_rows_device as device
+from specinfer_kernels.triton.runtime import device_of
 
 GATE_BLOCK = 1024
 
@@ -15,19 +16,20 @@ def rms_norm(values: Tensor, update: Tensor | None, weight: Tensor, epsilon: flo
     num_rows, width = values.shape
     result = values.new_empty(num_rows, width)
     if num_rows:
-        device.norm_kernel[(num_rows,)](
-            values,
-            values if update is None else update,
-            weight,
-            result,
-            values.stride(0),
-            0 if update is None else update.stride(0),
-            width,
-            epsilon,
-            HAS_UPDATE=update is not None,
-            BLOCK=_power_of_two(width),
-            **_options(_power_of_two(width)),
-        )
+        with device_of(values):
+            device.norm_kernel[(num_rows,)](
+                values,
+                values if update is None else update,
+                weight,
+                result,
+                values.stride(0),
+                0 if update is None else update.stride(0),
+                width,
+                epsilon,
+                HAS_UPDATE=update is not None,
+                BLOCK=_power_of_two(width),
+                **_options(_power_of_two(width)),
+            )
     return result
 
 
@@ -37,9 +39,10 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     result = gate_up.new_empty(num_rows, width)
     if result.numel():
         grid = (num_rows, -(-width // GATE_BLOCK))
-        device.gate_kernel[grid](
-            gate_up, result, gate_up.stride(0), width, BLOCK=GATE_BLOCK, **_options(GATE_BLOCK)
-        )
+        with device_of(gate_up):
+            device.gate_kernel[grid](
+                gate_up, result, gate_up.stride(0), width, BLOCK=GATE_BLOCK, **_options(GATE_BLOCK)
+            )
     return result
 
 
@@ -67,22 +70,23 @@ def rotate_and_write_kv(
             mixed, positions, slot_mapping, cosines, sines, key_cache, value_cache, query
         )
         has_norms = query_weight is not None and key_weight is not None
-        device.rotate_kernel[(num_rows, num_all)](
-            pointers,
-            query_weight if has_norms else mixed,
-            key_weight if has_norms else mixed,
-            mixed.stride(0),
-            epsilon,
-            1.0 / key_scale,
-            1.0 / value_scale,
-            NUM_HEADS=num_heads,
-            NUM_KV_HEADS=num_kv_heads,
-            HEAD_DIM=head_dim,
-            HAS_NORMS=has_norms,
-            FLOAT8=key_cache.dtype == FLOAT8,
-            HALF=_power_of_two(head_dim // 2),
-            **_options(head_dim),
-        )
+        with device_of(mixed):
+            device.rotate_kernel[(num_rows, num_all)](
+                pointers,
+                query_weight if has_norms else mixed,
+                key_weight if has_norms else mixed,
+                mixed.stride(0),
+                epsilon,
+                1.0 / key_scale,
+                1.0 / value_scale,
+                NUM_HEADS=num_heads,
+                NUM_KV_HEADS=num_kv_heads,
+                HEAD_DIM=head_dim,
+                HAS_NORMS=has_norms,
+                FLOAT8=key_cache.dtype == FLOAT8,
+                HALF=_power_of_two(head_dim // 2),
+                **_options(head_dim),
+            )
     return query
 
 
@@ -104,18 +108,19 @@ def move_slots(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
     block_moves = _power_of_two(num_moves)
     block_columns = max(8, min(_power_of_two(width), device.MOVE_ELEMENTS // block_moves))
     grid = (pool.shape[0] * 2, -(-width // block_columns))
-    device.move_kernel[grid](
-        pool,
-        sources,
-        targets,
-        num_moves,
-        num_slots,
-        width,
-        MOVES=block_moves,
-        COLUMNS=block_columns,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    with device_of(pool):
+        device.move_kernel[grid](
+            pool,
+            sources,
+            targets,
+            num_moves,
+            num_slots,
+            width,
+            MOVES=block_moves,
+            COLUMNS=block_columns,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
 
 
 def can_move(num_moves: int) -> bool:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from specinfer_kernels.triton import linear_device as device
-from specinfer_kernels.triton.runtime import is_interpreting
+from specinfer_kernels.triton.runtime import device_of, is_interpreting
 
 # Programs that few rows are given by splits: about two for each multiprocessor of an H200. It is a
 # constant and no question to the device, since where splits lie decides a row's bits.
@@ -125,16 +125,16 @@ def multiply_triton(packed: TritonWeight, rows: Tensor) -> Tensor:
     )
     row_tiles = -(-num_rows // shape.block_rows)
     grid = (row_tiles, -(-out_features // shape.block_outputs), 1)
-    if shape.serial:
-        device.linear_kernel[grid](
-            layer, rows, output, output, num_rows, shape, **launch_options(shape)
-        )
-        return output
-    sums = rows.new_empty(shape.num_splits, num_rows, out_features, dtype=torch.float32)
-    grid = (*grid[:2], shape.num_splits)
-    device.linear_kernel[grid](layer, rows, sums, output, num_rows, shape, **launch_options(shape))
-    fold = device.fold_kernel[(num_rows, -(-out_features // FOLD_BLOCK))]
-    fold(layer, sums, output, num_rows, shape, BLOCK=FOLD_BLOCK, enable_fp_fusion=False)
+    options = launch_options(shape)
+    with device_of(rows):
+        if shape.serial:
+            device.linear_kernel[grid](layer, rows, output, output, num_rows, shape, **options)
+            return output
+        sums = rows.new_empty(shape.num_splits, num_rows, out_features, dtype=torch.float32)
+        grid = (*grid[:2], shape.num_splits)
+        device.linear_kernel[grid](layer, rows, sums, output, num_rows, shape, **options)
+        fold = device.fold_kernel[(num_rows, -(-out_features // FOLD_BLOCK))]
+        fold(layer, sums, output, num_rows, shape, BLOCK=FOLD_BLOCK, enable_fp_fusion=False)
     return output
 
 

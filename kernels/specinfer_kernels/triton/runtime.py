@@ -6,8 +6,10 @@ Triton decides when it is imported whether its functions are interpreted on the 
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 # What the kernels multiply: the dtypes of a query.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -16,6 +18,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def is_interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU in this process."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one for a while: it is there that Triton launches."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
 def triton_failure(device: torch.device) -> str | None:

@@ -193,8 +193,10 @@ def sample_kernel(
         rank = seen + tl.cumsum(on_edge.to(tl.float64), 0)
         seen += tl.sum(on_edge.to(tl.float64), 0)
         kept = (key >= floor) & ((key != edge) | (rank <= ties)) & (value.to(tl.float64) >= least)
-        noise = tl.where(greedy, 0.0, gumbel(state, token.to(tl.int64)))
-        score = tl.where(kept & (token < vocab_size), value.to(tl.float64) + noise, float("-inf"))
+        score = value.to(tl.float64)
+        if greedy == 0:
+            score += gumbel(state, token.to(tl.int64))
+        score = tl.where(kept & (token < vocab_size), score, float("-inf"))
         block_top = tl.max(score, 0)
         first = tl.min(tl.where(score == block_top, token, vocab_size), 0).to(tl.int64)
         chosen = tl.where(block_top > top, first, chosen)
