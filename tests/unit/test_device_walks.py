@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -21,10 +21,13 @@ from specinfer_engine.batch import SequenceRows
 from specinfer_engine.logits import process_logits
 from specinfer_kernels import Backend
 from specinfer_verify.device_walks import Walked, Walker, read_walk, walk_on_device, walk_together
+from specinfer_verify.engine import MOST_WALK_FAILURES
 from specinfer_verify.scheduler import ScheduledRows
 from tests.kit.table_models import TableRunner, random_drafter
 from tests.kit.triton_interpreter import patch_once
 from tests.kit.verify_driver import TIMEOUT, Job, decode, decode_all, running, table_engine
+
+WalkTogether = Callable[[Sequence[ScheduledRows], Sequence[Tensor]], Walked]
 
 VOCAB = 5
 GREEDY = SamplingParams(temperature=0.0)
@@ -204,15 +207,45 @@ def test_a_nan_fails_its_session_alone() -> None:
 def test_walks_that_fail_together_are_done_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(*arguments: object) -> Walked:
+    def failing(plan: Sequence[ScheduledRows], logits: Sequence[Tensor]) -> Walked:
         raise RuntimeError("no memory for the logits")
 
-    monkeypatch.setattr(specinfer_verify.engine, "walk_on_device", failing)
+    messages = failures_told(monkeypatch, caplog, failing)
+    assert [message.rpartition(" one by one ")[2] for message in messages] == [
+        *["in this pass"] * (MOST_WALK_FAILURES - 1),
+        "from now on",
+    ]
+
+
+def test_a_failure_now_and_then_turns_no_walks_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_calls = 0
+
+    def failing_at_times(plan: Sequence[ScheduledRows], logits: Sequence[Tensor]) -> Walked:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls % MOST_WALK_FAILURES:
+            raise RuntimeError("no memory for the logits")
+        return walk_on_device(plan, logits)
+
+    messages = failures_told(monkeypatch, caplog, failing_at_times)
+    assert num_calls > 2 * MOST_WALK_FAILURES
+    assert len(messages) == num_calls - num_calls // MOST_WALK_FAILURES
+    assert all(message.endswith("in this pass") for message in messages)
+
+
+def failures_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, walk: WalkTogether
+) -> list[str]:
+    """What is logged, each with its error, while an engine gives the right tokens all the same."""
+    monkeypatch.setattr(specinfer_verify.engine, "walk_on_device", walk)
     jobs = make_jobs(4)
     outputs = plain_outputs(jobs)
     with caplog.at_level(logging.ERROR):
         assert together_outputs(drafted(jobs, outputs)) == outputs
-    assert [record.exc_text is not None for record in caplog.records] == [True], "said once"
+    assert all(record.exc_text is not None for record in caplog.records)
+    return [record.message for record in caplog.records]
 
 
 class WideRunner(TableRunner):

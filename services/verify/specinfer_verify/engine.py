@@ -42,6 +42,8 @@ from specinfer_verify.walks import Outcome, PassFacts, finish
 
 # How soon blocks that idle sessions have to yield are noticed.
 IDLE_SECONDS = 0.05
+# Walks together that fail this often in a row are not tried again.
+MOST_WALK_FAILURES = 3
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class VerifyEngine:
         self.limits = limits.within_pool(blocks)
         self._runner = runner
         self._walks_on_device = walk_on_device
+        self._num_walk_failures = 0  # in a row
         self._blocks = blocks
         self._clock = clock
         self._scheduler = Scheduler(
@@ -233,15 +236,21 @@ class VerifyEngine:
 
     def _walk(self, plan: Sequence[ScheduledRows], logits: Sequence[Tensor]) -> Walked:
         """What was walked together; what is missing is walked session by session."""
-        if not self._walks_on_device:
+        if not self._walks_on_device or self._num_walk_failures >= MOST_WALK_FAILURES:
             return {}
         try:
-            return walk_on_device(plan, logits)
+            walked = walk_on_device(plan, logits)
         except Exception:
             # Whoever is at fault, by itself each session fails alone.
-            log.exception("from now on sessions are walked one by one, as walks together failed")
-            self._walks_on_device = False
+            self._num_walk_failures += 1
+            last = self._num_walk_failures == MOST_WALK_FAILURES
+            log.exception(
+                "walks together failed: sessions are walked one by one %s",
+                "from now on" if last else "in this pass",
+            )
             return {}
+        self._num_walk_failures = 0
+        return walked
 
     def _answer(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
