@@ -7,16 +7,19 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from torch import Tensor
 
+from specinfer.errors import InvalidRequest
 from specinfer.messages import StepCost
 from specinfer.sampling import SamplingParams
 from specinfer.step_curve import StepCurve
 from specinfer_engine.batch import SequenceRows
 from specinfer_verify.gathering import wait_until
 from specinfer_verify.session import Absence
+from specinfer_verify.settings import Settings
 from tests.kit.table_models import TableRunner
 from tests.kit.verify_driver import Job, decode_all, running, table_engine
 
@@ -149,3 +152,9 @@ def test_sessions_that_gather_get_the_same_tokens_in_fewer_passes() -> None:
         num_passes.append(runner.num_passes)
     assert found[0] == found[1]
     assert 60 <= num_passes[1] < 90, "not all were in most passes"
+
+
+def test_another_word_for_gathering_is_refused() -> None:
+    assert Settings(model=Path("m")).gather == "auto"
+    with pytest.raises(InvalidRequest, match="--gather"):
+        Settings(model=Path("m"), gather="always")
