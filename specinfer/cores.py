@@ -12,6 +12,8 @@ from pathlib import Path
 
 from specinfer.errors import InvalidRequest
 
+# Compute threads of a process. What OpenMP cannot start may end the process without a word.
+MAX_THREADS = 1024
 _MOST_CORES = 4096
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _THREADS = Path("/proc/self/task")

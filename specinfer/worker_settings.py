@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from specinfer.cores import parse_cores
+from specinfer.cores import MAX_THREADS, parse_cores
 from specinfer.errors import InvalidRequest
 from specinfer.redis_connection import RedisSettings, redis_of
 from specinfer.registry import check_group
@@ -19,8 +19,6 @@ from specinfer.telemetry import TraceSettings
 KEEP, RENEW, OFF = "keep", "renew", "off"
 AUTO = "auto"
 _AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
-# What OpenMP cannot start may end the process without a word.
-MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from specinfer import Capabilities, Client
-from specinfer.cores import usable_cores, whole_cores
+from specinfer.cores import MAX_THREADS, usable_cores, whole_cores
 from specinfer.errors import Unauthenticated
 from specinfer_cli import arguments
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster, stop_signals
@@ -55,9 +55,10 @@ _Threads = Annotated[
     typer.Option(
         "--threads",
         min=1,
+        max=MAX_THREADS,
         help="Compute threads of each worker; default: 1 for each draft worker and the other cores "
-        "that this process may use for the verify workers. No two workers share a core where "
-        "there are enough.",
+        "that this process may use for the verify workers. Workers whose threads take all of these "
+        "cores get their own; others run wherever cores are idle.",
     ),
 ]
 _Keys = Annotated[

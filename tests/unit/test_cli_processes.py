@@ -255,7 +255,7 @@ def test_workers_get_cores_of_their_own_or_share_them_all(starts: Starts) -> Non
     settings = ClusterSettings(Path("target"), Path("draft"), num_verifiers=2, num_drafters=2)
     names = ("verify 1", "verify 2", "draft 1", "draft 2")
     for given, threads, cores in (
-        (None, "3311", ["0-2", "3-5", "6", "7"]),
+        (None, "3311", ["0-2", "3-5", "6", "7-8"]),
         (3, "3333", [None] * 4),
     ):
         with running_cluster(dataclasses.replace(settings, num_threads=given)):

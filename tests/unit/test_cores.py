@@ -107,11 +107,11 @@ def test_hardware_threads_of_one_core_count_once(
 
 def test_each_worker_gets_cores_of_its_own_where_there_are_enough() -> None:
     shares = share_cores(tuple(range(8)), 2, 1)
-    assert (shares.verify, shares.draft) == (((0, 1, 2), (3, 4, 5)), ((6,),))
+    assert (shares.verify, shares.draft) == (((0, 1, 2), (3, 4, 5)), ((6, 7),))
     assert (shares.verify_threads, shares.draft_threads, shares.num_threads) == (3, 1, 7)
     alone = share_cores((4, 5), 1, 0)
     assert (alone.verify, alone.draft, alone.apart) == (((4, 5),), (), True)
-    said = share_cores(tuple(range(8)), 1, 2, 2)
+    said = share_cores(tuple(range(6)), 1, 2, 2)
     assert (said.verify, said.draft) == (((0, 1),), ((2, 3), (4, 5)))
 
 
@@ -123,7 +123,17 @@ def test_cores_are_never_given_twice(workers: tuple[int, int], num_threads: int 
         given = [core for worker in (*shares.verify, *shares.draft) for core in worker]
         assert (len(shares.verify), len(shares.draft)) == workers
         assert len(set(given)) == len(given)
-        assert len(given) == (shares.num_threads if shares.apart else 0) <= num_cores
+        assert len(given) == (num_cores if shares.apart else 0)
+        assert not shares.apart or shares.num_threads <= num_cores
+
+
+def test_fewer_threads_than_cores_run_wherever_cores_are_idle() -> None:
+    """Else two clusters of one machine would meet on its first cores."""
+    shares = share_cores(tuple(range(16)), 1, 1, 4)
+    assert not shares.apart
+    assert (shares.verify, shares.draft) == (((),), ((),))
+    assert (shares.verify_threads, shares.draft_threads) == (4, 4)
+    assert share_cores(tuple(range(8)), 1, 1, 4).apart
 
 
 def test_few_cores_are_shared() -> None:
