@@ -97,19 +97,21 @@ class CheckedPaths:
         capabilities: of its cluster.
         tally: of the cases.
         seconds: from the start of the cluster to the last case.
-        ahead_hits: trees that the drafter had begun before they were asked for, and used.
+        ahead_begun, ahead_hits: trees that the drafter began before they were asked for, and those
+            of them that it used; a fast target leaves it little time to.
     """
 
     paths: Paths
     capabilities: Capabilities
     tally: Tally
     seconds: float
+    ahead_begun: int
     ahead_hits: int
 
     @property
     def lossless(self) -> bool:
         """Whether all was equal, and what is switched on was used."""
-        return self.tally.lossless and (self.ahead_hits > 0) == self.paths.ahead
+        return self.tally.lossless and (self.ahead_begun > 0) == self.paths.ahead
 
 
 def check_paths(
@@ -127,13 +129,13 @@ def check_paths(
         begun, metrics = time.perf_counter(), f"127.0.0.1:{free_port()}"
         with running_cluster(paths.over(base, metrics)) as cluster:
             capabilities, tally = check(cluster.router)
-            seconds, hits = time.perf_counter() - begun, ahead_hits(metrics)
-        found.append(CheckedPaths(paths, capabilities, tally, seconds, hits))
+            seconds, ahead = time.perf_counter() - begun, ahead_trees(metrics)
+        found.append(CheckedPaths(paths, capabilities, tally, seconds, *ahead))
     return found
 
 
-def ahead_hits(address: str) -> int:
-    """Trees that a draft worker began ahead and used, by its metrics; raises Unavailable."""
+def ahead_trees(address: str) -> tuple[int, int]:
+    """Trees that a draft worker began ahead, and used, by its metrics; raises Unavailable."""
     # Never through a proxy: it is a worker of ours that is asked.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -141,8 +143,9 @@ def ahead_hits(address: str) -> int:
             text = answer.read(MAX_PAGE_BYTES).decode("utf-8")
     except OSError as error:
         raise Unavailable(f"the metrics at {address} do not answer: {error}") from error
-    lines = [line for line in text.splitlines() if line.startswith(AHEAD_TREES) and HIT in line]
-    return round(sum(float(line.rpartition("} ")[2].split()[0]) for line in lines))
+    lines = [line for line in text.splitlines() if line.startswith(AHEAD_TREES)]
+    trees = {line: round(float(line.rpartition("} ")[2].split()[0])) for line in lines}
+    return sum(trees.values()), sum(count for line, count in trees.items() if HIT in line)
 
 
 def apart(found: Sequence[CheckedPaths]) -> list[str]:
