@@ -30,7 +30,9 @@ Made from the settings classes by `python tools/generate_settings.py`; do not ed
 Each is a flag and a variable: `--kv-memory 512` and `SPECINFER_VERIFY_KV_MEMORY=512` say the same,
 and the flag goes first. A flag that may be repeated is a variable with commas. A switch is turned
 off by `--no-NAME` or the variable `false`. Names that end in `seconds` are seconds. Secrets are
-given as files: a setting never holds one. What to choose is in [operations.md](operations.md).
+given as files: a setting never holds one. One variable is no setting: with
+`SPECINFER_NATIVE_KERNELS=off` a worker leaves its C++ kernels alone, to compare. What to choose is
+in [operations.md](operations.md).
 """
 
 

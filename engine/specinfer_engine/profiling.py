@@ -9,6 +9,7 @@ import logging
 import time
 from pathlib import Path
 
+import specinfer_kernels
 from specinfer.messages import StepCost
 from specinfer.worker_settings import OFF, RENEW
 from specinfer_engine.model import LoadedModel
@@ -40,6 +41,8 @@ def profile_steps(
         folder: where costs are kept; None takes the user's cache folder.
     """
     loaded = runner.loaded
+    kernels = specinfer_kernels.backend_name(loaded.device)
+    log.info("passes run on %s kernels", kernels, extra={"kernels": kernels})
     slots = min(runner.num_blocks * runner.block_size, loaded.max_model_len)
     grid = grid.within(slots)
     if runner.records_passes:

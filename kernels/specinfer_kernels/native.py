@@ -6,6 +6,7 @@ its status becomes a KernelInputError here. Knows CPU tensors only.
 """
 
 import ctypes
+import os
 from functools import cache
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
 
+# Variable that turns the library off, to see what the other backends do on a machine that has it.
+SWITCH = "SPECINFER_NATIVE_KERNELS"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _NO_MEMORY = 5
 _MESSAGES = {
@@ -54,6 +57,8 @@ def _load() -> ctypes.CDLL | str:
     from specinfer_kernels.build import BuildError, build
     from specinfer_kernels.prebuilt import find_prebuilt
 
+    if os.environ.get(SWITCH, "on").lower() in ("off", "0", "false", "no"):
+        return f"{SWITCH} has turned the native kernels off"
     try:
         library = ctypes.CDLL(str(find_prebuilt() or build()))
     except (BuildError, OSError) as error:

@@ -181,6 +181,22 @@ def test_without_a_compiler_the_reference_serves(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("value", "native"), [("off", False), ("FALSE", False), ("on", True)])
+def test_native_kernels_that_are_there_can_be_turned_off(value: str, native: bool) -> None:
+    if native_failure() is not None:
+        pytest.skip("they are not there")
+    code = (
+        "import specinfer_kernels\n"
+        "from specinfer_kernels.native import native_failure\n"
+        "print(specinfer_kernels.backend_name(), native_failure())\n"
+    )
+    environment = {**os.environ, "SPECINFER_NATIVE_KERNELS": value}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    off = "reference SPECINFER_NATIVE_KERNELS has turned the native kernels off"
+    assert said.stdout.strip() == ("native None" if native else off)
+
+
 def test_sources_ship_with_the_package() -> None:
     assert {"kernels.cpp", "attention.h", "sampling.h", "vectors.h"} <= {
         source.name for source in SOURCE_FOLDER.iterdir()
