@@ -152,7 +152,8 @@ def _tell_paths(
     for each in found:
         console.print(f"{each.paths.name}: {each.paths.switches}", style="bold", markup=False)
         _print(each.capabilities, each.tally, len(texts), each.seconds)
-        console.print(f"{each.ahead_begun} trees begun ahead, {each.ahead_hits} used\n")
+        console.print(f"{each.ahead_begun} trees begun ahead, {each.ahead_hits} used")
+        console.print(f"kernels of the workers: {', '.join(each.kernels)}\n", markup=False)
     for name in others:
         console.print(f"{name}: other tokens than the first of its target", style="bold red")
     if passed:
@@ -167,6 +168,7 @@ def _paths_report(each: CheckedPaths, num_prompts: int, samples: int) -> dict[st
         "switches": each.paths.switches,
         "ahead_begun": each.ahead_begun,
         "ahead_hits": each.ahead_hits,
+        "kernels": list(each.kernels),
         "outputs": f"{each.tally.digest:064x}",
         **_report(each.capabilities, each.tally, num_prompts, samples, each.seconds),
     }

@@ -6,6 +6,7 @@ lies between a guess and a token. This module knows nothing of cases or reports.
 
 from __future__ import annotations
 
+import json
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,14 @@ from specinfer.errors import Unavailable
 from specinfer.metrics.metric import PREFIX
 from specinfer_cli.cluster import ClusterSettings, running_cluster
 from specinfer_cli.lossless_check import Tally
-from specinfer_cli.processes import free_port
+from specinfer_cli.processes import Child, free_port
 
 ANSWER_SECONDS = 10.0
 MAX_PAGE_BYTES = 4 * 1024 * 1024
 AHEAD_TREES = f"{PREFIX}ahead_trees_total{{"
 HIT = 'outcome="hit"'
+# Workers say what they run on.
+_TELLING = ("--log-level", "info")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Paths:
         unix_sockets: whether the tiers speak over files.
         verify, draft, router: further flags of each.
         environment: further variables of the workers.
+        kernels: what every worker's passes have to run on, or "" for whatever is there.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Paths:
     draft: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    kernels: str = ""
 
     @property
     def switches(self) -> str:
@@ -64,8 +69,8 @@ class Paths:
         return replace(
             base,
             unix_sockets=self.unix_sockets,
-            verify_flags=self.verify,
-            draft_flags=(*self._draft_flags, "--metrics", draft_metrics),
+            verify_flags=(*_TELLING, *self.verify),
+            draft_flags=(*_TELLING, *self._draft_flags, "--metrics", draft_metrics),
             router_flags=self.router,
             worker_environment=self.environment,
         )
@@ -83,8 +88,13 @@ ALL_PATHS = (
     ),
     Paths("the fast paths", "stored weights"),
     Paths("the fast paths, int8 weights", "int8 weights", verify=_INT8, draft=_INT8),
-    # Our own kernels are built by the machine's compiler: without one torch and oneDNN serve.
-    Paths("the fast paths, no compiler", "other kernels", environment={"PATH": ""}),
+    # As on a machine without a compiler: torch and oneDNN serve.
+    Paths(
+        "the fast paths, no native kernels",
+        "other kernels",
+        environment={"SPECINFER_NATIVE_KERNELS": "off"},
+        kernels="reference",
+    ),
 )
 
 
@@ -99,6 +109,7 @@ class CheckedPaths:
         seconds: from the start of the cluster to the last case.
         ahead_begun, ahead_hits: trees that the drafter began before they were asked for, and those
             of them that it used; a fast target leaves it little time to.
+        kernels: what the workers said that their passes run on, each in turn.
     """
 
     paths: Paths
@@ -107,11 +118,14 @@ class CheckedPaths:
     seconds: float
     ahead_begun: int
     ahead_hits: int
+    kernels: tuple[str, ...]
 
     @property
     def lossless(self) -> bool:
         """Whether all was equal, and what is switched on was used."""
-        return self.tally.lossless and (self.ahead_begun > 0) == self.paths.ahead
+        wanted = self.paths.kernels
+        used = not wanted or (bool(self.kernels) and set(self.kernels) == {wanted})
+        return self.tally.lossless and used and (self.ahead_begun > 0) == self.paths.ahead
 
 
 def check_paths(
@@ -130,8 +144,23 @@ def check_paths(
         with running_cluster(paths.over(base, metrics)) as cluster:
             capabilities, tally = check(cluster.router)
             seconds, ahead = time.perf_counter() - begun, ahead_trees(metrics)
-        found.append(CheckedPaths(paths, capabilities, tally, seconds, *ahead))
+            kernels = tuple(map(kernels_of, cluster.children[:-1]))
+        found.append(CheckedPaths(paths, capabilities, tally, seconds, *ahead, kernels))
     return found
+
+
+def kernels_of(worker: Child) -> str:
+    """What a worker's log says that its passes run on, or "" where it says nothing."""
+    with worker.log.open(encoding="utf-8", errors="replace") as log:
+        lines = [line for line in log.read(MAX_PAGE_BYTES).splitlines() if '"kernels"' in line]
+    for line in lines:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict) and isinstance(said.get("kernels"), str):
+            return str(said["kernels"])
+    return ""
 
 
 def ahead_trees(address: str) -> tuple[int, int]:
