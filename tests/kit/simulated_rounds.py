@@ -63,27 +63,41 @@ class Totals:
 
 
 class Simulation:
-    """Sessions side by side: all propose, one pass checks all, all learn."""
+    """Sessions side by side: all propose, one pass checks all, all learn.
 
-    def __init__(self, world: World, policy: TreeShapePolicy, num_sessions: int, seed: int) -> None:
+    With `in_turn` each session plans its next round as soon as it has learnt, as those of a router
+    do, and not when all have.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        policy: TreeShapePolicy,
+        num_sessions: int,
+        seed: int,
+        *,
+        in_turn: bool = False,
+    ) -> None:
         self.world = world
+        self._in_turn = in_turn
+        self._plans: list[ShapeQuery] = []
         self.last_shapes: list[ShapeQuery] = []
         self._policy = policy
         self._num_rounds = 0
         self._random = random.Random(seed)
         self._histories = [policy.history(0.0, world.context_len) for _ in range(num_sessions)]
 
-    def run(self, num_rounds: int) -> Totals:
-        """So many rounds of every session."""
+    def run(self, num_rounds: int, num_sessions: int | None = None) -> Totals:
+        """So many rounds of every session; the policy is told of `num_sessions`."""
         totals = Totals()
         for _ in range(num_rounds):
-            self._round(totals)
+            self._round(totals, len(self._histories) if num_sessions is None else num_sessions)
         return totals
 
-    def _round(self, totals: Totals) -> None:
+    def _round(self, totals: Totals, told: int) -> None:
         world, batch = self.world, len(self._histories)
-        plans = [self._policy.plan(SpeculationOptions(), each, batch) for each in self._histories]
-        self.last_shapes = plans
+        plans = self._plans or [self._plan(each, told) for each in self._histories]
+        self.last_shapes, self._plans = plans, []
         trees = [grow(world.acceptance, shape) for shape in plans]
         num_drafted, pace = sum(len(tree) > 1 for tree in trees), world.pace(self._num_rounds)
         self._num_rounds += 1
@@ -96,8 +110,13 @@ class Simulation:
         for history, tree, seconds in zip(self._histories, trees, drafts, strict=True):
             totals.num_tokens += 1 + self._learn(history, tree, num_rows, seconds, verify)
             totals.num_nodes += tree.num_draft_tokens
+            if self._in_turn:
+                self._plans.append(self._plan(history, told))
         totals.num_rounds += 1
         totals.seconds += draft + verify
+
+    def _plan(self, history: RoundHistory, told: int) -> ShapeQuery:
+        return self._policy.plan(SpeculationOptions(), history, told)
 
     def _draft_seconds(self, tree: TokenTree) -> float:
         world = self.world

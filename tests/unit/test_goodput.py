@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
 from specinfer_router import goodput
-from specinfer_router.calibration import Calibration, Snapshot
+from specinfer_router.calibration import Acceptance, Calibration, Snapshot
 from specinfer_router.goodput import PROBE_ROUNDS, AdaptiveShape, shift_acceptance, sizes
-from specinfer_router.sequoia import expected_tokens
+from specinfer_router.sequoia import TokenTable, expected_tokens
 from tests.kit.simulated_rounds import Simulation, World
 
 FLAT = StepCurve([StepCost(1, 0, 0.010), StepCost(12, 0, 0.010), StepCost(64, 0, 0.100)])
@@ -189,6 +189,66 @@ def test_many_that_begin_at_once_are_not_each_taken_to_be_alone() -> None:
     assert policy.plan(ANY, histories[0], 64).max_nodes == 0
     assert policy.plan(ANY, policy.history(0.0, 100), 0).max_nodes == 0, "one of the next 64"
     assert policy.plan(ANY, histories[0], 1).max_nodes > 4, "alone again"
+
+
+def test_one_client_that_asks_in_sequence_does_not_begin_probing_anew_each_time() -> None:
+    """A first plan is made without a place: the guess of one more is no load that was halved."""
+    policy = AdaptiveShape(CAP, Calibration(MEASURED, lambda: (StepCost(1, 0, 0.0005),)))
+    world = World(MEASURED, ((1e-9, 1e-9),))
+    before = Simulation(world, policy, 1, seed=1)
+    before.run(100)
+    num_rounds = num_probes = 0
+    for _ in range(40):
+        request = Simulation(world, policy, 1, seed=2)
+        for at in range(64):
+            num_probes += request.run(1, num_sessions=min(at, 1)).num_nodes
+            num_rounds += 1
+    assert 0 < num_probes < 0.015 * num_rounds
+
+
+def test_requests_of_one_round_are_not_taken_to_be_there_for_ever() -> None:
+    policy = AdaptiveShape(CAP, Calibration(BY_ROW))
+    for _ in range(1000):
+        assert policy.plan(ANY, policy.history(0.0, 100), 0).max_nodes > 4, "alone, as before"
+    assert policy.num_kept < 10
+
+
+@pytest.mark.parametrize("sessions", [16, 64])
+def test_a_choice_is_made_anew_after_passes_and_not_for_every_session_of_one(
+    sessions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, costs = list[int](), StepCurve([StepCost(1, 0, 0.05), StepCost(1024, 0, 0.05)])
+    best = goodput.best_choice
+
+    def counted(tokens: TokenTable, costs: goodput.RoundCosts) -> goodput.Choice:
+        made.append(costs.num_sessions)
+        return best(tokens, costs)
+
+    monkeypatch.setattr(goodput, "best_choice", counted)
+    cluster = Simulation(
+        World(costs, GOOD), AdaptiveShape(CAP, Calibration(costs)), sessions, seed=1, in_turn=True
+    )
+    cluster.run(32)
+    made.clear()
+    assert cluster.run(64).num_nodes == 64 * sessions * CAP.max_nodes
+    assert 0 < len(made) <= 20, "of sessions * 64 plans"
+
+
+@pytest.mark.parametrize("most", [255, 1023])
+def test_what_a_request_asks_for_bounds_what_is_looked_at(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depths = list[int]()
+
+    def counted(acceptance: Acceptance, max_nodes: int, max_depth: int) -> TokenTable:
+        depths.append(max_depth)
+        return expected_tokens(acceptance, max_nodes, max_depth)
+
+    monkeypatch.setattr(goodput, "expected_tokens", counted)
+    policy = AdaptiveShape(CAP, Calibration(FLAT))
+    asked = SpeculationOptions(max_nodes=most, max_depth=most)
+    assert policy.plan(asked, policy.history(0.0, 100), 1).max_nodes > 4
+    assert depths == [goodput.MAX_DEPTH]
 
 
 def test_what_was_in_vain_under_load_does_not_keep_few_sessions_waiting() -> None:

@@ -9,11 +9,13 @@ import pytest
 from specinfer.errors import StaleEpoch
 from specinfer.messages import Finished, ShapeQuery, SpeculationOptions, Started, TokensEvent
 from specinfer.step_curve import StepCurve
-from specinfer_router.calibration import Calibration
+from specinfer_router import goodput
+from specinfer_router.calibration import Acceptance, Calibration
 from specinfer_router.goodput import AdaptiveShape
 from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import StaticShape
 from specinfer_router.router import RouterLimits
+from specinfer_router.sequoia import TokenTable, expected_tokens
 from tests.kit.fake_drafter import FakeDrafter
 from tests.kit.fake_workers import EOS, FakeVerifier, continuation, info_of
 from tests.kit.router import PROMPT, request_of, running_router
@@ -89,6 +91,22 @@ async def test_an_adaptive_shape_gives_the_same_tokens() -> None:
         result = await bench.generate(request_of(max_tokens=120))
         assert result.token_ids == continuation(PROMPT, 120, seed=3)
         assert result.finished.speculation.num_accepted_tokens > 0
+
+
+async def test_a_choice_is_among_trees_that_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = set[int]()
+
+    def counted(acceptance: Acceptance, max_nodes: int, max_depth: int) -> TokenTable:
+        sizes.add(max_nodes)
+        return expected_tokens(acceptance, max_nodes, max_depth)
+
+    monkeypatch.setattr(goodput, "expected_tokens", counted)
+    policy = AdaptiveShape(ShapeQuery(max_nodes=12, max_depth=6), Calibration(StepCurve(())))
+    async with running_router(policy=policy) as bench:
+        options = SpeculationOptions(max_nodes=1023, max_depth=1023)
+        result = await bench.generate(request_of(max_tokens=20, speculation=options))
+        assert result.token_ids == continuation(PROMPT, 20, seed=3)
+    assert sizes == {31}
 
 
 async def test_no_tree_reaches_past_the_end() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
-from specinfer_router.policy import StaticShape, clip, num_nodes
+from specinfer_router.policy import StaticShape, clip, num_nodes, within
 
 FLAT = StepCurve([StepCost(1, 0, 0.010), StepCost(12, 0, 0.010), StepCost(64, 0, 0.100)])
 ANY = SpeculationOptions()
@@ -23,6 +23,14 @@ def test_static_shapes_follow_the_request_and_else_the_cluster() -> None:
     assert policy.plan(SpeculationOptions(widths=(2, 2)), history, 1) == ShapeQuery(
         max_nodes=6, max_depth=2, widths=(2, 2)
     )
+
+
+def test_a_larger_tree_than_there_may_be_is_asked_for_as_the_largest() -> None:
+    assert within(SpeculationOptions(max_nodes=255, max_depth=9), 64) == SpeculationOptions(
+        max_nodes=63, max_depth=9
+    )
+    for options in (ANY, SpeculationOptions(max_nodes=63), SpeculationOptions(widths=(2, 2))):
+        assert within(options, 64) is options
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def bad(**changes: Any) -> GenerateRequest:
         (bad(num_logprobs=21), "num_logprobs"),
         (bad(request_id="x" * 129), "request_id"),
         (bad(request_id="line\nbreak"), "request_id"),
+        (bad(speculation=SpeculationOptions(max_nodes=1024)), "speculation.max_nodes"),
+        (bad(speculation=SpeculationOptions(max_depth=1024)), "speculation.max_depth"),
         (bad(speculation=SpeculationOptions(widths=(40,))), "speculation.widths"),
         (bad(speculation=SpeculationOptions(widths=(0,))), "speculation.widths"),
         (bad(speculation=SpeculationOptions(widths=(1,) * 40)), "speculation.widths"),

@@ -83,7 +83,11 @@ class AcceptanceCounts:
         """
         children: dict[int, list[int]] = {}
         for node in range(1, num_draft_nodes):
-            children.setdefault(tree.parents[node], []).append(node)
+            siblings = children.get(tree.parents[node])
+            if siblings is None:
+                children[tree.parents[node]] = [node]
+            else:
+                siblings.append(node)
         outcomes: list[bool] = []
         parent = 0
         for node in (*accepted, -1):
@@ -151,10 +155,9 @@ class DraftCost:
         """Take in a tree of `levels` levels that came after `seconds`."""
         # What was known before a pause is old: one slow answer must not silence a drafter for long.
         keep = KEPT_AFTER_PAUSE if after_pause else KEPT
-        new = (1.0, levels, seconds, levels * levels, levels * seconds)
-        one, two, three, four, five = (
-            keep * old + value for old, value in zip(self._sums, new, strict=True)
-        )
+        one, two, three, four, five = self._sums
+        one, two, three = keep * one + 1.0, keep * two + levels, keep * three + seconds
+        four, five = keep * four + levels * levels, keep * five + levels * seconds
         self._sums = (one, two, three, four, five)
         if four - two * two / one > CLEAR_SPREAD:
             self._learnt_level = self.parts()[1]
@@ -223,7 +226,8 @@ class LiveCosts:
         self._num_seen = min(MOST_PASSES, self._num_seen + share)
         step = error * max(PACE_WEIGHT * share, share / self._num_seen)
         self._pace += step
-        self._weights = [KEPT_PASS**share * weight for weight in self._weights]
+        kept = KEPT_PASS**share
+        self._weights = [kept * weight for weight in self._weights]
         self._weights[place] = min(MOST_PASSES, self._weights[place] + share)
         self._factors[place] += (error - step) * share / (self._weights[place] + LEANING_PASSES)
 
@@ -255,7 +259,8 @@ class DrafterRecord:
     def __init__(self, costs: Sequence[StepCost] = ()) -> None:
         """Begin with what the drafter measured of its passes, or nothing."""
         self._curve = StepCurve(costs)
-        self.cost = DraftCost(self._curve.at(1) if costs else 0.0)
+        self._alone = self._curve.at(1)
+        self.cost = DraftCost(self._alone if costs else 0.0)
         self.num_idle_rounds = self.num_busy_rounds = 0
         self.num_vain_probes = self.num_vain_starts = self.crowd = 0
         self._counts = AcceptanceCounts()
@@ -264,7 +269,7 @@ class DrafterRecord:
 
     def slowness(self, num_sessions: int) -> float:
         """How much longer a level takes to so many sessions at once than to one."""
-        return max(1.0, self._curve.at(num_sessions) / self._curve.at(1))
+        return max(1.0, self._curve.at(num_sessions) / self._alone) if num_sessions > 1 else 1.0
 
     def observe(
         self,
@@ -272,15 +277,17 @@ class DrafterRecord:
         accepted: Sequence[int],
         num_draft_nodes: int,
         *,
+        num_sessions: int = 1,
         after_pause: bool = False,
     ) -> list[bool]:
-        """Count a round's tree; see `AcceptanceCounts.observe`."""
+        """Count a round's tree, one of `num_sessions`; see `AcceptanceCounts.observe`."""
         outcomes = self._counts.observe(tree, accepted, num_draft_nodes)
         self._num_rounds += 1
-        # Soon at first, for the prior is a guess; then as often as the tables are worth. What a
-        # probe found is wanted at once.
+        # Soon at first, for the prior is a guess; then as often as the tables are worth: each new
+        # one makes the choices of all sessions anew. What a probe found is wanted at once.
         if after_pause or self._num_rounds >= self._next_snapshot:
-            self._next_snapshot = self._num_rounds + min(self._num_rounds, SNAPSHOT_ROUNDS)
+            wait = min(self._num_rounds, SNAPSHOT_ROUNDS * num_sessions)
+            self._next_snapshot = self._num_rounds + wait
             self.snapshot = self._counts.snapshot()
         return outcomes
 
@@ -291,7 +298,8 @@ class Calibration:
     Attributes:
         costs: what the target's passes cost.
         overhead_seconds: what the way to the target and back takes beside its passes and queue.
-        num_passes: passes seen; what is made of the costs is worth making again now and then.
+        num_passes: passes seen, each session's share of its own; what is made of the costs is worth
+            making again now and then.
     """
 
     def __init__(
@@ -305,7 +313,7 @@ class Calibration:
         """
         self.costs = LiveCosts(costs)
         self.overhead_seconds = MovingAverage(0.0, weight=0.05)
-        self.num_passes = 0
+        self.num_passes = 0.0
         self._draft_costs = draft_costs
         self._records: OrderedDict[tuple[str, int], DrafterRecord] = OrderedDict()
         self._newest = ""
@@ -345,7 +353,8 @@ class Calibration:
             share: part of the rows that were the session's own; the others tell of it too.
             overhead_seconds: round trip less compute and queue.
         """
-        self.num_passes += 1
+        # As many sessions tell of a pass as were in it.
+        self.num_passes += share
         self.costs.observe(num_rows, context_len, seconds, share)
         self.overhead_seconds.observe(max(0.0, overhead_seconds))
 

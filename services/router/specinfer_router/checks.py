@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from specinfer.errors import InvalidRequest, NotFound
 from specinfer.messages import GenerateRequest, SpeculationOptions, WorkerInfo
 from specinfer.sampling import MAX_LOGPROBS
+from specinfer.tree import MAX_TREE_NODES
 from specinfer_router.access import MAX_PRIORITY
 from specinfer_router.policy import num_nodes
 from specinfer_router.text import check_unicode
@@ -88,10 +89,17 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> No
 
 
 def check_speculation(options: SpeculationOptions, max_tree_nodes: int) -> None:
-    """Raise InvalidRequest for a tree that no worker takes."""
+    """Raise InvalidRequest for a tree that no worker takes.
+
+    `max_nodes` and `max_depth` are upper bounds, and a cluster may have smaller ones: only what no
+    cluster could have is refused, as the client does.
+    """
     for name, value in (("max_nodes", options.max_nodes), ("max_depth", options.max_depth)):
-        if value is not None and value < 0:
-            raise InvalidRequest(f"{name} is not negative", field=f"speculation.{name}")
+        if value is not None and not 0 <= value < MAX_TREE_NODES:
+            raise InvalidRequest(
+                f"{name} is between 0 and {MAX_TREE_NODES - 1}, got {value}",
+                field=f"speculation.{name}",
+            )
     widths = options.widths
     too_many = len(widths) >= max_tree_nodes or any(
         not 1 <= width < max_tree_nodes for width in widths

@@ -11,9 +11,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
+from weakref import WeakSet
 
 from specinfer.messages import ShapeQuery, SpeculationOptions
 from specinfer_router.calibration import (
+    MAX_LEVELS,
     MOST_ACCEPTED,
     Acceptance,
     Calibration,
@@ -32,6 +34,8 @@ STAY_MARGIN = 0.03
 MAX_CHOICES = 1024
 MAX_TABLES = 64
 MAX_NODES = 255
+# Deepest tree looked at: the tables of deeper ones take long, and their leaves are worth nothing.
+MAX_DEPTH = 16
 # What a drafter that is never wrong would have.
 ALWAYS_RIGHT: Acceptance = ((MOST_ACCEPTED,),)
 # Passes after which a choice is made again, for what passes cost is learnt from them.
@@ -39,6 +43,8 @@ PASSES_A_CHOICE = 32
 # Costs and contexts that differ by less than this share of an octave make the same choice.
 STEPS_AN_OCTAVE = 6
 SHIFT_STEP = 0.5
+# Less than this share of a pass decides nothing, and is noise where a cost is learnt from answers.
+LEAST_SHARE = 1 / 64
 # With more sessions than this in a pass one decision is made for all of them.
 CROWD = 8
 # Rounds of every session after which speculation that began was no vain start.
@@ -81,6 +87,13 @@ class RoundCosts:
     def draft(self, depth: int) -> float:
         """A propose of `depth` levels."""
         return self.draft_fixed + depth * self.draft_level
+
+    def steps(self) -> tuple[int, int, int]:
+        """The same for contexts and drafters that make the same choice; passes are not in it."""
+        least = LEAST_SHARE * self.verify(0)
+        drafts = (self.draft_fixed, MAX_LEVELS * self.draft_level)
+        fixed, levels = (_step(seconds if seconds > least else 0.0) for seconds in drafts)
+        return _step(self.context_len), fixed, levels
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,9 @@ class AdaptiveShape:
         """Choose trees no larger and no deeper than `default`, where a request does not say."""
         self._default = default
         self._calibration = calibration
+        # Sessions at once when that was last known, and those that began since and still are.
         self._num_sessions = 0
+        self._beginning: WeakSet[RoundHistory] = WeakSet()
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
 
@@ -145,67 +160,49 @@ class AdaptiveShape:
         self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
     ) -> ShapeQuery:
         """The nodes and depth of highest goodput, possibly none."""
-        # Who has no place yet comes on top of those who have: many may begin at once.
-        self._num_sessions = num_sessions or self._num_sessions + 1
+        sharing = self._sharing(history, num_sessions)
         asked = requested(options, self._default)
-        history.num_drafting = self._num_sessions
+        history.num_sessions = history.num_drafting = sharing
         if asked.widths or asked.max_nodes == 0 or asked.max_depth == 0:
             return asked
-        record, crowded = history.record, self._num_sessions > CROWD
-        self._notice_load(record)
-        choice = self._choice(record, history, asked, crowded=crowded)
+        record, crowded = history.record, sharing > CROWD
+        if num_sessions:
+            _notice_load(record, num_sessions)
+        choice = self._choice(record, history, asked)
         going = history.speculating
         if going is None or crowded:
             going = record.num_idle_rounds == 0
         history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
         if history.speculating:
-            self._goes_on(record)
+            _goes_on(record, sharing)
             return replace(asked, max_nodes=choice.num_nodes, max_depth=choice.depth)
-        if not self._is_probe(record, choice):
+        if not _is_probe(record, choice, sharing):
             return replace(asked, max_nodes=0)
         history.num_drafting = 1
         return replace(asked, max_nodes=1, max_depth=1)
 
-    def _notice_load(self, record: DrafterRecord) -> None:
-        """With half as many sessions, what was in vain before says little."""
-        record.crowd = max(record.crowd, self._num_sessions)
-        if 2 * self._num_sessions <= record.crowd:
-            record.crowd = self._num_sessions
-            record.num_vain_probes = record.num_vain_starts = 0
+    def _sharing(self, history: RoundHistory, num_sessions: int) -> int:
+        """Sessions at once, this one included; a guess where it has no place yet and is told 0.
 
-    def _goes_on(self, record: DrafterRecord) -> None:
-        """A round with guesses that are expected to pay."""
-        record.num_idle_rounds = 0
-        record.num_busy_rounds += 1
-        if record.num_busy_rounds > LASTING_ROUNDS * self._num_sessions:
-            record.num_vain_probes = record.num_vain_starts = 0
+        Such a session comes on top of those that have a place: many may begin at once.
+        """
+        if not num_sessions:
+            self._beginning.add(history)
+            return self._num_sessions + len(self._beginning)
+        self._num_sessions = num_sessions
+        if self._beginning:
+            self._beginning.clear()
+        return num_sessions
 
-    def _is_probe(self, record: DrafterRecord, choice: Choice) -> bool:
-        """Whether a round in which guesses are not expected to pay tries one all the same."""
-        if 0 < record.num_busy_rounds <= LASTING_ROUNDS * self._num_sessions:
-            record.num_vain_starts = min(MOST_VAIN_STARTS, record.num_vain_starts + 1)
-        record.num_busy_rounds = 0
-        record.num_idle_rounds += 1
-        wait = choice.most_wait
-        if self._num_sessions <= CROWD:
-            wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), wait)
-        wait = max(wait, choice.least_wait) << record.num_vain_starts
-        if choice.hopeless or record.num_idle_rounds <= wait:
-            return False
-        record.num_idle_rounds = 1
-        record.num_vain_probes += 1
-        return True
-
-    def _choice(
-        self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery, *, crowded: bool
-    ) -> Choice:
+    def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
         """The best choice under what is known now, remembered while that hardly changes."""
-        known, shift = self._calibration, 0 if crowded else round(history.shift / SHIFT_STEP)
-        costs = RoundCosts.of(known, record, self._num_sessions, history.context_len)
+        known, sharing = self._calibration, history.num_sessions
+        shift = 0 if sharing > CROWD else round(history.shift / SHIFT_STEP)
+        costs = RoundCosts.of(known, record, sharing, history.context_len)
         key = (
             *(record.snapshot, shift, asked.max_nodes, asked.max_depth),
-            *(costs.num_sessions, known.num_passes // PASSES_A_CHOICE),
-            *map(_step, (history.context_len, costs.draft_fixed, costs.draft_level)),
+            *(costs.num_sessions, int(known.num_passes) // PASSES_A_CHOICE),
+            *costs.steps(),
         )
         found = self._choices.get(key)
         if found is None:
@@ -220,7 +217,7 @@ class AdaptiveShape:
         return found
 
     def _table(self, acceptance: Acceptance, shift: int, asked: ShapeQuery) -> TokenTable:
-        max_nodes, max_depth = min(asked.max_nodes, MAX_NODES), min(asked.max_depth, MAX_NODES)
+        max_nodes, max_depth = min(asked.max_nodes, MAX_NODES), min(asked.max_depth, MAX_DEPTH)
         key = (acceptance, shift, max_nodes, max_depth)
         table = self._tables.get(key)
         if table is None:
@@ -229,6 +226,39 @@ class AdaptiveShape:
             self._tables[key] = table
             _bound(self._tables, MAX_TABLES)
         return table
+
+
+def _notice_load(record: DrafterRecord, num_sessions: int) -> None:
+    """With fewer than half as many sessions, what was in vain before says little."""
+    record.crowd = max(record.crowd, num_sessions)
+    if 2 * num_sessions < record.crowd:
+        record.crowd = num_sessions
+        record.num_vain_probes = record.num_vain_starts = 0
+
+
+def _goes_on(record: DrafterRecord, num_sessions: int) -> None:
+    """A round with guesses that are expected to pay."""
+    record.num_idle_rounds = 0
+    record.num_busy_rounds += 1
+    if record.num_busy_rounds > LASTING_ROUNDS * num_sessions:
+        record.num_vain_probes = record.num_vain_starts = 0
+
+
+def _is_probe(record: DrafterRecord, choice: Choice, num_sessions: int) -> bool:
+    """Whether a round in which guesses are not expected to pay tries one all the same."""
+    if 0 < record.num_busy_rounds <= LASTING_ROUNDS * num_sessions:
+        record.num_vain_starts = min(MOST_VAIN_STARTS, record.num_vain_starts + 1)
+    record.num_busy_rounds = 0
+    record.num_idle_rounds += 1
+    wait = choice.most_wait
+    if num_sessions <= CROWD:
+        wait = min(PROBE_ROUNDS << min(record.num_vain_probes, 16), wait)
+    wait = max(wait, choice.least_wait) << record.num_vain_starts
+    if choice.hopeless or record.num_idle_rounds <= wait:
+        return False
+    record.num_idle_rounds = 1
+    record.num_vain_probes += 1
+    return True
 
 
 def best_choice(tokens: TokenTable, costs: RoundCosts) -> Choice:

@@ -95,6 +95,16 @@ def requested(options: SpeculationOptions, default: ShapeQuery) -> ShapeQuery:
     return shape
 
 
+def within(options: SpeculationOptions, max_tree_nodes: int) -> SpeculationOptions:
+    """The options with no larger tree than there may be, its root included in `max_tree_nodes`.
+
+    Before a choice is made, for what takes longest to choose among are trees that nobody grows.
+    """
+    if options.max_nodes is None or options.max_nodes < max_tree_nodes:
+        return options
+    return replace(options, max_nodes=max_tree_nodes - 1)
+
+
 def clip(shape: ShapeQuery, *, max_nodes: int, max_depth: int) -> ShapeQuery:
     """The shape within a round's room; widths lose whole levels from the bottom."""
     max_nodes = max(0, min(shape.max_nodes, max_nodes))

@@ -22,6 +22,7 @@ class RoundHistory:
     Attributes:
         context_len: tokens committed.
         speculating: whether the last round was planned with guesses; None before the first.
+        num_sessions: sessions that shared the target when the last round was planned.
         num_drafting: sessions that were to be drafted for in the last round that was planned.
     """
 
@@ -29,7 +30,7 @@ class RoundHistory:
         """Begin a session of `context_len` tokens that draws at `temperature`."""
         self.context_len = context_len
         self.speculating: bool | None = None
-        self.num_drafting = 1
+        self.num_sessions = self.num_drafting = 1
         self._calibration = calibration
         self._temperature = temperature
         self._drafter = ""
@@ -83,7 +84,11 @@ class RoundHistory:
         self._paused = False
         usual = record.snapshot.overall
         outcomes = record.observe(
-            guess.tree, checked.result.accepted, guess.num_draft_nodes, after_pause=paused
+            guess.tree,
+            checked.result.accepted,
+            guess.num_draft_nodes,
+            num_sessions=self.num_sessions,
+            after_pause=paused,
         )
         for right in outcomes:
             self._surprise += OWN_WEIGHT * (right - usual - self._surprise)

@@ -26,7 +26,7 @@ from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import CLIENT, Span
 from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
-from specinfer_router.policy import TreeShapePolicy, clip
+from specinfer_router.policy import TreeShapePolicy, clip, within
 from specinfer_router.prediction import Prediction
 from specinfer_router.round_tally import RoundTally
 from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
@@ -101,7 +101,7 @@ class Session:
         self._verifier = verifier
         self._store = store
         self._policy = policy
-        self._options = record.terms.speculation
+        self._options = within(record.terms.speculation, limits.max_tree_nodes)
         self._limits = limits
         self._metrics = metrics
         self._token_texts = token_texts
