@@ -147,7 +147,7 @@ def step_rows(loaded: LoadedModel, check: bool, rounds: int) -> Iterator[StepRow
         sequences * -(-(context + rows) // BLOCK_SIZE) for sequences, rows, context in shapes
     )
     for graphs in (True, False):
-        capture = capture_for(graphs, loaded.device)
+        capture = capture_for(graphs, loaded.device, loaded.dtype)
         runner = Runner(loaded, num_blocks=num_blocks, block_size=BLOCK_SIZE, capture=capture)
         for shape in shapes:
             yield step_row(runner, shape, graphs, rounds)

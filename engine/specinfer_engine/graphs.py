@@ -11,6 +11,7 @@ the order of a row's sums. Knows no model: a pass is a function of a batch.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from specinfer_engine.batch import ForwardBatch
+from specinfer_engine.device_waits import RefuseWaits, WaitsForDevice
 from specinfer_kernels import AttentionLayout
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,8 @@ MOST_GRAPHS = 96
 _MOST_PADDING = max(right - left for left, right in pairwise(ROW_BUCKETS)) - 1
 # In elements: keeps every piece of a buffer where a kernel may read it in whole vectors.
 _ALIGNMENT = 16
-_WARM_UP_PASSES = 2
+# Not a worker's: what it guards, the device with all its streams, is one for the whole process.
+_RECORDING = threading.Lock()
 
 
 class CaptureFailed(Exception):
@@ -53,7 +56,10 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Records CUDA graphs that share one pool of working memory: they never run side by side."""
+    """Records CUDA graphs that share one pool of working memory: they never run side by side.
+
+    One recording at a time in a process: to begin one waits for the device, which ends others.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,18 +69,29 @@ class CudaCapture:
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         """See Capture."""
         try:
-            with torch.cuda.device(self._device):
+            with (
+                _RECORDING,
+                torch.cuda.device(self._device),
+                # A recording that fails leaves its thread on the stream it was on.
+                torch.cuda.stream(torch.cuda.current_stream()),
+            ):
+                self._warm_up(step)
                 return self._record(step)
-        except RuntimeError as error:
+        except (RuntimeError, WaitsForDevice) as error:
             raise CaptureFailed(f"{type(error).__name__}: {error}") from error
 
-    def _record(self, step: Callable[[], None]) -> Callable[[], None]:
+    def _warm_up(self, step: Callable[[], None]) -> None:
         # What is made at first use (compiled kernels, tables, workspaces) must not be recorded.
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UP_PASSES):
+        try:
+            with torch.cuda.stream(self._stream):
                 step()
-        torch.cuda.current_stream().wait_stream(self._stream)
+                with RefuseWaits(self._device.type):
+                    step()
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _record(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Other engines of this process may use the device from their own threads meanwhile.
         with torch.cuda.graph(
@@ -85,9 +102,13 @@ class CudaCapture:
         return replay
 
 
-def capture_for(wanted: bool, device: torch.device) -> Capture | None:
-    """How passes are recorded on this device, or None where they are not."""
-    return CudaCapture(device) if wanted and device.type == "cuda" else None
+def capture_for(wanted: bool, device: torch.device, dtype: torch.dtype) -> Capture | None:
+    """How passes of a model of this dtype are recorded on this device, or None: they are not.
+
+    In float64 the ops are their references, which ask the host.
+    """
+    served = device.type == "cuda" and dtype != torch.float64
+    return CudaCapture(device) if wanted and served else None
 
 
 @dataclass(frozen=True)

@@ -215,8 +215,9 @@ def test_what_cannot_be_recorded_runs_plainly_and_is_told_once(
     ]
 
 
-def test_nothing_is_recorded_on_a_cpu() -> None:
-    assert capture_for(True, torch.device("cpu")) is None
+def test_nothing_is_recorded_on_a_cpu_nor_in_float64() -> None:
+    assert capture_for(True, torch.device("cpu"), torch.float32) is None
+    assert capture_for(True, torch.device("cuda"), torch.float64) is None
 
 
 def test_the_setting_is_auto_or_off() -> None:

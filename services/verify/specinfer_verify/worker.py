@@ -115,7 +115,7 @@ def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
             loaded,
             num_blocks=num_blocks,
             block_size=settings.block_size,
-            capture=capture_for(settings.cuda_graphs == AUTO, loaded.device),
+            capture=capture_for(settings.cuda_graphs == AUTO, loaded.device, loaded.dtype),
         )
     except (RuntimeError, MemoryError) as error:
         size = num_blocks * settings.block_size * bytes_per_token >> 20
