@@ -8,6 +8,7 @@ every case once at small sizes, on a CPU as well, and measures nothing. Knows no
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,9 @@ FLUSH_BYTES = 1 << 30
 RATE_BYTES = 1 << 30
 RATE_SIZE = 8192
 RATE_ROUNDS = 10
+
+log = logging.getLogger(__name__)
+
 Candidates = Mapping[str, Callable[[], object]]
 
 
@@ -172,7 +176,9 @@ def _those_that_run(candidates: Candidates) -> tuple[Candidates, dict[str, str]]
         try:
             run()
             running[name] = run
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:
+            # Compilers fail in ways of their own; one candidate must not end the bench.
+            log.exception("%s does not run", name)
             failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
     return running, failed
 

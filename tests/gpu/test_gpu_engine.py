@@ -2,6 +2,7 @@
 speculation and without."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,10 @@ MAX_TOKENS = 24
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A target, and a drafter that often agrees with it."""
     folder = tmp_path_factory.mktemp("pair")
-    target = write_tiny_llama(folder / "target", hidden_size=256, num_layers=3)
-    return target, write_tiny_llama(folder / "draft", hidden_size=256, num_layers=3, noise=0.1)
+    # As long as the contexts of `recorded_passes`.
+    write = partial(write_tiny_llama, hidden_size=256, num_layers=3, max_model_len=1024)
+    target = write(folder / "target")
+    return target, write(folder / "draft", noise=0.1)
 
 
 class CountingCapture(CudaCapture):

@@ -96,7 +96,8 @@ def _widened(nodes: Nodes) -> Nodes:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_rows_of_attention_are_invariant(dtype: torch.dtype) -> None:
     geometry = replace(GEOMETRY, dtype=dtype)
-    assert differing_forms(attend_on_device, geometry, length=150) == []
+    # More than two splits of keys, and prefills that share most of them.
+    assert differing_forms(attend_on_device, geometry, length=1100) == []
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -15,14 +15,24 @@ from tests.kit.passes import Pages, random_tree
 BLOCK_SIZE = 8
 NUM_BLOCKS = 320
 MOST_CONTEXT = 40
+# On a GPU contexts fill several splits of attention, and need wider block tables.
+GPU_NUM_BLOCKS = 2400
+GPU_MOST_CONTEXT = 900
 
 
-def random_rows(choose: random.Random, num_sequences: int, vocab_size: int) -> list[SequenceRows]:
+def random_rows(
+    choose: random.Random,
+    num_sequences: int,
+    vocab_size: int,
+    *,
+    num_blocks: int = NUM_BLOCKS,
+    most_context: int = MOST_CONTEXT,
+) -> list[SequenceRows]:
     """Chains and trees of one to twelve rows on scattered pages."""
-    pages = Pages(NUM_BLOCKS, BLOCK_SIZE, choose.randrange(1 << 30))
+    pages = Pages(num_blocks, BLOCK_SIZE, choose.randrange(1 << 30))
     rows = []
     for _ in range(num_sequences):
-        context, count = choose.randrange(MOST_CONTEXT), choose.choice((1, 1, 3, 12))
+        context, count = choose.randrange(most_context), choose.choice((1, 1, 3, 12))
         table = pages.table(context + count)
         if choose.random() < 0.5:
             rows.append(SequenceRows.tree(random_tree(choose, count, vocab_size), context, table))
@@ -41,15 +51,24 @@ def fill_pool(runner: Runner) -> None:
 
 def differing_passes(loaded: LoadedModel, capture: Capture, num_passes: int) -> list[int]:
     """Passes whose logits, or whose keys and values, are not those of a runner without graphs."""
-    plain = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    recording = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=capture)
+    on_gpu = loaded.device.type == "cuda"
+    num_blocks = GPU_NUM_BLOCKS if on_gpu else NUM_BLOCKS
+    most_context = GPU_MOST_CONTEXT if on_gpu else MOST_CONTEXT
+    plain = Runner(loaded, num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    recording = Runner(loaded, num_blocks=num_blocks, block_size=BLOCK_SIZE, capture=capture)
     choose, different = random.Random(4), []
     fill_pool(plain)
     fill_pool(recording)
     for index in range(num_passes):
-        rows = random_rows(choose, choose.choice((1, 1, 2, 5, 9, 20)), loaded.vocab_size)
+        rows = random_rows(
+            choose,
+            choose.choice((1, 1, 2, 5, 9, 20)),
+            loaded.vocab_size,
+            num_blocks=num_blocks,
+            most_context=most_context,
+        )
         pairs = zip(plain.forward(rows), recording.forward(rows), strict=True)
         same = all(torch.equal(mine, its) for mine, its in pairs)
-        if not same or not torch.equal(plain.pool, recording.pool[:, :, :NUM_BLOCKS]):
+        if not same or not torch.equal(plain.pool, recording.pool[:, :, :num_blocks]):
             different.append(index)
     return different
