@@ -9,6 +9,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -148,7 +149,7 @@ async def _serve(
     def report_failure() -> None:
         loop.call_soon_threadsafe(failed.set)
 
-    worker = await asyncio.to_thread(build, report_failure)
+    worker = await _built(build, report_failure)
     worker.register(server.server)
     if registry is not None:
         worker.count(registry, vllm_names=settings.vllm_metrics)
@@ -177,6 +178,16 @@ async def _serve(
             raise InternalError("the engine failed while it drained; the log above says why")
     finally:
         await asyncio.to_thread(worker.engine.stop)
+
+
+async def _built(build: Build, report_failure: Callable[[], None]) -> ServedWorker:
+    """Build in a thread that is gone afterwards, and its compute threads with it.
+
+    OpenMP counts the teams of all threads that are left: with more threads than cores it sends
+    those that wait to sleep at once, and the engine's thread would pay for that in every product.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="build") as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, build, report_failure)
 
 
 async def _address(settings: WorkerSettings, port: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,8 +224,10 @@ def local_router(
     Raises:
         InvalidCheckpoint: when a folder cannot be served.
     """
-    verifier = build_verifier(VerifySettings(model=model, dtype=dtype))
-    drafter = build_drafter(DraftSettings(model=draft, dtype=dtype))
+    # In a thread that ends, as workers do it.
+    with ThreadPoolExecutor(1) as thread:
+        verifier = thread.submit(build_verifier, VerifySettings(model=model, dtype=dtype)).result()
+        drafter = thread.submit(build_drafter, DraftSettings(model=draft, dtype=dtype)).result()
     with running(verifier.engine), running(drafter.engine):
         yield router_over(verifier, drafter, policy=policy)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ class FragileEngine:
 
     Attributes:
         stopped: whether it was stopped.
+        built_in: the thread that made it.
+        builder_gone: whether that thread was gone when the engine started.
     """
 
     def __init__(self, report_failure: Callable[[], None], *, fails: bool) -> None:
@@ -30,9 +33,11 @@ class FragileEngine:
         self._fails = fails
         self.healthy = True
         self.stopped = False
+        self.built_in = threading.current_thread()
+        self.builder_gone = False
 
     def start(self) -> None:
-        return
+        self.builder_gone = not self.built_in.is_alive()
 
     def load(self) -> WorkerLoad:
         return WorkerLoad()
@@ -81,6 +86,14 @@ async def serve_and_drain(monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> Fr
 async def test_a_drain_ends_the_process_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = await serve_and_drain(monkeypatch, fails=False)
     assert engine.stopped
+
+
+async def test_the_thread_that_built_is_gone_and_its_compute_threads_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = await serve_and_drain(monkeypatch, fails=False)
+    assert engine.built_in is not threading.main_thread()
+    assert engine.builder_gone
 
 
 async def test_an_engine_that_fails_during_a_drain_ends_the_process_with_an_error(
