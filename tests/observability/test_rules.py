@@ -86,7 +86,7 @@ def test_each_alert_is_tested_both_ways(name: str) -> None:
     assert any(not case["exp_alerts"] for case in cases)
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", sorted(RECORDS))
 def test_each_recording_rule_is_tested(name: str) -> None:
     asked = " ".join(
         case["expr"] for test in rule_cases() for case in test.get("promql_expr_test", ())
