@@ -47,6 +47,8 @@ SHIFT_STEP = 0.5
 LEAST_SHARE = 1 / 64
 # With more sessions than this in a pass one decision is made for all of them.
 CROWD = 8
+# Steps of contexts and draft seconds that make the same choice for them.
+STEPS_OF_A_CROWD = 6
 # Rounds of every session after which speculation that began was no vain start.
 LASTING_ROUNDS = 16
 MOST_VAIN_STARTS = 8
@@ -196,16 +198,20 @@ class AdaptiveShape:
 
     def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
         """The best choice under what is known now, remembered while that hardly changes."""
-        known, sharing = self._calibration, history.num_sessions
-        shift = 0 if sharing > CROWD else round(history.shift / SHIFT_STEP)
-        costs = RoundCosts.of(known, record, sharing, history.context_len)
-        key = (
-            *(record.snapshot, shift, asked.max_nodes, asked.max_depth),
-            *(costs.num_sessions, int(known.num_passes) // PASSES_A_CHOICE),
-            *costs.steps(),
-        )
+        sharing, shift = history.num_sessions, 0
+        if sharing > CROWD:
+            # What tells them apart, and what wanders from answer to answer, is looked at coarsely:
+            # else each of the many would make a choice of its own.
+            steps = self._costs(record, history).steps()
+            near = (_step(sharing), *(step // STEPS_OF_A_CROWD for step in steps))
+        else:
+            shift = round(history.shift / SHIFT_STEP)
+            near = (sharing, *self._costs(record, history).steps())
+        passes = int(self._calibration.num_passes) // PASSES_A_CHOICE
+        key = (record.snapshot, shift, asked.max_nodes, asked.max_depth, passes, *near)
         found = self._choices.get(key)
         if found is None:
+            costs = self._costs(record, history)
             found = best_choice(self._table(record.snapshot.acceptance, shift, asked), costs)
             if found.gain <= 1.0 + START_MARGIN:
                 best = self._table(ALWAYS_RIGHT, 0, asked)
@@ -215,6 +221,9 @@ class AdaptiveShape:
             self._choices[key] = found
             _bound(self._choices, MAX_CHOICES)
         return found
+
+    def _costs(self, record: DrafterRecord, history: RoundHistory) -> RoundCosts:
+        return RoundCosts.of(self._calibration, record, history.num_sessions, history.context_len)
 
     def _table(self, acceptance: Acceptance, shift: int, asked: ShapeQuery) -> TokenTable:
         max_nodes, max_depth = min(asked.max_nodes, MAX_NODES), min(asked.max_depth, MAX_DEPTH)
