@@ -1,4 +1,4 @@
-"""What working beside each other brings: rounds a second with it and without, in turn.
+"""What working beside each other brings: tokens a second with it and without, in turn.
 
     python -m specinfer_bench.overlap --rounds 3 --output overlap.json
 
@@ -69,11 +69,13 @@ class Turn:
     """One arm's run.
 
     Attributes:
-        rounds_per_second: of all sessions together.
+        tokens_per_second: of all sessions together. Rounds would not do: worse guesses make more.
+        num_rounds: that they took.
         right: whether every session had the target's tokens.
     """
 
-    rounds_per_second: float
+    tokens_per_second: float
+    num_rounds: int
     right: bool
 
 
@@ -91,7 +93,8 @@ async def _run_sessions(router: Router, sessions: int, tokens: int) -> Turn:
     )
     seconds = time.perf_counter() - begun
     return Turn(
-        sum(rounds for rounds, _ in found) / seconds,
+        sum(len(told) for _, told in found) / seconds,
+        sum(rounds for rounds, _ in found),
         all(told == right_tokens(_prompt(at)[-1], tokens) for at, (_, told) in enumerate(found)),
     )
 
@@ -122,22 +125,26 @@ def compare(overlap: Overlap, turns: int, tokens: int = TOKENS) -> dict[str, obj
     Raises:
         SpecinferError: an arm's tokens are not the target's.
     """
-    arms: dict[str, tuple[World, list[float]]] = {"off": (overlap.off, []), "on": (overlap.on, [])}
+    arms: dict[str, tuple[World, list[Turn]]] = {"off": (overlap.off, []), "on": (overlap.on, [])}
     for at in range(-1, turns):
         for name in ("off", "on") if at % 2 else ("on", "off"):
-            world, rates = arms[name]
+            world, runs = arms[name]
             found = run_turn(world, overlap.sessions, tokens)
             if not found.right:
                 raise SpecinferError(f"the arm {name} of {overlap} has other tokens")
             if at >= 0:
-                rates.append(found.rounds_per_second)
-    off, on = (rates for _, rates in arms.values())
+                runs.append(found)
+    off, on = ([run.tokens_per_second for run in runs] for _, runs in arms.values())
     return {
         "verify pass, ms": 1e3 * overlap.on.verify_seconds,
         "draft pass, ms": 1e3 * overlap.on.draft_seconds,
         "commit, ms": 1e3 * overlap.on.commit_seconds,
-        "rounds a second, off": round(statistics.median(off), 2),
-        "rounds a second, on": round(statistics.median(on), 2),
+        "tokens a second, off": round(statistics.median(off), 2),
+        "tokens a second, on": round(statistics.median(on), 2),
+        **{
+            f"rounds, {name}": statistics.median(run.num_rounds for run in runs)
+            for name, (_, runs) in arms.items()
+        },
         "on over off": asdict(spread([b / a for a, b in zip(off, on, strict=True)])),
         "identical": True,
     }

@@ -38,11 +38,13 @@ from specinfer_bench.machine import machine_facts
 from specinfer_bench.simulated_workers import FIRST_TOKEN, Simulation
 from specinfer_bench.spread import spread
 from specinfer_bench.wire import GENERATE
+from specinfer_router.settings import RouterSettings
 
 MODULE = "specinfer_bench.router_cost"
 GOAL_MS = 0.2
 GOAL_LOSS = 0.05
-PROMPT = tuple(FIRST_TOKEN + at % 100 for at in range(500))
+# Of the readers in turn: what is chosen depends on the context.
+PROMPT_LENGTHS = (50, 200, 500, 1200)
 START_SECONDS = 60.0
 SHOWN_LINES = 25
 
@@ -57,6 +59,7 @@ class Load:
         windows: how many are measured.
         window_seconds: length of each.
         warm_seconds: what passes before the first.
+        policy: of the router, which chooses the trees.
         simulation: how the workers behave.
     """
 
@@ -65,12 +68,14 @@ class Load:
     windows: int = 5
     window_seconds: float = 3.0
     warm_seconds: float = 2.0
+    policy: str = RouterSettings.policy
     simulation: Simulation = field(default_factory=Simulation)
 
 
 _STEPS = Simulation(draft_seconds=0.005, verify_seconds=0.05)
 LOADS = {
     "64 sessions, answers at once": Load(),
+    "64 sessions, answers at once, one shape": Load(policy="static"),
     "64 sessions, steps of 50 ms": Load(simulation=_STEPS),
     "4 sessions, steps of 50 ms": Load(4, simulation=_STEPS),
     "1 session, steps of 50 ms": Load(1, simulation=_STEPS),
@@ -110,16 +115,18 @@ class Readers:
         """Read for the length of the block; raises what any reader met."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._read()) for _ in range(self._load.sessions)]
+                tasks = [group.create_task(self._read(at)) for at in range(self._load.sessions)]
                 yield
                 for task in tasks:
                     task.cancel()
         except* grpc.aio.AioRpcError as errors:
             raise SpecinferError(f"a stream failed: {errors.exceptions[0]}") from errors
 
-    async def _read(self) -> None:
+    async def _read(self, reader: int) -> None:
+        length = PROMPT_LENGTHS[reader % len(PROMPT_LENGTHS)]
+        prompt = tuple(FIRST_TOKEN + at % 100 for at in range(length))
         stop = StopConditions(max_tokens=self._load.tokens, ignore_eos=True)
-        request = GenerateRequest(token_ids=PROMPT, sampling=SamplingParams(seed=1), stop=stop)
+        request = GenerateRequest(token_ids=prompt, sampling=SamplingParams(seed=1), stop=stop)
         wire = request_to_wire(request).SerializeToString()
         # Channels of one process share their connections unless told not to.
         options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -173,16 +180,16 @@ async def _ready(lines: asyncio.StreamReader) -> dict[str, str]:
 
 @asynccontextmanager
 async def cluster(
-    simulation: Simulation, sockets: Path | None, profile: Path | None
+    load: Load, sockets: Path | None, profile: Path | None
 ) -> AsyncIterator[tuple[int, str]]:
     """A router with simulated workers: its process id and its address.
 
     Args:
-        simulation: how the workers behave.
+        load: how the workers behave, and how the router chooses.
         sockets: a folder for unix sockets, or None for TCP.
         profile: where the router leaves its profile, or None.
     """
-    names = ("draft", "verify", "router")
+    simulation, names = load.simulation, ("draft", "verify", "router")
     at = {name: f"unix:{sockets / name}" if sockets else "127.0.0.1:0" for name in names}
     waits = ["--draft-seconds", str(simulation.draft_seconds)]
     waits += ["--verify-seconds", str(simulation.verify_seconds)]
@@ -193,7 +200,7 @@ async def cluster(
     async with AsyncExitStack() as stack:
         _, found = await stack.enter_async_context(started(workers, "stdout"))
         router = [*profiled, "-m", "specinfer_router", "--grpc", at["router"]]
-        router += ["--gateway", "127.0.0.1:0", "--policy", "static"]
+        router += ["--gateway", "127.0.0.1:0", "--policy", load.policy]
         router += ["--draft", found["draft"], "--verify", found["verify"]]
         pid, ready = await stack.enter_async_context(started(router, "stderr"))
         yield pid, at["router"] if sockets else f"127.0.0.1:{ready['grpc_port']}"
@@ -204,7 +211,7 @@ async def measure(
 ) -> list[Window]:
     """Windows of a router under load, after a warm-up."""
     windows = []
-    async with cluster(load.simulation, sockets, profile) as (pid, address):
+    async with cluster(load, sockets, profile) as (pid, address):
         readers = Readers(address, load)
         async with readers.running():
             await asyncio.sleep(load.warm_seconds)

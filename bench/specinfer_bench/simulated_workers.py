@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -39,6 +39,8 @@ MODULE = "specinfer_bench.simulated_workers"
 FIRST_TOKEN = 10
 NUM_TOKENS = 200
 MAX_FRAME_RESULTS = 256
+# Of a pass of each tier, as the workers say when they are asked what they are.
+STEP_SECONDS = {"draft": 0.0005, "verify": 0.05}
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,18 @@ class Simulation:
 
 
 class Passes:
-    """One tier's passes: one at a time, each with everything that waits when it begins."""
+    """One tier's passes: one at a time, each with everything that waits when it begins.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+        seconds: length of a pass.
+        finish: told the results of a pass before they are sent.
+    """
+
+    def __init__(
+        self, seconds: float, finish: Callable[[list[Any]], None] = lambda results: None
+    ) -> None:
         self._seconds = seconds
+        self._finish = finish
         self._waiting: list[tuple[Outbox[Any], Any]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -73,6 +83,7 @@ class Passes:
         while self._waiting:
             taken, self._waiting = self._waiting, []
             await asyncio.sleep(self._seconds)
+            self._finish([result for _, result in taken])
             for outbox, result in taken:
                 outbox.put(result)
         self._task = None
@@ -136,7 +147,10 @@ class SimulatedVerifier(verify_pb2_grpc.VerifyServiceServicer):
     """Confirms the first few nodes of every tree's first path."""
 
     def __init__(self, simulation: Simulation) -> None:
-        self._passes = Passes(simulation.verify_seconds)
+        self._passes = Passes(simulation.verify_seconds, self._tell_pass)
+        # A pass that answers at once says the seconds of its step costs all the same, so that
+        # trees are chosen as they would be in a cluster.
+        self._told_seconds = simulation.verify_seconds or STEP_SECONDS["verify"]
         self._accepted = simulation.accepted
 
     async def Verify(
@@ -172,6 +186,12 @@ class SimulatedVerifier(verify_pb2_grpc.VerifyServiceServicer):
         result.token_ids.extend([*tree.token_ids[1 : num_accepted + 1], tail])
         self._passes.add(outbox, result)
 
+    def _tell_pass(self, results: list[verify_pb2.VerifyItemResult]) -> None:
+        """What a session's result says of the pass that it shared."""
+        num_rows = sum(result.num_rows for result in results)
+        for result in results:
+            result.num_rows, result.compute_seconds = num_rows, self._told_seconds
+
 
 def _token(epoch: int, at: int) -> int:
     return FIRST_TOKEN + (7 * epoch + at) % NUM_TOKENS
@@ -205,7 +225,7 @@ def simulated_info(tier: str) -> WorkerInfo:
         block_size=16,
         row_invariant=True,
         acceptance_rules=("match",),
-        step_costs=(StepCost(1, 0, 0.05), StepCost(1024, 0, 0.05)),
+        step_costs=(StepCost(1, 0, STEP_SECONDS[tier]), StepCost(1024, 0, STEP_SECONDS[tier])),
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from specinfer.errors import SpecinferError
-from specinfer_bench.overlap import OVERLAPS, compare, run_turn
-from specinfer_bench.stated_engines import StatedRunner
+from specinfer_bench.overlap import OVERLAPS, Overlap, compare, run_turn
+from specinfer_bench.stated_engines import StatedRunner, World
 from specinfer_bench.suite.tables import overlap_table
 
 TOKENS = 16
@@ -42,13 +42,26 @@ def test_a_comparison_is_a_row_of_the_page() -> None:
     assert "| yes |" in rows
 
 
+def test_an_arm_of_more_rounds_for_as_many_tokens_is_slower() -> None:
+    """Guesses that are never right, though quicker to come: more rounds a second, fewer tokens."""
+    good = World(verify_seconds=0.02, draft_seconds=0.008)
+    found = compare(Overlap(1, good, replace(good, acceptance=0.0, draft_seconds=0.0)), 1, TOKENS)
+    rounds_off, rounds_on = found["rounds, off"], found["rounds, on"]
+    assert isinstance(rounds_off, int | float)
+    assert isinstance(rounds_on, int | float)
+    assert rounds_on > 2 * rounds_off
+    ratio = found["on over off"]
+    assert isinstance(ratio, dict)
+    assert ratio["median"] < 0.9
+
+
 def test_a_propose_beside_a_long_commit_is_not_waited_for() -> None:
     """The switch switches: in line, a commit's time is on top of drafting's in every round."""
     overlap = OVERLAPS["propose beside the commit"]
     off, on = (
         run_turn(
             replace(world, verify_seconds=0.001, draft_seconds=0.02, commit_seconds=0.08), 1, TOKENS
-        ).rounds_per_second
+        ).tokens_per_second
         for world in (overlap.off, overlap.on)
     )
     # Every round but the first waits 160 ms in line and 80 ms beside.

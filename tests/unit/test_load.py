@@ -283,6 +283,11 @@ def test_a_way_of_any_length_is_told_apart_from_other_numbers() -> None:
     cut = [seen[0], dataclasses.replace(seen[1], outcome=FAILED)]
     found = agreement(before, after, cut)["first_token_seconds"]
     assert found.told is None
+    assert not found.same, "what nobody was told is not compared with anything"
+    # One that failed before any token has no part in the sum.
+    refused = Observation(0.0, sent=0.0, outcome=FAILED)
+    found = agreement(before, after, [*seen, refused])["first_token_seconds"]
+    assert found.told == pytest.approx(1.0)
     assert found.same
 
 

@@ -174,10 +174,10 @@ def _agreement_rows(report: Document) -> Iterator[list[str]]:
 
 
 def overlap_table(report: Document) -> str:
-    """Rounds a second with one thing beside another and without."""
+    """Tokens a second with one thing beside another and without."""
     head = (
         *("beside each other", "verify pass, ms", "draft pass, ms", "commit, ms"),
-        *("rounds/s off", "on", "on over off", "identical"),
+        *("tokens/s off", "on", "on over off", "identical"),
     )
     rows = [_overlap_row(name, each) for name, each in report["overlaps"].items()]
     says = (
@@ -192,7 +192,7 @@ def _overlap_row(name: str, arm: Document) -> list[str]:
     return [
         name,
         *(f"{arm[part]:.0f}" for part in ("verify pass, ms", "draft pass, ms", "commit, ms")),
-        *(f"{arm[f'rounds a second, {switch}']:.1f}" for switch in ("off", "on")),
+        *(f"{arm[f'tokens a second, {switch}']:.1f}" for switch in ("off", "on")),
         f"**{ratio['median']:.2f}** ({ratio['low']:.2f} to {ratio['high']:.2f})",
         _yes(arm["identical"]),
     ]
