@@ -34,16 +34,17 @@ $(GENERATORS): protos/requirements.txt
 up: setup ## serve the demo pair: router, draft and verify; Ctrl-C ends all
 	@$(BIN)/specinfer up $(ARGS)
 
-# Each file of the quick tests is one process's; clusters of processes run one at a time. What fails
-# is run once more by itself, and both runs are shown: some tests need a processor that is not busy.
+# Two processes, a file at a time: first the quick tests, then those that start clusters. What fails is
+# run once more by itself, and both runs are shown: some tests need a processor that is not busy.
 PYTEST := $(BIN)/python -m pytest
+TOGETHER := OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses 2 --dist loadfile
 AGAIN := $(PYTEST) --last-failed --last-failed-no-failures none
 QUICK := tests/unit tests/kernels tests/contracts tests/conformance
 
 test: setup ## run the tests; ARGS="tests/unit -k tree" runs some
 ifeq ($(strip $(ARGS)),)
-	OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses 2 --dist loadfile $(QUICK) || $(AGAIN)
-	$(PYTEST) $(addprefix --ignore=,$(QUICK)) || $(AGAIN)
+	$(TOGETHER) $(QUICK) || $(AGAIN)
+	$(TOGETHER) $(addprefix --ignore=,$(QUICK)) || $(AGAIN)
 else
 	$(PYTEST) $(ARGS)
 endif

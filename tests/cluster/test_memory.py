@@ -14,8 +14,9 @@ from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_clust
 NUM_WARM_UP = 1000
 NUM_REQUESTS = 1000
 CONCURRENCY = 16
-# Allocators keep some slack; a session that leaked its blocks or tokens would show far above it.
-ALLOWED_GROWTH_KIB = 4 * 1024
+# Allocators keep some slack: over eight thousand requests a draft worker went up and down by up to
+# 7 MiB and was no larger after them. What leaks 8 KiB a request is seen.
+ALLOWED_GROWTH_KIB = 8 * 1024
 
 
 def resident_kib(cluster: RunningCluster) -> dict[str, int]:
