@@ -21,6 +21,7 @@ from tests.kit.fake_drafter import FakeDrafter
 from tests.kit.fake_workers import FakeVerifier, info_of
 from tests.kit.gateway import GatewayBench, running_gateway
 from tests.kit.sse import StreamReader
+from tests.kit.waiting import until
 
 # Only one request at a time, so that another one shows that the stalled one has lost its place.
 LIMITS = RouterLimits(admission=AdmissionLimits(max_streams=1), max_events=4, stall_seconds=0.3)
@@ -70,7 +71,8 @@ async def test_an_event_stream_that_is_not_read_is_cut_off_and_can_be_resumed() 
         await late.read(gateway.http, "/v1/completions", BODY)
         assert late.text == whole.text
         assert late.offsets[-1] == MAX_TOKENS
-        assert len(gateway.bench.verifiers[0].sessions) == 0
+        sessions = gateway.bench.verifiers[0].sessions
+        await until(lambda: not sessions, "the worker has forgotten all sessions")
 
 
 async def test_a_grpc_stream_that_is_not_read_is_cut_off_and_can_be_resumed() -> None:
