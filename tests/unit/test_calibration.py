@@ -109,10 +109,10 @@ def test_a_drafter_that_was_slow_once_is_soon_trusted_again() -> None:
 
 def test_a_drafter_that_is_only_ever_asked_to_read_a_prompt_is_trusted_again_too() -> None:
     calibration = Calibration(StepCurve(()), lambda: (StepCost(1, 0, 0.5),))
-    for _ in range(12):
-        history = RoundHistory(calibration, temperature=0.0, context_len=40)
+    histories = [RoundHistory(calibration, temperature=0.0, context_len=40) for _ in range(12)]
+    for history in histories:
         observed(history, accepted=(1,), after_prefill=True)
-    assert sum(history.record.cost.parts()) < 0.01, "said 0.5, took 0.004"
+    assert sum(histories[-1].record.cost.parts()) < 0.01, "said 0.5, took 0.004"
 
 
 def test_passes_correct_what_was_measured_for_their_number_of_rows() -> None:

@@ -189,7 +189,8 @@ class ModelDrafter:
             max_depth=self.limits.max_model_len - num_tokens + 1,
         )
         root = session.state.token_ids[-1]
-        search = TreeSearch(root, shape, self.limits.thrift, *(known or ()))
+        earlier, node = known or (None, 0)
+        search = TreeSearch(root, shape, self.limits.thrift, earlier, node)
         session.growth = Growth(query, future, search)
         session.forecast.begin(session.state.token_ids)
         self._planner.start_growing(session)
