@@ -45,9 +45,10 @@ async def test_clients_and_prometheus_agree_and_no_arm_changes_a_token(
     assert report["trusted"], prometheus
     for name in ("first_token_seconds", "request_seconds"):
         # What clients are told is what the router counts, less the end of the stream; their own
-        # clocks have the way on top. Two per cent on a quiet machine, which this one need not be.
+        # clocks have the way on top: three milliseconds a request on a quiet machine, more on this one.
         numbers = prometheus[name]
         exact = 0.002 if name == "first_token_seconds" else 0.3
         assert numbers["told"] == pytest.approx(numbers["router"], rel=exact)
-        assert 0.98 * numbers["router"] <= numbers["client"] <= 1.5 * numbers["router"], name
+        way = 0.05 * prometheus["requests"]["client"]
+        assert 0.98 * numbers["router"] <= numbers["client"] <= numbers["router"] + way, name
     assert sweep["identical"]
