@@ -45,7 +45,7 @@ async def test_clients_and_prometheus_agree_and_no_arm_changes_a_token(
     assert report["trusted"], prometheus
     for name in ("first_token_seconds", "request_seconds"):
         # What clients are told is what the router counts, less the end of the stream; their own
-        # clocks have the way on top: three milliseconds a request on a quiet machine, more on this one.
+        # clocks have the way on top: 3 ms a request on a quiet machine, more on this one.
         numbers = prometheus[name]
         exact = 0.002 if name == "first_token_seconds" else 0.3
         assert numbers["told"] == pytest.approx(numbers["router"], rel=exact)
