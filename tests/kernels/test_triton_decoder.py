@@ -3,7 +3,6 @@ as a prompt, and in a tree beside another session have the same bits after every
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,19 +12,17 @@ from torch import Tensor
 
 from specinfer_kernels import (
     AttentionLayout,
-    Backend,
     DecoderLayer,
     DecoderStack,
     HeadNorms,
     LayerCaches,
     RotaryPlaces,
     RowNorm,
-    backends,
     decoder_layers,
     pack_linear,
 )
 from tests.kernels.cases import ancestor_masks, ancestor_words, chain, path_in_tree, same_bits
-from tests.kit.triton_interpreter import patch_once
+from tests.kit.triton_interpreter import take_triton
 
 pytest.importorskip("triton")
 
@@ -42,17 +39,7 @@ LENGTH, PREFILLED = 5, 2
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every op take Triton by itself where it has a kernel, as it does on CUDA."""
-    patch_once(monkeypatch)
-
-    def first(
-        device: torch.device,
-        dtype: torch.dtype | None,
-        _native: Iterable[torch.dtype],
-        by_triton: Iterable[torch.dtype],
-    ) -> Backend:
-        return "reference" if backends._triton_refusal(device, dtype, by_triton) else "triton"
-
-    monkeypatch.setattr(backends, "_first_backend", first)
+    take_triton(monkeypatch)
 
 
 def random_stack(dtype: torch.dtype) -> DecoderStack:

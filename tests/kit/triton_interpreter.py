@@ -4,11 +4,17 @@ Knows no kernel. Triton reads TRITON_INTERPRET when it is imported, so the tests
 calls `interpret_without_a_gpu` before anything can import it.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 CUDA_DEVICE = Path("/dev/nvidiactl")
 
@@ -38,3 +44,20 @@ def patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return function.rewrite()(*args, **kwargs)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+def take_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every op take Triton by itself where it has a kernel, as it does on CUDA."""
+    from specinfer_kernels import Backend, backends
+
+    patch_once(monkeypatch)
+
+    def first(
+        device: torch.device,
+        dtype: torch.dtype | None,
+        _native: Iterable[torch.dtype],
+        by_triton: Iterable[torch.dtype],
+    ) -> Backend:
+        return "reference" if backends._triton_refusal(device, dtype, by_triton) else "triton"
+
+    monkeypatch.setattr(backends, "_first_backend", first)

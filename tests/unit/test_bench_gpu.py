@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +12,7 @@ from specinfer.errors import Unavailable
 from specinfer_bench import gpu, gpu_step
 from specinfer_bench.suite.parts import all_parts
 from specinfer_engine.loader import load_model
+from tests.kit.threads import one_thread as one_thread
 from tests.kit.tiny_models import write_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,15 +22,6 @@ def script(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
     """A bench of `bench/kernels`, imported as its neighbours import it."""
     monkeypatch.syspath_prepend(str(ROOT / "bench" / "kernels"))
     return importlib.import_module(name)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small cases wait for threads longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["gpu_attention", "gpu_rows", "gpu_sampling"])

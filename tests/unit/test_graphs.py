@@ -6,7 +6,7 @@ pass can read nothing but the places that were there when it was recorded.
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,6 +33,7 @@ from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.runner import Runner
 from tests.kit.recorded_passes import BLOCK_SIZE, NUM_BLOCKS, differing_passes, random_rows
+from tests.kit.threads import one_thread as one_thread
 from tests.kit.tiny_models import write_tiny_llama
 
 VOCAB_SIZE = 300
@@ -71,15 +72,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     model = load_model(path, dtype="float32")
     assert model.row_invariant
     return model
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny passes wait for threads longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def compare(loaded: LoadedModel, num_passes: int = NUM_PASSES) -> list[int]:

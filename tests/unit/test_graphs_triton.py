@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from specinfer_engine.batch import SequenceRows
 from specinfer_engine.device_waits import RefuseWaits
 from specinfer_engine.loader import load_model
 from specinfer_engine.runner import Runner
-from specinfer_kernels import Backend, backends, native_decoder
+from specinfer_kernels import native_decoder
 from tests.kit.recorded_passes import fill_pool
 from tests.kit.tiny_models import SMALLEST_VOCABULARY, write_tiny_llama
-from tests.kit.triton_interpreter import patch_once
+from tests.kit.triton_interpreter import take_triton
 
 pytest.importorskip("triton")
 
@@ -39,16 +39,6 @@ def run_again(step: Callable[[], None]) -> Callable[[], None]:
     return step
 
 
-def take_triton(
-    device: torch.device,
-    dtype: torch.dtype | None,
-    _native: Iterable[torch.dtype],
-    by_triton: Iterable[torch.dtype],
-) -> Backend:
-    """Every op takes Triton where it has a kernel, as on CUDA."""
-    return "reference" if backends._triton_refusal(device, dtype, by_triton) else "triton"
-
-
 def test_padding_changes_no_bit_on_the_path_of_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,8 +52,7 @@ def test_padding_changes_no_bit_on_the_path_of_a_gpu(
     padded = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=run_again)
     fill_pool(plain)
     fill_pool(padded)
-    patch_once(monkeypatch)
-    monkeypatch.setattr(backends, "_first_backend", take_triton)
+    take_triton(monkeypatch)
     # Only on a CPU are values looked at.
     op = importlib.import_module("specinfer_kernels.tree_attention")
     monkeypatch.setattr(op, "_check_values", lambda *arguments: None)

@@ -10,23 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from specinfer import __version__
-from specinfer.errors import InvalidRequest
 from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import WorkerInfo
-from specinfer.worker_settings import AUTO
 from specinfer_draft.drafters.limits import DrafterLimits
 from specinfer_draft.drafters.model import ModelDrafter
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.grow import Thrift
 from specinfer_draft.settings import Settings
 from specinfer_engine.blocks import BlockManager
-from specinfer_engine.graphs import capture_for
-from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.profiling import profile_steps
 from specinfer_engine.runner import Runner
+from specinfer_engine.served import load_runner
 from specinfer_engine.step_profile import ProfileGrid
-from specinfer_engine.threads import take_cores
 
 MEASURED_ROWS = (1, 4, 16, 64)
 MEASURED_CONTEXTS = (256,)
@@ -49,15 +45,8 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         InvalidRequest: when settings contradict each other, a core is not there, or the pool does
             not fit in memory.
     """
-    take_cores(settings.core_numbers, settings.threads)
-    loaded = load_model(
-        settings.model,
-        dtype=settings.dtype,
-        device=settings.device,
-        name=settings.name or None,
-        weights=settings.weights,
-    )
-    runner = _make_runner(settings, loaded)
+    runner = load_runner(settings)
+    loaded = runner.loaded
     blocks = BlockManager(runner.num_blocks, settings.block_size, model_hash=loaded.model_hash)
     limits = DrafterLimits(
         vocab_size=loaded.vocab_size,
@@ -73,25 +62,6 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     info = _describe(settings, loaded, runner)
     drafter = ModelDrafter(runner, blocks, limits, device=loaded.device)
     return Worker(DraftEngine(drafter, blocks, on_failure=on_failure), info, _make_grammars(loaded))
-
-
-def _make_runner(settings: Settings, loaded: LoadedModel) -> Runner:
-    bytes_per_token = (
-        2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * loaded.dtype.itemsize
-    )
-    num_blocks = settings.num_blocks(bytes_per_token)
-    try:
-        return Runner(
-            loaded,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-            capture=capture_for(settings.cuda_graphs == AUTO, loaded.device, loaded.dtype),
-        )
-    except (RuntimeError, MemoryError) as error:
-        size = num_blocks * settings.block_size * bytes_per_token >> 20
-        raise InvalidRequest(
-            f"a KV pool of {size} MiB does not fit in memory: {error}", field="kv_memory"
-        ) from error
 
 
 def _make_grammars(loaded: LoadedModel) -> GrammarChecker:
