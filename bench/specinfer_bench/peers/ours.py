@@ -8,27 +8,20 @@ and the demo questions with their template are hardly longer than one block.
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO
 
 from specinfer import Client
-from specinfer.errors import Unavailable
 from specinfer.messages import GenerateRequest, SpeculationOptions
 from specinfer.sampling import SamplingParams, StopConditions
+from specinfer_bench.load.cluster import started_cluster
 from specinfer_bench.local import local_router, run_request
 from specinfer_bench.measure import Sample
 from specinfer_bench.peers.peer import Answer, Arm, Pair, Task
 from specinfer_router.router import Router
 
 PLAIN, SPECULATIVE = "specinfer, plain", "specinfer"
-_STOP_SECONDS = 30.0
 
 
 class Cluster:
@@ -43,7 +36,8 @@ class Cluster:
     @contextmanager
     def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
         """The arms PLAIN and SPECULATIVE; raises Unavailable when the cluster does not start."""
-        with _running_cluster(pair) as address, Client(address) as client:
+        models = ("--model", str(pair.target), "--draft", str(pair.draft), "--dtype", pair.dtype)
+        with started_cluster(models) as cluster, Client(cluster["router"]) as client:
             yield {
                 PLAIN: Arm(lambda task: _run_cluster(client, task, False), plain=True, seeded=True),
                 SPECULATIVE: Arm(lambda task: _run_cluster(client, task, True), seeded=True),
@@ -111,40 +105,3 @@ def _answer(sample: Sample) -> Answer:
     return Answer(
         len(sample.token_ids), sample.seconds, sample.token_ids, sample.first_token_seconds
     )
-
-
-@contextmanager
-def _running_cluster(pair: Pair) -> Iterator[str]:
-    """The router's address of a cluster that `specinfer up` started, ended with the block."""
-    command = [sys.executable, "-m", "specinfer_cli.main", "up", "--json", "--dtype", pair.dtype]
-    command += ["--model", str(pair.target), "--draft", str(pair.draft)]
-    command += ["--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", "--admin", ""]
-    with tempfile.TemporaryDirectory(prefix="specinfer-peers-") as folder:
-        log = Path(folder) / "up.log"
-        with (
-            log.open("wb") as errors,
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-        ):
-            try:
-                assert process.stdout is not None
-                yield _announced(process.stdout, log)
-            finally:
-                process.terminate()
-                try:
-                    process.wait(_STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-
-def _announced(output: IO[str], log: Path) -> str:
-    """The router's address, from the JSON that `up` prints once every process is healthy."""
-    lines: list[str] = []
-    for line in output:
-        lines.append(line)
-        try:
-            address: str = json.loads("".join(lines))["router"]
-        except json.JSONDecodeError:
-            continue
-        return address
-    tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-    raise Unavailable(f"the cluster did not start: {tail}")
