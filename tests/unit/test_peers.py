@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,20 +59,23 @@ def test_engines_that_are_missing_or_do_not_load_are_skipped_with_their_reason()
     assert skipped == {"broken": "RuntimeError: no such model", "gone": "not installed"}
 
 
-def test_arms_take_turns_and_are_warmed_up_with_few_tokens() -> None:
-    seen: list[tuple[str, int]] = []
+def test_every_turn_of_an_arm_begins_with_a_short_request_and_repeats_go_back_and_forth() -> None:
+    seen: list[tuple[str, str, int]] = []
 
     def arm(name: str) -> Arm:
         def run(task: Task) -> Answer:
-            seen.append((name, task.max_tokens))
+            seen.append((name, task.text, task.max_tokens))
             return answer(5)
 
         return Arm(run)
 
-    outcome = run_all({"a": arm("a"), "b": arm("b")}, [TASK, TASK], repeats=2)
-    assert seen[:2] == [("a", WARM_UP_TOKENS), ("b", WARM_UP_TOKENS)]
-    once = [("a", 16), ("b", 16), ("b", 16), ("a", 16)]
-    assert seen[2:] == once + once
+    arms, warm_up = {"a": arm("a"), "b": arm("b")}, replace(TASK, text="warm up")
+    outcome = run_all(arms, warm_up, [TASK, TASK], repeats=2)
+
+    def turn(name: str) -> list[tuple[str, str, int]]:
+        return [(name, "warm up", WARM_UP_TOKENS), (name, "hi", 16), (name, "hi", 16)]
+
+    assert seen == [*turn("a"), *turn("b"), *turn("b"), *turn("a")]
     assert [[len(repeat) for repeat in one] for one in outcome.answers.values()] == [[2, 2]] * 2
 
 
@@ -86,7 +90,7 @@ def test_an_arm_that_fails_halfway_is_dropped_and_the_others_go_on() -> None:
         return answer(5)
 
     arms = {"good": Arm(lambda task: answer(5)), "bad": Arm(run)}
-    outcome = run_all(arms, [TASK, TASK], repeats=2)
+    outcome = run_all(arms, TASK, [TASK, TASK], repeats=2)
     assert list(outcome.answers) == ["good"]
     assert outcome.failed == {"bad": "Unavailable: the process has ended"}
     assert runs == 3
@@ -211,7 +215,8 @@ def test_tasks_are_the_demo_questions_through_the_chat_template() -> None:
         ["--model", str(demo / "target"), "--num-prompts", "2", "--seed", "5"]
     )
     pair = make_pair(arguments)
-    first, second = make_tasks(arguments, pair, 0.8)
+    first, second, warm_up = make_tasks(arguments, pair, 0.8)
+    assert warm_up.text not in (first.text, second.text)
     assert first.text.startswith("<|bos|><|user|>")
     assert first.text.endswith("<|assistant|>")
     assert first.token_ids[0] == 1

@@ -43,7 +43,7 @@ def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
 
     monkeypatch.setattr(PackedLinear, "__init__", spy)
     with Ablations().load(pair) as arms:
-        outcome = run_all(arms, [TASK], repeats=1)
+        outcome = run_all(arms, TASK, [TASK], repeats=1)
         report = build_report(
             outcome,
             arms,

@@ -95,7 +95,10 @@ def make_pair(arguments: argparse.Namespace) -> Pair:
 
 
 def make_tasks(arguments: argparse.Namespace, pair: Pair, temperature: float) -> list[Task]:
-    """The prompts as text and tokens, through the chat template where the model has one."""
+    """The prompts as text and tokens, through the chat template where the model has one.
+
+    One more than asked for, if the file has it: the last one is for warming up.
+    """
     files = read_checkpoint(pair.target).tokenizer_files
     tokenizer = ServedTokenizer(
         files.tokenizer_json,
@@ -114,7 +117,7 @@ def make_tasks(arguments: argparse.Namespace, pair: Pair, temperature: float) ->
         return Task(text, tuple(token_ids), arguments.max_tokens, temperature, seed)
 
     async def every() -> list[Task]:
-        prompts = read_prompts(arguments.prompts, arguments.num_prompts)
+        prompts = read_prompts(arguments.prompts, arguments.num_prompts + 1)
         return [await task(index, prompt) for index, prompt in enumerate(prompts)]
 
     return asyncio.run(every())
@@ -178,7 +181,7 @@ def _compare(
     chosen = {name: arm for name, arm in arms.items() if not (temperature and arm.greedy_only)}
     tasks = make_tasks(arguments, pair, temperature)
     report = build_report(
-        run_all(chosen, tasks, arguments.repeats),
+        run_all(chosen, tasks[-1], tasks[: arguments.num_prompts], arguments.repeats),
         arms,
         temperature=temperature,
         eos_token_ids=pair.eos_token_ids,

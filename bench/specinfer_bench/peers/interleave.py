@@ -1,7 +1,9 @@
 """Runs every task in every arm, in turn, and drops an arm that fails.
 
-The machine's speed wanders within minutes, so only runs side by side compare; the order turns with
-each task, since what runs second finds warmer caches. This module knows no engine.
+The machine's speed wanders within minutes, so only runs side by side compare. An arm's turn begins
+with a short request that counts for nothing: while others run, the system takes an engine's pages
+and caches away, and who rested longest would pay most. Every second repeat goes through the arms
+backwards, so that what drifts evenly is the same for all. This module knows no engine.
 """
 
 from __future__ import annotations
@@ -32,43 +34,32 @@ class Outcome:
 
 def run_all(
     arms: Mapping[str, Arm],
+    warm_up: Task,
     tasks: Sequence[Task],
     repeats: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """Warm every arm up with the first task, then run all tasks `repeats` times.
+    """Run all tasks in every arm, one arm after the other, `repeats` times.
 
     Args:
         arms: by name; one that raises is left out from then on.
-        tasks: what to run.
+        warm_up: what begins each turn, cut to WARM_UP_TOKENS; none of the tasks, for an engine may
+            remember a prompt.
+        tasks: what is measured.
         repeats: how often.
-        progress: called with the name of an arm before each of its runs.
+        progress: called with the name of an arm before each of its turns.
     """
     failed: dict[str, str] = {}
     answers: dict[str, list[list[Answer]]] = {name: [] for name in arms}
-
-    def run(name: str, task: Task) -> Answer | None:
-        if name in failed:
-            return None
-        progress(name)
-        try:
-            return arms[name].run(task)
-        except (SpecinferError, RuntimeError, ValueError, OSError) as error:
-            failed[name] = f"{type(error).__name__}: {error}"
-            return None
-
-    for name in arms:
-        run(name, replace(tasks[0], max_tokens=min(WARM_UP_TOKENS, tasks[0].max_tokens)))
-    for _ in range(repeats):
-        for name in arms:
-            answers[name].append([])
-        for index, task in enumerate(tasks):
-            for name in _turned(list(arms), index):
-                if (answer := run(name, task)) is not None:
-                    answers[name][-1].append(answer)
+    short = replace(warm_up, max_tokens=min(WARM_UP_TOKENS, warm_up.max_tokens))
+    for repeat in range(repeats):
+        for name in list(arms) if repeat % 2 == 0 else reversed(list(arms)):
+            if name in failed:
+                continue
+            progress(name)
+            try:
+                arms[name].run(short)
+                answers[name].append([arms[name].run(task) for task in tasks])
+            except (SpecinferError, RuntimeError, ValueError, OSError) as error:
+                failed[name] = f"{type(error).__name__}: {error}"
     return Outcome({name: answers[name] for name in arms if name not in failed}, failed)
-
-
-def _turned(names: list[str], steps: int) -> list[str]:
-    first = steps % len(names)
-    return names[first:] + names[:first]
