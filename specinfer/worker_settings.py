@@ -18,6 +18,7 @@ from specinfer.telemetry import TraceSettings
 
 KEEP, RENEW, OFF = "keep", "renew", "off"
 AUTO = "auto"
+FP8 = "fp8"
 _AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
 
 
@@ -35,6 +36,9 @@ class WorkerSettings:
     name: str = setting("", "name of the model; the folder's name if empty")
     dtype: str = setting("bfloat16", "float32, bfloat16 or float64")
     weights: str = setting("stored", "stored, or int8: another model, of half the bytes to read")
+    kv_dtype: str = setting(
+        AUTO, "keys and values: auto (as --dtype), or fp8: another model, one byte for each number"
+    )
     device: str = setting("cpu", "device of the model, such as cpu or cuda:0")
     kv_blocks: int | None = setting(None, "blocks of the KV pool; overrides --kv-memory")
     kv_memory: int = setting(1024, "MiB of the KV pool, taken once at start")
@@ -94,6 +98,8 @@ class WorkerSettings:
             raise InvalidRequest("--profile is keep, renew or off", field="profile")
         if self.cuda_graphs not in (AUTO, OFF):
             raise InvalidRequest("--cuda-graphs is auto or off", field="cuda_graphs")
+        if self.kv_dtype not in (AUTO, FP8):
+            raise InvalidRequest("--kv-dtype is auto or fp8", field="kv_dtype")
         check_group(self.group)
 
     @property

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from specinfer.errors import InvalidCheckpoint
+from specinfer.errors import InvalidCheckpoint, InvalidRequest
+from specinfer.worker_settings import AUTO, FP8
 from specinfer_engine.checkpoint import Checkpoint, read_checkpoint
 from specinfer_engine.fused import FusedDecoder, fuse
 from specinfer_engine.linear import make_row_invariant, round_weights
@@ -36,6 +37,7 @@ __all__ = ["LoadedModel", "load_model"]
 
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 STORED, INT8 = "stored", "int8"
+_FP8_CAPABILITY = (8, 9)
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -47,15 +49,18 @@ def load_model(
     name: str | None = None,
     fused: bool = True,
     weights: str = STORED,
+    kv_dtype: str = AUTO,
 ) -> LoadedModel:
     """Load a checkpoint and check that its paged passes say what `transformers` says.
 
     `dtype` is "float32", "bfloat16" or "float64"; `name` defaults to the folder's name. Unless
     `fused` is off, the Llama family runs written out, which is faster, and only the others through
     `transformers`. With `weights` "int8" instead of "stored" the model is another one, with a hash
-    of its own: its products' weights are rounded to int8 with a scale for each output.
+    of its own: its products' weights are rounded to int8 with a scale for each output. So with
+    `kv_dtype` "fp8" instead of "auto": its keys and values are kept as float8_e4m3fn.
 
     Raises:
+        InvalidRequest: when the device or the dtype has no such keys and values.
         InvalidCheckpoint: when the folder is missing, truncated, pickled or of a kind that is not
             served, with the reason.
     """
@@ -63,17 +68,22 @@ def load_model(
         raise InvalidCheckpoint(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
     if weights not in (STORED, INT8):
         raise InvalidCheckpoint(f"weights are {STORED} or {INT8}, got {weights!r}")
+    pool_dtype = _pool_dtype(kv_dtype, DTYPES[dtype], torch.device(device))
     checkpoint = read_checkpoint(path)
     if weights == INT8:
-        checkpoint = replace(checkpoint, model_hash=_int8_hash(checkpoint.model_hash))
+        checkpoint = _renamed(checkpoint, "int8 rows")
+    if kv_dtype == FP8:
+        checkpoint = _renamed(checkpoint, "fp8 keys and values")
     config = _read_config(checkpoint)
     model = _read_weights(checkpoint, config, DTYPES[dtype], torch.device(device))
     try:
         if weights == INT8:
             round_weights(model)
-        return _put_on_pages(
+        loaded, token_ids = _put_on_pages(
             checkpoint, model, DTYPES[dtype], name, fused=fused, int8=weights == INT8
         )
+        loaded = replace(loaded, kv_dtype=pool_dtype)
+        return replace(loaded, row_invariant=rows_are_invariant(loaded, token_ids))
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{checkpoint.folder}: {error.message}") from error
     except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
@@ -90,8 +100,11 @@ def _put_on_pages(
     *,
     fused: bool,
     int8: bool,
-) -> LoadedModel:
-    """Replace attention and products of a stock model, and compare it with what it said before."""
+) -> tuple[LoadedModel, tuple[int, ...]]:
+    """Replace attention and products of a stock model, and compare it with what it said before.
+
+    Returns the model, with keys and values of its own dtype, and the tokens that were compared.
+    """
     text = model.config.get_text_config()
     vocab_size, max_model_len = _limits(checkpoint, text)
     token_ids = probe_tokens(vocab_size, max_model_len)
@@ -116,6 +129,7 @@ def _put_on_pages(
         max_model_len=max_model_len,
         eos_token_ids=checkpoint.eos_token_ids,
         dtype=dtype,
+        kv_dtype=dtype,
         device=model.device,
         model_hash=checkpoint.model_hash,
         tokenizer_hash=checkpoint.tokenizer_hash,
@@ -124,12 +138,30 @@ def _put_on_pages(
         sliding_windows=tuple(call.sliding_window for call in calls),
     )
     check_logits(loaded, token_ids, expected)
-    return replace(loaded, row_invariant=rows_are_invariant(loaded, token_ids))
+    return loaded, token_ids
 
 
-def _int8_hash(model_hash: str) -> str:
-    """Identity of the model that int8 weights make of a checkpoint; depends on the rounding too."""
-    return hashlib.sha256(f"int8 rows {model_hash}".encode()).hexdigest()
+def _pool_dtype(kv_dtype: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of keys and values in the pool; raises InvalidRequest where they cannot be had."""
+    if kv_dtype == AUTO:
+        return dtype
+    if kv_dtype != FP8:
+        raise InvalidRequest(f"kv_dtype is {AUTO} or {FP8}, got {kv_dtype!r}", field="kv_dtype")
+    if dtype == torch.float64:
+        raise InvalidRequest("a model in float64 has no fp8 keys and values", field="kv_dtype")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise InvalidRequest(
+            f"{torch.cuda.get_device_name(device)} has no fp8: that takes compute capability 8.9, "
+            "as Ada and Hopper have",
+            field="kv_dtype",
+        )
+    return torch.float8_e4m3fn
+
+
+def _renamed(checkpoint: Checkpoint, change: str) -> Checkpoint:
+    """The checkpoint under the identity of another model that is made of it."""
+    named = hashlib.sha256(f"{change} {checkpoint.model_hash}".encode()).hexdigest()
+    return replace(checkpoint, model_hash=named)
 
 
 def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -52,8 +52,10 @@ class LoadedModel:
         vocab_size: number of logits, and the bound of token ids.
         max_model_len: most positions.
         eos_token_ids: tokens that end a text.
-        dtype, device: of weights, keys and values.
-        model_hash: SHA-256 over the configuration and weight files, hex; another for int8 weights.
+        dtype, device: of weights and rows.
+        kv_dtype: of keys and values in the pool.
+        model_hash: SHA-256 over the configuration and weight files, hex; another for int8 weights,
+            and for keys and values of another dtype than the weights'.
         tokenizer_hash: SHA-256 over tokenizer.json, hex.
         tokenizer_files: what a router needs.
         row_invariant: whether a row's bits never depend on the rows that share its pass, as a
@@ -73,6 +75,7 @@ class LoadedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
     model_hash: str
     tokenizer_hash: str
@@ -85,6 +88,16 @@ class LoadedModel:
     def dtype_name(self) -> str:
         """The number format as the wire names it, such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def kv_dtype_name(self) -> str:
+        """That of keys and values, such as "float8_e4m3fn"."""
+        return str(self.kv_dtype).removeprefix("torch.")
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """What the keys and values of one token take in the pool."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
 
 
 class StockDecoder:

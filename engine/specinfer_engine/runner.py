@@ -27,8 +27,8 @@ class Runner:
     Attributes:
         loaded: the model.
         num_blocks, block_size: shape of the pool.
-        pool: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] of the model's dtype;
-            sized once, never grown. With `capture` a few blocks more, for padding rows.
+        pool: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] of the model's
+            kv_dtype; sized once, never grown. With `capture` a few blocks more, for padding rows.
     """
 
     def __init__(
@@ -47,9 +47,14 @@ class Runner:
         spare = 0 if capture is None else ScratchBlocks.count(block_size)
         block = (block_size, loaded.num_kv_heads, loaded.head_dim)
         shape = (loaded.num_layers, 2, num_blocks + spare, *block)
-        self.pool = torch.zeros(shape, dtype=loaded.dtype, device=loaded.device)
+        self.pool = torch.zeros(shape, dtype=loaded.kv_dtype, device=loaded.device)
         self._caches = layer_caches(self.pool)
         self._graphs = None if capture is None else self._make_graphs(capture)
+
+    @property
+    def graphs(self) -> StepGraphs | None:
+        """Its recorded passes, for whoever records several in a row; None without `capture`."""
+        return self._graphs
 
     @property
     def records_passes(self) -> bool:

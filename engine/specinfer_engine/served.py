@@ -15,7 +15,8 @@ def load_runner(settings: WorkerSettings) -> Runner:
 
     Raises:
         InvalidCheckpoint: when the folder cannot be served.
-        InvalidRequest: when a core is not there, or the pool does not fit in memory.
+        InvalidRequest: when a core is not there, the device cannot have such keys and values, or
+            the pool does not fit in memory.
     """
     take_cores(settings.core_numbers, settings.threads)
     loaded = load_model(
@@ -24,11 +25,9 @@ def load_runner(settings: WorkerSettings) -> Runner:
         device=settings.device,
         name=settings.name or None,
         weights=settings.weights,
+        kv_dtype=settings.kv_dtype,
     )
-    bytes_per_token = (
-        2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * loaded.dtype.itemsize
-    )
-    num_blocks = settings.num_blocks(bytes_per_token)
+    num_blocks = settings.num_blocks(loaded.kv_bytes_per_token)
     try:
         return Runner(
             loaded,
@@ -37,7 +36,7 @@ def load_runner(settings: WorkerSettings) -> Runner:
             capture=capture_for(settings.cuda_graphs == AUTO, loaded.device, loaded.dtype),
         )
     except (RuntimeError, MemoryError) as error:
-        size = num_blocks * settings.block_size * bytes_per_token >> 20
+        size = num_blocks * settings.block_size * loaded.kv_bytes_per_token >> 20
         raise InvalidRequest(
             f"a KV pool of {size} MiB does not fit in memory: {error}", field="kv_memory"
         ) from error

@@ -41,7 +41,7 @@ from specinfer_kernels.seeded_sampling import (
     gumbel_noise,
     sample_gumbel,
 )
-from specinfer_kernels.tree_attention import AttentionLayout, tree_attention
+from specinfer_kernels.tree_attention import AttentionLayout, split_length, tree_attention
 from specinfer_kernels.tree_walk import walk_trees
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "sample_gumbel",
     "sample_law",
     "silu_multiply",
+    "split_length",
     "tree_attention",
     "walk_trees",
     "write_kv",

@@ -16,7 +16,9 @@ from specinfer_kernels import native_decoder, native_rows, reference_decoder
 from specinfer_kernels.backends import Backend, choose_backend
 from specinfer_kernels.decoder_rows import HeadNorms, RotaryPlaces
 from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
+from specinfer_kernels.kv_cache import check_scales
 from specinfer_kernels.packed_linear import PackedLinear
+from specinfer_kernels.reference import FLOAT8
 from specinfer_kernels.tree_attention import AttentionLayout
 
 
@@ -162,18 +164,19 @@ def decoder_layers(
     """Take rows through every layer, writing their keys and values on the way.
 
     hidden: contiguous [num_rows, width] of the stack's dtype, used up: what it holds afterwards is
-    not said. places, layout: of these rows. caches: one pair a layer. Returns the residual stream
-    after the last layer, [num_rows, width]; no norm is applied to it. Which rows share the pass
-    changes no row's bits on a CPU or where Triton serves, as with the ops that it is made of, whose
-    bits it has.
+    not said. places, layout: of these rows. caches: one pair a layer, of the stack's dtype or of
+    float8_e4m3fn at scale 1, which the single ops serve. Returns the residual stream after the last
+    layer, [num_rows, width]; no norm is applied to it. Which rows share the pass changes no row's
+    bits on a CPU or where Triton serves, as with the ops that it is made of, whose bits it has.
 
     Raises KernelInputError on a wrong shape, dtype, device or range, BackendUnavailableError when
     `backend` is named and cannot serve.
     """
     _check(hidden, stack, places, layout, caches)
+    dtype = caches.pairs[0][0].dtype
     if backend is None:
-        native = stack.native if hidden.is_cpu else None
-    elif choose_backend(hidden.device, backend, hidden.dtype, native_rows.DTYPE_CODES) == "native":
+        native = stack.native if hidden.is_cpu and dtype != FLOAT8 else None
+    elif choose_backend(hidden.device, backend, dtype, native_rows.DTYPE_CODES) == "native":
         native = stack.native
         if native is None:
             raise BackendUnavailableError("the native library does not run all of these layers")
@@ -213,10 +216,9 @@ def _check(
         raise KernelInputError(
             f"cosines are of {places.cosines.shape[1]} dimensions, heads of {stack.head_dim}"
         )
-    if not hidden.dtype == cache.dtype == places.cosines.dtype:
-        raise KernelInputError(
-            f"dtypes differ: {hidden.dtype}, caches {cache.dtype}, tables {places.cosines.dtype}"
-        )
+    if hidden.dtype != places.cosines.dtype:
+        raise KernelInputError(f"dtypes differ: {hidden.dtype}, tables {places.cosines.dtype}")
+    check_scales(hidden.dtype, cache.dtype, 1.0, 1.0)
     if layout.ancestors.shape[0] != num_rows:
         raise KernelInputError(f"ancestors are of {layout.ancestors.shape[0]} rows, not {num_rows}")
     devices = {t.device for t in (hidden, cache, places.positions, layout.ancestors)}

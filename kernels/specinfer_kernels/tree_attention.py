@@ -109,8 +109,8 @@ def tree_attention(
     The k-th key of a row's list has position k, the row's own position is the last. With
     `sliding_window` w only keys with row_position - k < w are seen; `softcap` c turns a scaled
     score s into c * tanh(s / c). Caches of float8_e4m3fn hold keys over key_scale and values over
-    value_scale, as `write_kv` puts them there, for queries of float16, bfloat16 or float32; no C++
-    kernel reads them.
+    value_scale, as `write_kv` puts them there, for queries of float16, bfloat16 or float32; the C++
+    kernel reads a copy of the blocks in the queries' dtype, which holds them exactly.
 
     Raises KernelInputError on a wrong shape, stride, dtype, scale or range,
     BackendUnavailableError when `backend` is named and cannot serve.
@@ -121,9 +121,9 @@ def tree_attention(
         raise KernelInputError(f"sliding_window must be at least 1, got {sliding_window}")
     if softcap is not None and not softcap > 0:
         raise KernelInputError(f"softcap must be positive, got {softcap}")
-    by_triton = (*TRITON_DTYPES, reference.FLOAT8)
-    chosen = choose_backend(query.device, backend, key_cache.dtype, native.DTYPE_CODES, by_triton)
-    if chosen != "native" and query.device.type == "cpu":
+    chosen = choose_backend(query.device, backend, query.dtype, native.DTYPE_CODES, TRITON_DTYPES)
+    is_float8 = key_cache.dtype == reference.FLOAT8
+    if query.device.type == "cpu" and (is_float8 or chosen != "native"):
         _check_values(layout, query.shape[0], key_cache, sliding_window)
     tensors = (query, key_cache, value_cache, *layout.tensors)
     numbers: dict[str, Any] = {
@@ -131,6 +131,10 @@ def tree_attention(
         "sliding_window": sliding_window,
         "softcap": softcap,
     }
+    if chosen == "native" and is_float8:
+        tensors = (query, *_widened(query.dtype, key_cache, value_cache, layout))
+        numbers["scale"] = scale * key_scale
+        return native.tree_attention(*tensors, layout.ancestors, **numbers).mul_(value_scale)
     if chosen == "native":
         return native.tree_attention(*tensors, layout.ancestors, **numbers)
     numbers |= {"key_scale": key_scale, "value_scale": value_scale}
@@ -140,6 +144,32 @@ def tree_attention(
 
         return attention.tree_attention(*tensors, layout.triton_plan, **numbers)
     return reference.tree_attention(*tensors, layout.ancestors, **numbers)
+
+
+def split_length(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
+    """Keys after which attention takes the next split of a row's, or None where there is one.
+
+    For queries of a device, dtype and head size. Longer rows are summed in several states that are
+    folded afterwards (flash-decoding), which what looks at short rows never sees.
+    """
+    if choose_backend(device, None, dtype, native.DTYPE_CODES, TRITON_DTYPES) != "triton":
+        return None
+    from specinfer_kernels.triton import attention
+
+    return attention.tile_sizes(dtype, head_dim).split_keys
+
+
+def _widened(
+    dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor, layout: AttentionLayout
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Caches of a dtype with the blocks that the layout names, and the layout over them.
+
+    A block behind a window may name anything; it is not read.
+    """
+    named = layout.block_tables.clamp(0, key_cache.shape[0] - 1)
+    blocks, tables = torch.unique(named, return_inverse=True)
+    keys, values = key_cache[blocks].to(dtype), value_cache[blocks].to(dtype)
+    return keys, values, layout.row_offsets, layout.context_lens, tables.int()
 
 
 def _check(query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: AttentionLayout) -> None:

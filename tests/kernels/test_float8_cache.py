@@ -4,6 +4,7 @@ own. On a CPU plain torch serves them; Triton through its interpreter where it i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from typing import Any
 
@@ -18,6 +19,7 @@ from specinfer_kernels import (
     HeadNorms,
     KernelInputError,
     RotaryPlaces,
+    available_backends,
     compact_kv,
     copy_blocks,
     rotate_and_write_kv,
@@ -33,6 +35,7 @@ KEY_SCALE, VALUE_SCALE = 2**-5, 0.5
 SCALES: dict[str, Any] = {"key_scale": KEY_SCALE, "value_scale": VALUE_SCALE}
 HAS_TRITON = importlib.util.find_spec("triton") is not None and is_interpreting()
 BACKENDS: list[Backend] = ["reference", *(["triton"] if HAS_TRITON else [])]  # type: ignore[list-item]
+ATTENTION: list[Backend] = [*BACKENDS, *(["native"] if "native" in available_backends() else [])]  # type: ignore[list-item]
 NARROW = Geometry(num_heads=2, num_kv_heads=1, head_dim=16, dtype=torch.bfloat16)
 
 
@@ -142,7 +145,7 @@ def attend_float8(
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ATTENTION)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_attention_reads_what_was_stored(backend: Backend, softcap: float | None) -> None:
     nodes = random_nodes(30, NARROW, seed=0)
@@ -162,9 +165,28 @@ def test_attention_reads_what_was_stored(backend: Backend, softcap: float | None
     torch.testing.assert_close(ours.double(), right, atol=2e-2, rtol=2e-2)
 
 
-def test_bits_of_a_row_are_its_own() -> None:
+@pytest.mark.parametrize("backend", [backend for backend in ATTENTION if backend != "triton"])
+def test_bits_of_a_row_are_its_own(backend: Backend) -> None:
     """The Triton kernel is held to it in test_triton_attention."""
-    assert differing_forms(attend_float8, NARROW, length=34) == []
+    attend = functools.partial(attend_float8, backend=backend)
+    assert differing_forms(attend, NARROW, length=34) == []
+
+
+@pytest.mark.skipif("native" not in ATTENTION, reason="no native kernels here")
+def test_the_native_kernel_reads_only_blocks_that_a_row_sees() -> None:
+    """A block behind the window is gone: its name may be anything, what lies there too."""
+    nodes = random_nodes(24, NARROW, seed=0)
+    batch = lay_out([Session(nodes[:22], nodes[22:], chain(2))], NARROW, seed=0)
+    numbers: dict[str, Any] = {"scale": 0.25, "sliding_window": 6, "backend": "native"}
+    caches = batch.key_cache, batch.value_cache
+    ours = attend_float8(batch.query, *caches, batch.layout, **numbers)
+    tables = batch.layout.block_tables.clone()
+    tables[0, 0] = -7
+    gone = dataclasses.replace(batch.layout, block_tables=tables)
+    assert torch.equal(attend_float8(batch.query, *caches, gone, **numbers), ours)
+    tables[0, -1] = 1 << 20
+    with pytest.raises(KernelInputError, match="outside the cache"):
+        attend_float8(batch.query, *caches, gone, **numbers)
 
 
 def test_what_does_not_fit_is_refused() -> None:
