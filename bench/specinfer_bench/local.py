@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from specinfer.errors import Cancelled, InternalError, SpecinferError
@@ -57,6 +58,8 @@ from specinfer_verify.worker import Worker
 from specinfer_verify.worker import build_worker as build_verifier
 
 _Value = TypeVar("_Value")
+_Settings = TypeVar("_Settings")
+_Worker = TypeVar("_Worker")
 
 
 def _answer_of(future: Future[_Value]) -> Answer[_Value]:
@@ -224,12 +227,41 @@ def local_router(
     Raises:
         InvalidCheckpoint: when a folder cannot be served.
     """
-    # In a thread that ends, as workers do it.
-    with ThreadPoolExecutor(1) as thread:
-        verifier = thread.submit(build_verifier, VerifySettings(model=model, dtype=dtype)).result()
-        drafter = thread.submit(build_drafter, DraftSettings(model=draft, dtype=dtype)).result()
-    with running(verifier.engine), running(drafter.engine):
+    verifier = built(build_verifier, VerifySettings(model=model, dtype=dtype))
+    drafter = built_drafter(DraftSettings(model=draft, dtype=dtype))
+    with running(drafter.engine), running(verifier.engine):
         yield router_over(verifier, drafter, policy=policy)
+
+
+def built(build: Callable[[_Settings], _Worker], settings: _Settings) -> _Worker:
+    """A worker built in a thread that ends, as workers do it: its compute threads end with it.
+
+    OpenMP's threads belong to the thread that computes with them, and where there are more of them
+    than cores they sleep at every wait.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(build, settings).result()
+
+
+def built_drafter(settings: DraftSettings) -> DraftWorker:
+    """A drafter whose engine computes on its own thread alone, as a cluster's on few cores does.
+
+    With a team of its own beside the verifier's there would be more threads than cores.
+    """
+    before = torch.get_num_threads()
+    worker = built(build_drafter, replace(settings, threads=1))
+    torch.set_num_threads(before)
+    worker.engine.prepare_with(compute_alone)
+    return worker
+
+
+def compute_alone() -> None:
+    """Have the calling thread compute without others; those that begin later do as before."""
+    # A thread that never asked takes, at its first product, what was last set anywhere.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(torch.set_num_threads, before).result()
 
 
 @contextmanager

@@ -37,6 +37,10 @@ class EngineThread:
         idle_seconds: how long the thread sleeps at most between looks for work that only time
             brings, such as the eviction of idle sessions; a function is asked before each sleep.
         on_failure: called on the thread, once, when a step has failed.
+
+    Attributes:
+        prepare: called on the thread before anything else, for what belongs to a thread, such as
+            how many others it computes with; to be set before `start`.
     """
 
     def __init__(
@@ -57,11 +61,14 @@ class EngineThread:
         self._pending: set[Future[Any]] = set()
         self._stopping = False
         self._failure: BaseException | None = None
+        self.prepare: Callable[[], object] = lambda: None
+        self._prepared = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread; returns once it is prepared."""
         self._thread.start()
+        self._prepared.wait()
 
     @property
     def healthy(self) -> bool:
@@ -128,6 +135,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._prepare()
             working = True
             while not self._stopping:
                 self._take_items(wait=not working)
@@ -139,6 +147,12 @@ class EngineThread:
             self._fail_pending(InternalError(f"the engine has failed: {error}"))
             if self._on_failure is not None:
                 self._on_failure()
+
+    def _prepare(self) -> None:
+        try:
+            self.prepare()
+        finally:
+            self._prepared.set()
 
     def _take_items(self, *, wait: bool) -> None:
         """Handle everything in the inbox; wait for the first item when there is no work."""

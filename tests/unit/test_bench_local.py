@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from specinfer.messages import (
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer_bench import grown
 from specinfer_bench.grown import default_cache, grown_target
-from specinfer_bench.local import local_router, run_local
+from specinfer_bench.local import compute_alone, local_router, run_local
 from specinfer_bench.options import GROWN_PRESETS, BenchOptions
 from specinfer_router.policy import StaticShape
 from specinfer_router.router import Router
@@ -79,6 +80,19 @@ async def test_one_process_speculates_and_keeps_the_tokens(
     assert sum(facts.num_accepted_tokens for facts in sample.rounds) > 0
     assert len(sample.rounds) < len(sample.token_ids)
     assert 0 < sample.first_token_seconds <= sample.seconds
+
+
+def test_a_thread_that_computes_alone_leaves_the_others_their_number() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor(1) as later:
+            alone.submit(compute_alone).result()
+            # One that computes for the first time takes what was last set anywhere.
+            numbers = [thread.submit(torch.get_num_threads).result() for thread in (alone, later)]
+        assert [*numbers, torch.get_num_threads()] == [1, 3, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_grown_target_says_what_the_small_one_says(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,14 @@ import torch
 
 from specinfer.messages import WorkerInfo
 from specinfer.sampling import SamplingParams
-from specinfer_bench.peers.ablations import FULL, PLAIN, Ablations, OwnLawLink
+from specinfer_bench.peers.ablations import (
+    FULL,
+    PLAIN,
+    Ablations,
+    OtherLayout,
+    OwnLawLink,
+    other_layouts,
+)
 from specinfer_bench.peers.interleave import run_all
 from specinfer_bench.peers.peer import Pair, Task
 from specinfer_bench.peers.report import build_report
@@ -42,7 +50,10 @@ def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
         build(self, weight, bias, layout)
 
     monkeypatch.setattr(PackedLinear, "__init__", spy)
-    with Ablations().load(pair) as arms:
+    with ExitStack() as stack:
+        arms = dict(stack.enter_context(Ablations().load(pair)))
+        for layout in other_layouts(pair.dtype):
+            arms.update(stack.enter_context(OtherLayout(layout).load(pair)))
         outcome = run_all(arms, TASK, [TASK], repeats=1)
         report = build_report(
             outcome,

@@ -40,6 +40,27 @@ def test_calls_run_in_order_on_the_thread() -> None:
     assert seen == list(range(50))
 
 
+def test_a_thread_is_prepared_before_anything_else_and_before_start_returns() -> None:
+    seen: list[str] = []
+    thread = EngineThread("test", idle)
+    thread.prepare = lambda: seen.append(threading.current_thread().name)
+    thread.start()
+    assert seen == ["test"]
+    thread.stop()
+
+
+def test_a_thread_that_cannot_be_prepared_takes_nothing() -> None:
+    failed = threading.Event()
+    thread = EngineThread("test", idle, on_failure=failed.set)
+    thread.prepare = lambda: 1 // 0
+    thread.start()
+    assert failed.wait(TIMEOUT)
+    with pytest.raises(InternalError, match="division"):
+        thread.call(lambda: None)
+    assert not thread.healthy
+    thread.stop()
+
+
 def test_an_item_may_be_answered_by_a_later_step() -> None:
     waiting: list[Future[str]] = []
 

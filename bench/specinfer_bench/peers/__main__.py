@@ -23,6 +23,7 @@ from specinfer.messages import ChatMessage
 from specinfer_bench.grown import default_cache, grown_target
 from specinfer_bench.machine import machine_facts
 from specinfer_bench.options import GROWN_PRESETS
+from specinfer_bench.peers.apart import Apart
 from specinfer_bench.peers.hugging_face import Transformers
 from specinfer_bench.peers.interleave import run_all
 from specinfer_bench.peers.llama_cpp import LlamaCpp
@@ -39,12 +40,12 @@ from specinfer_router.tokenizer import ServedTokenizer
 MODULE = "specinfer_bench.peers"
 PEERS: tuple[Peer, ...] = (
     Cluster(),
-    OneProcess(),
-    Transformers(),
+    Apart(OneProcess),
+    Apart(Transformers),
     LlamaCpp(),
-    Vllm(),
-    Sglang(),
-    OpenVino(),
+    Apart(Vllm),
+    Apart(Sglang),
+    Apart(OpenVino),
 )
 DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
 

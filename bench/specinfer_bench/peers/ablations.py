@@ -1,8 +1,9 @@
 """What each idea brings: `python -m specinfer_bench.peers.ablations --help`.
 
-Specinfer with one part taken out at a time, in one process and in turn: the tree, the noise that
+Specinfer with one part taken out at a time, without a network and in turn: the tree, the noise that
 drafter and target share, the packed weights, and drafting ahead put in (it is off where both share
-a CPU). All arms draw the same tokens, which is compared. The commit beside the next propose is
+a CPU). Each layout of weights has a process of its own, so that no pass finds threads of another
+verifier. All arms draw the same tokens, which is compared. The commit beside the next propose is
 measured by `specinfer_bench.overlap`, for it takes a store that answers over a network.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -19,13 +20,12 @@ import torch
 
 from specinfer.messages import SpeculationOptions
 from specinfer.sampling import SamplingParams
-from specinfer_bench.local import LocalDraftLink, router_over, running
+from specinfer_bench.local import LocalDraftLink, built, built_drafter, router_over, running
 from specinfer_bench.peers.__main__ import bench_parser, run_comparison
+from specinfer_bench.peers.apart import Apart
 from specinfer_bench.peers.ours import run_router
 from specinfer_bench.peers.peer import Arm, Pair
 from specinfer_draft.settings import Settings as DraftSettings
-from specinfer_draft.worker import Worker as DraftWorker
-from specinfer_draft.worker import build_worker as build_drafter
 from specinfer_kernels import pack_linear
 from specinfer_kernels.packed_linear import Layout, layouts
 from specinfer_router.answer import Answer
@@ -61,25 +61,8 @@ class OwnLawLink(LocalDraftLink):
         return super().open(session_id, epoch, token_ids, own, num_prompt_tokens)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Workers of this process whose engines run.
-
-    Attributes:
-        verifier: with weights packed for our own product.
-        others: with weights in other layouts, by layout.
-        drafter: as a worker here is by default.
-        ahead: that drafts ahead.
-    """
-
-    verifier: Worker
-    others: Mapping[Layout, Worker]
-    drafter: DraftWorker
-    ahead: DraftWorker
-
-
 class Ablations:
-    """Specinfer in one process, less one thing at a time."""
+    """Specinfer without a network, and less one thing at a time."""
 
     name = "specinfer"
 
@@ -89,71 +72,80 @@ class Ablations:
 
     @contextmanager
     def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
-        """All arms; raises InvalidCheckpoint."""
-        with ExitStack() as stack, asyncio.Runner() as loop:
-            parts = _start(pair, stack)
-            full = router_over(parts.verifier, parts.drafter)
-            own_law = router_over(
-                parts.verifier,
-                parts.drafter,
-                OwnLawLink(parts.drafter.engine, parts.drafter.info),
-            )
-            ahead = router_over(parts.verifier, parts.ahead)
-            others = {
-                _LAYOUTS[layout]: router_over(worker, parts.drafter)
-                for layout, worker in parts.others.items()
-            }
-
-            def arm(router: Router, options: SpeculationOptions | None = None) -> Arm:
-                run = partial(run_router, loop, router, speculation=options)
-                plain = options is not None and not options.enabled
-                return Arm(run, plain=plain, seeded=True)
-
-            off = SpeculationOptions(enabled=False)
+        """All arms but those of other layouts; raises InvalidCheckpoint."""
+        draft = DraftSettings(model=pair.draft, dtype=pair.dtype)
+        verifier = built(build_verifier, VerifySettings(model=pair.target, dtype=pair.dtype))
+        drafter, ahead = built_drafter(draft), built_drafter(replace(draft, ahead="on"))
+        with (
+            running(drafter.engine),
+            running(ahead.engine),
+            running(verifier.engine),
+            asyncio.Runner() as loop,
+        ):
+            full = router_over(verifier, drafter)
+            own_law = OwnLawLink(drafter.engine, drafter.info)
             yield {
-                PLAIN: arm(full, off),
-                **{f"plain, {name}": arm(router, off) for name, router in others.items()},
-                FULL: arm(full),
-                **{f"no tree, chain of {length}": arm(full, _chain(length)) for length in _CHAINS},
-                "no shared noise": arm(own_law),
-                **{name: arm(router) for name, router in others.items()},
-                "with drafting ahead": arm(ahead),
+                PLAIN: _arm(loop, full, SpeculationOptions(enabled=False)),
+                FULL: _arm(loop, full),
+                **{
+                    f"no tree, chain of {length}": _arm(loop, full, _chain(length))
+                    for length in _CHAINS
+                },
+                "no shared noise": _arm(loop, router_over(verifier, drafter, own_law)),
+                "with drafting ahead": _arm(loop, router_over(verifier, ahead)),
             }
+
+
+class OtherLayout:
+    """Specinfer without a network, its target's weights in a layout that no setting offers."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.name = _LAYOUTS[layout]
+        self._layout: Layout = layout
+
+    def missing(self) -> str | None:
+        """Always there."""
+        return None
+
+    @contextmanager
+    def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
+        """Without guesses and with them; raises InvalidCheckpoint."""
+        verifier = built(self._build, VerifySettings(model=pair.target, dtype=pair.dtype))
+        drafter = built_drafter(DraftSettings(model=pair.draft, dtype=pair.dtype))
+        with running(drafter.engine), running(verifier.engine), asyncio.Runner() as loop:
+            router = router_over(verifier, drafter)
+            yield {
+                f"plain, {self.name}": _arm(loop, router, SpeculationOptions(enabled=False)),
+                self.name: _arm(loop, router),
+            }
+
+    def _build(self, settings: VerifySettings) -> Worker:
+        with ExitStack() as stack:
+            for name in _PACKERS:
+                stack.enter_context(patch(name, partial(pack_linear, layout=self._layout)))
+            # Its passes cost other times than those that are kept for this model.
+            return build_verifier(replace(settings, profile="off"))
+
+
+def _arm(loop: asyncio.Runner, router: Router, options: SpeculationOptions | None = None) -> Arm:
+    plain = options is not None and not options.enabled
+    return Arm(partial(run_router, loop, router, speculation=options), plain=plain, seeded=True)
 
 
 def _chain(length: int) -> SpeculationOptions:
     return SpeculationOptions(max_nodes=length, max_depth=length, widths=(1,) * length)
 
 
-def _start(pair: Pair, stack: ExitStack) -> Parts:
-    verify = VerifySettings(model=pair.target, dtype=pair.dtype)
-    draft = DraftSettings(model=pair.draft, dtype=pair.dtype)
-    served = layouts(torch.empty(16, 16, dtype=getattr(torch, pair.dtype)))
-    parts = Parts(
-        build_verifier(verify),
-        {layout: _laid_out(verify, layout) for layout in served[1:]},
-        build_drafter(draft),
-        build_drafter(replace(draft, ahead="on")),
-    )
-    for verifier in (parts.verifier, *parts.others.values()):
-        stack.enter_context(running(verifier.engine))
-    for drafter in (parts.drafter, parts.ahead):
-        stack.enter_context(running(drafter.engine))
-    return parts
-
-
-def _laid_out(settings: VerifySettings, layout: Layout) -> Worker:
-    """A verify worker whose weights have a layout that no setting offers."""
-    with ExitStack() as stack:
-        for name in _PACKERS:
-            stack.enter_context(patch(name, partial(pack_linear, layout=layout)))
-        # Its passes cost other times than those that are kept for this model.
-        return build_verifier(replace(settings, profile="off"))
+def other_layouts(dtype: str) -> tuple[Layout, ...]:
+    """Layouts that weights of a number format could have here and by default have not."""
+    return layouts(torch.empty(16, 16, dtype=getattr(torch, dtype)))[1:]
 
 
 def main() -> None:
     """Run all arms, write the results and print the table."""
-    run_comparison(MODULE, [Ablations()], bench_parser(MODULE, __doc__).parse_args(), PLAIN, FULL)
+    arguments = bench_parser(MODULE, __doc__).parse_args()
+    others = [Apart(OtherLayout, layout) for layout in other_layouts(arguments.dtype)]
+    run_comparison(MODULE, [Apart(Ablations), *others], arguments, PLAIN, FULL)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ class DraftEngine:
         """Start the engine's thread."""
         self._thread.start()
 
+    def prepare_with(self, prepare: Callable[[], object]) -> None:
+        """Call `prepare` on the engine's thread when it starts; to be called before `start`."""
+        self._thread.prepare = prepare
+
     def count_with(self, metrics: DraftMetrics) -> None:
         """Count what the drafter does; to be called before `start`."""
         self._drafter.count_with(metrics)
