@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from specinfer.grammar import CompiledGrammar
 from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
+from specinfer.step_curve import StepCurve
 from specinfer_engine.blocks import BlockManager
 from specinfer_verify.checks import Limits
 from specinfer_verify.engine import VerifyEngine
@@ -48,14 +49,18 @@ def table_engine(
     make_runner: Callable[[TableModel, int, int], TableRunner] = TableRunner,
     clock: Callable[[], float] = time.perf_counter,
     walk_on_device: bool = False,
+    roots_ahead: bool = False,
+    end_token_ids: Sequence[int] = (),
     **limits: float,
 ) -> tuple[VerifyEngine, TableRunner, BlockManager]:
-    """An engine over a table model, with its runner and pool."""
+    """An engine over a table model, with its runner and pool; passes of all sizes cost the same."""
     bounds = {"max_model_len": 200, "max_rows": 64, "min_prefill_rows": 8, "max_tree_nodes": 32}
     runner = make_runner(TableModel(vocab_size), num_blocks, block_size)
     blocks = BlockManager(num_blocks, block_size)
     chosen = Limits(vocab_size=vocab_size, **(bounds | limits))  # type: ignore[arg-type]
     engine = VerifyEngine(runner, blocks, chosen, walk_on_device=walk_on_device, clock=clock)
+    if roots_ahead:
+        engine.run_ahead(StepCurve(()), end_token_ids)
     return engine, runner, blocks
 
 

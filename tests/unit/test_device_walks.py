@@ -20,8 +20,14 @@ from specinfer_engine.acceptance import Walk, match_walk
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.logits import process_logits
 from specinfer_kernels import Backend
-from specinfer_verify.device_walks import Walked, Walker, read_walk, walk_on_device, walk_together
-from specinfer_verify.engine import MOST_WALK_FAILURES
+from specinfer_verify.device_walks import (
+    MOST_WALK_FAILURES,
+    Walked,
+    Walker,
+    read_walk,
+    walk_on_device,
+    walk_together,
+)
 from specinfer_verify.scheduler import ScheduledRows
 from tests.kit.table_models import TableRunner, random_drafter
 from tests.kit.triton_interpreter import patch_once
@@ -165,7 +171,7 @@ def test_an_engine_that_walks_on_the_device_gives_the_same_tokens(
         shares.append((len(walked), len(plan)))
         return walked
 
-    monkeypatch.setattr(specinfer_verify.engine, "walk_on_device", counted)
+    monkeypatch.setattr(specinfer_verify.device_walks, "walk_on_device", counted)
     jobs = make_jobs(16)
     outputs = plain_outputs(jobs)
     assert together_outputs(drafted(jobs, outputs)) == outputs
@@ -239,7 +245,7 @@ def failures_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, walk: WalkTogether
 ) -> list[str]:
     """What is logged, each with its error, while an engine gives the right tokens all the same."""
-    monkeypatch.setattr(specinfer_verify.engine, "walk_on_device", walk)
+    monkeypatch.setattr(specinfer_verify.device_walks, "walk_on_device", walk)
     jobs = make_jobs(4)
     outputs = plain_outputs(jobs)
     with caplog.at_level(logging.ERROR):

@@ -1,10 +1,12 @@
-"""State after 10,000 random steps: lengths, epochs, blocks; with every way a session can end."""
+"""State after thousands of steps: lengths, epochs, blocks; with all ways that a session can end."""
 
 from __future__ import annotations
 
 import random
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+
+import pytest
 
 from specinfer.errors import InvalidRequest, InvalidTree, NotFound, SpecinferError, StaleEpoch
 from specinfer.messages import VerifyResult
@@ -17,7 +19,7 @@ from tests.kit.verify_driver import TIMEOUT, running, table_engine
 VOCAB = 4
 EOS = 3
 MAX_LEN = 48
-NUM_STEPS = 10_000
+NUM_STEPS = 5_000
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Fuzzer:
         known = list(prompt)
         while len(known) < MAX_LEN:
             known.append(int(self.model.logits(known).argmax()))
-        draft = random_drafter(self.rng, VOCAB, max_nodes=8, known=known)
+        guessing = random_drafter(self.rng, VOCAB, max_nodes=8, known=known)
+        draft = draft_nothing if self.rng.random() < 0.3 else guessing
         client = Client(f"s{self.num_steps}-{len(self.clients)}", prompt, draft)
         greedy = SamplingParams(temperature=0.0)
         self.engine.open(client.session_id, 0, prompt, greedy, len(prompt))
@@ -120,8 +123,11 @@ class Fuzzer:
             self.disturb(client)
 
 
-def test_ten_thousand_random_steps_leak_nothing() -> None:
-    engine, _, blocks = table_engine(VOCAB, num_blocks=70, max_model_len=MAX_LEN, yield_seconds=0.0)
+@pytest.mark.parametrize("roots_ahead", [False, True])
+def test_thousands_of_random_steps_leak_nothing(roots_ahead: bool) -> None:
+    engine, _, blocks = table_engine(
+        VOCAB, num_blocks=70, max_model_len=MAX_LEN, yield_seconds=0.0, roots_ahead=roots_ahead
+    )
     with running(engine):
         fuzzer = Fuzzer(engine, seed=17)
         while fuzzer.num_steps < NUM_STEPS:

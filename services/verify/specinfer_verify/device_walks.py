@@ -11,6 +11,7 @@ request alone, never from its neighbours. This module knows nothing of results, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,40 @@ Walked = dict[str, list[int]]
 
 # Drawn at a row with a NaN: no node carries it, so the walk ends there.
 _NO_TOKEN = -1
+# Walks together that fail this often in a row are not tried again.
+MOST_WALK_FAILURES = 3
+
+log = logging.getLogger(__name__)
+
+
+class DeviceWalks:
+    """Walks together, for as long as they do not fail.
+
+    Args:
+        wanted: whether sessions are walked together at all.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._num_failures = 0  # in a row
+
+    def of(self, plan: Sequence[ScheduledRows], logits: Sequence[Tensor]) -> Walked:
+        """What was walked together; what is missing is walked session by session."""
+        if not self._wanted or self._num_failures >= MOST_WALK_FAILURES:
+            return {}
+        try:
+            walked = walk_on_device(plan, logits)
+        except Exception:
+            # Whoever is at fault, by itself each session fails alone.
+            self._num_failures += 1
+            last = self._num_failures == MOST_WALK_FAILURES
+            log.exception(
+                "walks together failed: sessions are walked one by one %s",
+                "from now on" if last else "in this pass",
+            )
+            return {}
+        self._num_failures = 0
+        return walked
 
 
 @dataclass(frozen=True)

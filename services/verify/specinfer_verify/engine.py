@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-
-from torch import Tensor
 
 from specinfer.errors import (
     Cancelled,
@@ -33,17 +31,16 @@ from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
 from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
 from specinfer_verify.counting import CountPass, count_in, count_nothing
-from specinfer_verify.device_walks import Walked, walk_on_device
+from specinfer_verify.device_walks import DeviceWalks
 from specinfer_verify.gathering import Gathering
 from specinfer_verify.passes import TargetRunner, move_slots, run_rows
-from specinfer_verify.scheduler import ScheduledRows, Scheduler
+from specinfer_verify.roots_ahead import RootsAhead, cheap_rows
+from specinfer_verify.scheduler import Scheduler
 from specinfer_verify.session import PendingStep, Session, fit_tree
 from specinfer_verify.walks import Outcome, PassFacts, finish
 
 # How soon blocks that idle sessions have to yield are noticed.
 IDLE_SECONDS = 0.05
-# Walks together that fail this often in a row are not tried again.
-MOST_WALK_FAILURES = 3
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +69,7 @@ class VerifyEngine:
     ) -> None:
         self.limits = limits.within_pool(blocks)
         self._runner = runner
-        self._walks_on_device = walk_on_device
-        self._num_walk_failures = 0  # in a row
+        self._walks = DeviceWalks(walk_on_device)
         self._blocks = blocks
         self._clock = clock
         self._scheduler = Scheduler(
@@ -91,6 +87,7 @@ class VerifyEngine:
         self._empty = threading.Event()
         self._empty.set()
         self._gathering = Gathering(self.limits.max_rows)
+        self._roots_ahead = RootsAhead()
         self._thread = EngineThread(
             "verify-engine",
             self.run_pass,
@@ -114,6 +111,16 @@ class VerifyEngine:
     def gather_with(self, costs: StepCurve) -> None:
         """Let passes wait for sessions that are due where it pays; to be called before `start`."""
         self._gathering.costs = costs
+
+    def run_ahead(self, costs: StepCurve, end_token_ids: Collection[int]) -> None:
+        """Compute roots before they are asked for where that is cheap; call it before `start`.
+
+        Args:
+            costs: what passes cost.
+            end_token_ids: tokens that end a text.
+        """
+        max_rows = cheap_rows(costs, self.limits.max_rows)
+        self._roots_ahead = RootsAhead(max_rows, self.limits.max_model_len, end_token_ids)
 
     @property
     def num_preemptions(self) -> int:
@@ -218,12 +225,17 @@ class VerifyEngine:
         """One pass: schedule, run, walk and commit. Returns whether there was anything to do."""
         start = self._clock()
         self._evict_idle(start)
-        waits = self._gathering.waits(start, self._scheduler.sessions.values())
-        plan = [] if waits else self._scheduler.schedule(start)
+        sessions = self._scheduler.sessions.values()
+        ahead = self._roots_ahead.chosen(sessions)
+        waits = self._gathering.waits(start, sessions, ahead)
+        plan = [] if waits else self._scheduler.schedule(start, ahead)
         if not plan:
             return False
         logits = run_rows(self._runner, plan)
-        walked = self._walk(plan, logits)
+        for item in plan:
+            if item.tree is not None and item.session.pending is None:
+                item.session.pending = PendingStep.unasked(item.tree, start)
+        walked = self._walks.of(plan, logits)
         facts = PassFacts(start, self._clock(), sum(item.num_rows for item in plan))
         self._count(plan, facts)
         outcomes = [
@@ -234,38 +246,17 @@ class VerifyEngine:
         self._answer(outcomes)
         return True
 
-    def _walk(self, plan: Sequence[ScheduledRows], logits: Sequence[Tensor]) -> Walked:
-        """What was walked together; what is missing is walked session by session."""
-        if not self._walks_on_device or self._num_walk_failures >= MOST_WALK_FAILURES:
-            return {}
-        try:
-            walked = walk_on_device(plan, logits)
-        except Exception:
-            # Whoever is at fault, by itself each session fails alone.
-            self._num_walk_failures += 1
-            last = self._num_walk_failures == MOST_WALK_FAILURES
-            log.exception(
-                "walks together failed: sessions are walked one by one %s",
-                "from now on" if last else "in this pass",
-            )
-            return {}
-        self._num_walk_failures = 0
-        return walked
-
     def _answer(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             session, step = outcome.session, outcome.session.pending
             if outcome.error is not None:
                 self._close(session.session_id, outcome.error)
-            elif outcome.result is not None and step is not None:
-                session.epoch = outcome.result.epoch
-                session.last_result = outcome.result
-                session.last_active = self._clock()
-                session.pending = None
-                session.answered = True
-                session.absence.leave(session.last_active, len(step.tree))
+            elif outcome.result is not None and step is not None and step.futures:
+                session.told(outcome.result, len(step.tree), self._clock())
                 for future in step.futures:
                     set_result(future, outcome.result)
+            elif outcome.result is not None:
+                session.pending, session.ahead = None, outcome.result
 
     def _open(
         self,
@@ -278,6 +269,8 @@ class VerifyEngine:
         grammar: GrammarState | None,
     ) -> None:
         known = self._scheduler.sessions.get(session_id)
+        if known is not None:
+            known.take_back()
         if known is not None and known.repeats(
             epoch, token_ids, sampling, num_prompt_tokens, num_logprobs, grammar
         ):
@@ -347,6 +340,12 @@ class VerifyEngine:
         if session is None:
             raise NotFound(f"no session {session_id[:MAX_SESSION_ID_LENGTH]} here; open it again")
         session.last_active = arrival
+        result = session.take_ahead(epoch, tree)
+        if result is not None:
+            session.absence.come_back(arrival)
+            session.told(result, 1, arrival)
+            future.set_result(result)
+            return
         if session.last_result is not None and epoch == session.epoch - 1:
             future.set_result(session.last_result)
             return

@@ -39,14 +39,27 @@ class Gathering:
         self.pause = 0.0
         self._max_rows = max_rows
 
-    def waits(self, now: float, sessions: Collection[Session]) -> bool:
+    def waits(
+        self, now: float, sessions: Collection[Session], ahead: Sequence[Session] = ()
+    ) -> bool:
         """Whether the next pass is to begin later, by `pause` at most.
 
         A prompt is not kept waiting: its pass is long, and whoever comes meanwhile has to wait.
+
+        Args:
+            now: the time, on the clock of the sessions.
+            sessions: all that are open.
+            ahead: those of them whose roots would go along unasked.
         """
         self.pause = 0.0
-        waiting = [len(session.pending.tree) for session in sessions if session.pending]
-        away = [session.absence for session in sessions if not session.pending]
+        here = {session.session_id for session in ahead}
+        waiting = [1] * len(here)
+        waiting += [len(session.pending.tree) for session in sessions if session.pending]
+        away = [
+            session.absence
+            for session in sessions
+            if not session.pending and session.session_id not in here
+        ]
         if self.costs is None or not waiting or not away:
             return False
         if not any(session.wants_prefill for session in sessions):

@@ -13,7 +13,7 @@ of tensors, models or futures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from specinfer.tree import TokenTree
@@ -99,8 +99,13 @@ class Scheduler:
         """Steps that wait for a pass."""
         return sum(session.pending is not None for session in list(self.sessions.values()))
 
-    def schedule(self, now: float) -> list[ScheduledRows]:
-        """Plan the next pass; empty when nothing can run."""
+    def schedule(self, now: float, ahead: Sequence[Session] = ()) -> list[ScheduledRows]:
+        """Plan the next pass; empty when nothing can run.
+
+        Args:
+            now: the time, on the clock of the steps.
+            ahead: sessions whose roots go along where there is room, though no step waits.
+        """
         plan: dict[str, ScheduledRows] = {}
         for session in self._waiting_trees():
             self._plan_rows(plan, session, self._max_rows - _num_rows(plan), now)
@@ -108,6 +113,8 @@ class Scheduler:
         limit = _num_rows(plan) + budget
         for session in self._waiting_prefills():
             self._plan_rows(plan, session, limit - _num_rows(plan), now)
+        for session in ahead:
+            self._plan_root(plan, session)
         return list(plan.values())
 
     def _waiting_trees(self) -> list[Session]:
@@ -136,6 +143,18 @@ class Scheduler:
             return
         copies = session.state.reserve(num_rows)
         plan[session.session_id] = ScheduledRows(session, num_chunk, tree, copies)
+
+    def _plan_root(self, plan: dict[str, ScheduledRows], session: Session) -> None:
+        """Add a root that no step waits for; it takes nobody's blocks."""
+        state = session.state
+        fits = _num_rows(plan) < self._max_rows
+        if (
+            fits
+            and not session.num_missing
+            and state.blocks_needed(1) <= self.blocks.num_free_blocks
+        ):
+            root = TokenTree.root_only(state.token_ids[-1])
+            plan[session.session_id] = ScheduledRows(session, 0, root, state.reserve(1))
 
     def _take_prefix(self, session: Session) -> None:
         session.state.share_prefix()

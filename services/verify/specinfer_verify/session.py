@@ -42,6 +42,11 @@ class PendingStep:
     futures: list[Future[VerifyResult]]
     compute_seconds: float = 0.0
 
+    @classmethod
+    def unasked(cls, root: TokenTree, now: float) -> PendingStep:
+        """A step that nobody waits for."""
+        return cls(root, root, (0,), now, [])
+
 
 @dataclass
 class Absence:
@@ -109,6 +114,9 @@ class Session:
         stream: the stream that opened it last, or None.
         answered: whether a step was answered since it holds blocks.
         absence: how long it is away between its steps.
+        num_plain: steps in a row that asked for the root alone.
+        ahead: the result of such a step that was not asked for yet, whose token `state` has
+            already, or None.
     """
 
     session_id: str
@@ -128,6 +136,8 @@ class Session:
     stream: object | None = None
     answered: bool = False
     absence: Absence = field(default_factory=Absence)
+    num_plain: int = 0
+    ahead: VerifyResult | None = None
 
     @property
     def wants_prefill(self) -> bool:
@@ -143,6 +153,32 @@ class Session:
     def num_missing(self) -> int:
         """Tokens before the root that have no keys and values yet."""
         return self.base_len - self.state.num_cached
+
+    def told(self, result: VerifyResult, num_rows: int, now: float) -> None:
+        """Its step, of so many rows, is answered."""
+        self.epoch, self.last_result, self.last_active = result.epoch, result, now
+        self.pending, self.answered = None, True
+        self.num_plain = self.num_plain + 1 if num_rows == 1 else 0
+        self.absence.leave(now, num_rows)
+
+    def take_ahead(self, epoch: int, tree: TokenTree) -> VerifyResult | None:
+        """The result that is there before its step came; any other step takes it back."""
+        if self.ahead is None:
+            return None
+        result, root = self.ahead, self.state.token_ids[-2]
+        if (epoch, *tree.token_ids) != (self.epoch, root):
+            self.take_back()
+            return None
+        self.ahead = None
+        return result
+
+    def take_back(self) -> None:
+        """Undo a step that was not asked for."""
+        if self.ahead is not None:
+            self.ahead = None
+            root = self.state.token_ids[-2]
+            self.state.truncate(len(self.state) - 2)
+            self.state.append((root,))
 
     def repeats(
         self,

@@ -31,11 +31,16 @@ class Settings(WorkerSettings):
     gather: str = setting(
         AUTO, "auto: a pass waits for sessions that are due where that pays; off: never"
     )
+    roots_ahead: str = setting(
+        AUTO, "auto: plain decoding has its next root computed before it asks; off: never"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gather not in (AUTO, OFF):
-            raise InvalidRequest("--gather is auto or off", field="gather")
+        for field in ("gather", "roots_ahead"):
+            if getattr(self, field) not in (AUTO, OFF):
+                flag = field.replace("_", "-")
+                raise InvalidRequest(f"--{flag} is auto or off", field=field)
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
