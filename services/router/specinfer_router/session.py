@@ -317,7 +317,8 @@ class Session:
         # Of the drafter's time only what the round waited for: the rest passed beside the commit.
         draft = min(guess.compute_seconds, guess.seconds)
         queue = min(guess.queue_seconds, guess.seconds - draft) + checked.result.queue_seconds
-        verify = checked.result.compute_seconds
+        # The verifier may have begun before it was asked.
+        verify = min(checked.result.compute_seconds, checked.seconds)
         away = guess.seconds + checked.seconds
         return RoundFacts(
             epoch=self.epoch,
