@@ -3,7 +3,8 @@
 A model is run on a handful of tokens in three ways: by `transformers` alone, in chunks and trees
 on scattered pages, and token by token. What an architecture does behind our back (a state outside
 the pool, positions counted by index, a bias on the scores) shows in the first comparison; a row
-that depends on its neighbours shows in the second. Knows no architecture by name.
+that depends on its neighbours shows in the second. Where attention takes a long context in splits,
+rows behind several of them are compared as well. Knows no architecture by name.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from specinfer_engine.attention import IMPLEMENTATION, PASS_ARGUMENT, AttentionC
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.runner import Runner
+from specinfer_kernels import split_length
 
 _NUM_TOKENS = 12
 _NUM_PREFILLED = 7
 _BLOCK_SIZE = 4
+# Sequences of a pass: so many that a GPU takes the splits of each in turn and not side by side.
+_CROWD = 256
 # Root mean square of the difference, in units of the logits' own spread. Stock attention rounds
 # its scores to the weights' format and takes softmax in float32, ours does not.
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -29,7 +33,10 @@ _TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 def probe_tokens(vocab_size: int, max_model_len: int) -> tuple[int, ...]:
     """Tokens spread over the vocabulary, the same for every call."""
-    count = min(_NUM_TOKENS, max_model_len)
+    return _tokens(vocab_size, min(_NUM_TOKENS, max_model_len))
+
+
+def _tokens(vocab_size: int, count: int) -> tuple[int, ...]:
     return tuple((7919 * index + 31) % vocab_size for index in range(1, count + 1))
 
 
@@ -97,7 +104,13 @@ def check_logits(loaded: LoadedModel, token_ids: tuple[int, ...], expected: Tens
 
 
 def rows_are_invariant(loaded: LoadedModel, token_ids: tuple[int, ...]) -> bool:
-    """Whether token by token gives the bits of a chunk and a tree."""
+    """Whether token by token gives the bits of a chunk and a tree, behind a long context too."""
+    split = split_length(loaded.device, loaded.dtype, loaded.head_dim)
+    short = _short_rows_are_invariant(loaded, token_ids)
+    return short and (split is None or _long_rows_are_invariant(loaded, split))
+
+
+def _short_rows_are_invariant(loaded: LoadedModel, token_ids: tuple[int, ...]) -> bool:
     runner = _runner(loaded)
     prefilled = min(_NUM_PREFILLED, len(token_ids) - 1)
     together = torch.cat(_chunk_and_tree(runner, token_ids, prefilled))
@@ -109,6 +122,45 @@ def rows_are_invariant(loaded: LoadedModel, token_ids: tuple[int, ...]) -> bool:
         ]
     )
     return torch.equal(together, alone)
+
+
+def _long_rows_are_invariant(loaded: LoadedModel, split: int) -> bool:
+    """Whether the rows behind two and a half splits have the same bits in a tree as alone.
+
+    For the tree the context is read in wide chunks; then in narrow ones to the same blocks in
+    another order, and the first row behind it comes in a crowd of equal ones.
+    """
+    room = min(5 * split // 2, loaded.max_model_len - _NUM_TOKENS)
+    context_len = room // _BLOCK_SIZE * _BLOCK_SIZE
+    if context_len <= split:
+        return True
+    tokens = _tokens(loaded.vocab_size, context_len + _NUM_TOKENS)
+    tail = tokens[context_len:]
+    num_blocks, num_own = context_len // _BLOCK_SIZE, 2 * _NUM_TOKENS // _BLOCK_SIZE
+    runner = Runner(loaded, num_blocks=num_blocks + num_own + _CROWD, block_size=_BLOCK_SIZE)
+    shared, own = tuple(range(num_blocks)), tuple(range(num_blocks, num_blocks + num_own))
+    _prefill(runner, tokens[:context_len], shared, split // 2)
+    tree, path = _path_with_decoys(tail, loaded.vocab_size)
+    rows = SequenceRows.tree(tree, context_len, shared + own, path)
+    together = runner.forward([rows])[0]
+    shared = tuple(reversed(shared))
+    _prefill(runner, tokens[:context_len], shared, split // 5)
+    place = _CROWD // 3
+    ends: list[tuple[int, ...]] = [(num_blocks + num_own + index,) for index in range(_CROWD)]
+    ends[place] = own
+    crowd = [SequenceRows.chain(tail[:1], context_len, shared + end, (0,)) for end in ends]
+    alone = [runner.forward(crowd)[place]]
+    for index, token in enumerate(tail[1:], context_len + 1):
+        alone += runner.forward([SequenceRows.chain((token,), index, shared + own, (0,))])
+    return torch.equal(together, torch.cat(alone))
+
+
+def _prefill(
+    runner: Runner, token_ids: tuple[int, ...], table: tuple[int, ...], chunk: int
+) -> None:
+    for start in range(0, len(token_ids), chunk):
+        part = token_ids[start : start + chunk]
+        runner.forward([SequenceRows.chain(part, start, table, (0,))])
 
 
 def _runner(loaded: LoadedModel) -> Runner:
@@ -124,15 +176,19 @@ def _table(which: int, num_slots: int) -> tuple[int, ...]:
 
 def _chunk_and_tree(runner: Runner, token_ids: tuple[int, ...], prefilled: int) -> list[Tensor]:
     """Logits of all tokens: the first as a chunk, the others as one path of a tree with decoys."""
-    vocab_size = runner.loaded.vocab_size
     table = _table(0, 2 * len(token_ids))
     chunk = SequenceRows.chain(token_ids[:prefilled], 0, table, range(prefilled))
-    nodes, parents, path = [token_ids[prefilled]], [-1], [0]
-    for token in token_ids[prefilled + 1 :]:
+    tree, path = _path_with_decoys(token_ids[prefilled:], runner.loaded.vocab_size)
+    first = runner.forward([chunk])
+    return first + runner.forward([SequenceRows.tree(tree, prefilled, table, path)])
+
+
+def _path_with_decoys(token_ids: tuple[int, ...], vocab_size: int) -> tuple[TokenTree, list[int]]:
+    """A tree in which each token but the first has a sibling, and the nodes of these tokens."""
+    nodes, parents, path = [token_ids[0]], [-1], [0]
+    for token in token_ids[1:]:
         parent = path[-1]
         nodes += [(token + 1) % vocab_size, token]
         parents += [parent, parent]
         path.append(len(nodes) - 1)
-    tree = TokenTree(tuple(nodes), tuple(parents))
-    first = runner.forward([chunk])
-    return first + runner.forward([SequenceRows.tree(tree, prefilled, table, path)])
+    return TokenTree(tuple(nodes), tuple(parents)), path

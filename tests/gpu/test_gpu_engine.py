@@ -4,6 +4,7 @@ speculation and without."""
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ pytestmark = [
 
 DEVICE = torch.device("cuda:0")
 DTYPES = ("float32", "bfloat16")
+# Of weights, and of keys and values.
+KINDS = (("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8"))
 MAX_TOKENS = 24
 
 
@@ -61,9 +64,11 @@ class CountingCapture(CudaCapture):
         return replay
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_recorded_passes_give_the_bits_of_plain_ones(pair: tuple[Path, Path], dtype: str) -> None:
-    loaded = load_model(pair[0], dtype=dtype, device=DEVICE)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), KINDS)
+def test_recorded_passes_give_the_bits_of_plain_ones(
+    pair: tuple[Path, Path], dtype: str, kv_dtype: str
+) -> None:
+    loaded = load_model(pair[0], dtype=dtype, device=DEVICE, kv_dtype=kv_dtype)
     assert loaded.row_invariant
     capture = CountingCapture(DEVICE)
     assert differing_passes(loaded, capture, 40) == []
@@ -83,13 +88,15 @@ def test_elements_have_their_bits_wherever_they_lie(
         assert torch.equal(rows, together[start : start + count])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-async def test_speculation_and_graphs_change_no_token(pair: tuple[Path, Path], dtype: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_speculation_and_graphs_change_no_token(
+    pair: tuple[Path, Path], kind: tuple[str, str]
+) -> None:
     plain, guessed = [], []
     for graphs in ("off", "auto"):
-        for sample in await samples(pair, dtype, graphs, speculation=False):
+        for sample in await samples(pair, kind, graphs, speculation=False):
             plain.append(sample.token_ids)
-        for sample in await samples(pair, dtype, graphs, speculation=True):
+        for sample in await samples(pair, kind, graphs, speculation=True):
             guessed.append(sample.token_ids)
             assert sum(facts.num_accepted_tokens for facts in sample.rounds) > 0
     assert guessed == plain
@@ -97,16 +104,13 @@ async def test_speculation_and_graphs_change_no_token(pair: tuple[Path, Path], d
 
 
 async def samples(
-    pair: tuple[Path, Path], dtype: str, graphs: str, speculation: bool
+    pair: tuple[Path, Path], kind: tuple[str, str], graphs: str, speculation: bool
 ) -> list[Sample]:
     """Two prompts, greedily and drawn, through a router over workers of the device."""
-    device = str(DEVICE)
-    verify = VerifySettings(
-        model=pair[0], dtype=dtype, device=device, kv_blocks=256, cuda_graphs=graphs, profile="off"
-    )
-    draft = DraftSettings(
-        model=pair[1], dtype=dtype, device=device, kv_blocks=256, cuda_graphs=graphs, profile="off"
-    )
+    common: dict[str, Any] = {"dtype": kind[0], "kv_dtype": kind[1], "device": str(DEVICE)}
+    common |= {"kv_blocks": 256, "cuda_graphs": graphs, "profile": "off"}
+    verify = VerifySettings(model=pair[0], **common)
+    draft = DraftSettings(model=pair[1], **common)
     verifier, drafter = build_verifier(verify), build_drafter(draft)
     policy = StaticShape(ShapeQuery(max_nodes=8, max_depth=4))
     with running(verifier.engine), running(drafter.engine):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from specinfer.tree import TokenTree
+from specinfer_engine import attention, probe
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.probe import probe_tokens, rows_are_invariant
 from specinfer_engine.rowwise import RowwiseActivation, apply_elementwise
 from specinfer_engine.runner import Runner
+from specinfer_kernels import tree_attention
 from tests.kit.architectures import VOCAB_SIZE, architectures
 from tests.kit.passes import Pages, prefill, random_tree
 from tests.kit.tiny_models import write_tiny
@@ -190,6 +193,33 @@ def test_the_probe_at_load_sees_a_stock_activation(tmp_path: Path) -> None:
         assert isinstance(layer.mlp.act_fn, RowwiseActivation)
         layer.mlp.act_fn = layer.mlp.act_fn.function
     assert not rows_are_invariant(loaded, token_ids)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_the_probe_looks_behind_splits_of_a_long_context(
+    kv_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where attention has splits; a bug behind them that needs a crowd or a wide chunk is seen."""
+    path = write_tiny(tmp_path, architectures()["llama"])
+    load = partial(load_model, path, dtype="bfloat16", fused=False, kv_dtype=kv_dtype)
+    attend, seen = tree_attention, set()
+    faulty = (0, 0)
+
+    def planted(query: Tensor, *rest: Any, **numbers: Any) -> Tensor:
+        layout = rest[2]
+        context, sequences = int(layout.context_lens.max()), layout.context_lens.numel()
+        seen.add((context, sequences))
+        output = attend(query, *rest, **numbers)
+        return output * 1.01 if faulty in ((context, sequences), (context, len(query))) else output
+
+    monkeypatch.setattr(attention, "tree_attention", planted)
+    assert load().row_invariant
+    assert max(context for context, _ in seen) < 16, "no splits here, so no long rows"
+    monkeypatch.setattr(probe, "split_length", lambda *device: 16)
+    assert load().row_invariant
+    assert {(40, 256), (40, 1), (41, 1), (51, 1)} <= seen
+    for faulty in ((40, 256), (40, 23), (24, 8), (24, 3), (51, 1)):
+        assert not load().row_invariant, faulty
 
 
 @pytest.mark.parametrize("width", [1, 44, 64, 100, 2062])
