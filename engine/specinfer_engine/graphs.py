@@ -132,17 +132,22 @@ def choose_sizes(batch: ForwardBatch) -> StepSizes | None:
     sequences = min(rows, _bucket(layout.context_lens.numel(), SEQUENCE_BUCKETS))
     if num_logits > rows:
         return None
-    blocks = _NARROWEST_TABLE
-    while blocks < layout.block_tables.shape[1]:
-        blocks *= 4
     return StepSizes(
         rows=rows,
         sequences=sequences,
         words=1 << (layout.ancestors.shape[1] - 1).bit_length(),
-        blocks=blocks,
+        blocks=table_width(layout.block_tables.shape[1]),
         # Plain decoding and prefills want one row of each sequence, trees want all.
         logits=sequences if num_logits <= sequences else rows,
     )
+
+
+def table_width(num_blocks: int) -> int:
+    """Columns of the block tables of a recorded pass that has room for `num_blocks`."""
+    width = _NARROWEST_TABLE
+    while width < num_blocks:
+        width *= 4
+    return width
 
 
 def _bucket(count: int, buckets: tuple[int, ...]) -> int:
@@ -265,6 +270,10 @@ class StepGraphs:
         scratch: blocks for the padding.
         logits: buffer [rows of the largest bucket, vocab_size] that all passes write.
         most_graphs: bound; batches of further sizes are not served.
+
+    Attributes:
+        run, scratch: as given, for whoever records passes of its own.
+        capture: as given; None once a pass could not be recorded.
     """
 
     def __init__(
@@ -275,9 +284,9 @@ class StepGraphs:
         logits: Tensor,
         most_graphs: int = MOST_GRAPHS,
     ) -> None:
-        self._run = run
-        self._capture: Capture | None = capture
-        self._scratch = scratch
+        self.run = run
+        self.capture: Capture | None = capture
+        self.scratch = scratch
         self._logits = logits
         self._most_graphs = most_graphs
         self._steps: dict[StepSizes, _RecordedStep] = {}
@@ -296,7 +305,7 @@ class StepGraphs:
         if sizes is None:
             return None
         host = StepInputs.zeros(sizes, "cpu")
-        fill(host, batch, self._scratch)
+        fill(host, batch, self.scratch)
         step = self._steps.get(sizes) or self._record(host)
         if step is None:
             return None
@@ -307,20 +316,20 @@ class StepGraphs:
 
     def _record(self, host: StepInputs) -> _RecordedStep | None:
         """Record a pass of these sizes while it runs this batch; None when that is not to be."""
-        if self._capture is None or len(self._steps) >= self._most_graphs:
+        if self.capture is None or len(self._steps) >= self._most_graphs:
             return None
         inputs = StepInputs.zeros(host.sizes, self._logits.device)
         _copy(host, inputs)
 
         def run_step() -> None:
             # A batch of its own each time: the plan of attention is kept by the layout.
-            self._logits[: host.sizes.logits].copy_(self._run(inputs.batch()))
+            self._logits[: host.sizes.logits].copy_(self.run(inputs.batch()))
 
         try:
-            step = _RecordedStep(inputs, self._capture(run_step))
+            step = _RecordedStep(inputs, self.capture(run_step))
         except CaptureFailed as error:
             log.warning("passes are not recorded any more: %s", error)
-            self._capture = None
+            self.capture = None
             return None
         self._steps[host.sizes] = step
         return step

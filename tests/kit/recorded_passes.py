@@ -1,13 +1,15 @@
-"""Random passes through a runner that records and one that does not, compared bit for bit."""
+"""Random passes through a runner that records and one that does not, compared bit for bit; and what
+stands in for the recorder of a device."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 
 from specinfer_engine.batch import SequenceRows
-from specinfer_engine.graphs import Capture
+from specinfer_engine.graphs import Capture, CaptureFailed
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.runner import Runner
 from tests.kit.passes import Pages, random_tree
@@ -18,6 +20,30 @@ MOST_CONTEXT = 40
 # On a GPU contexts fill several splits of attention, and need wider block tables.
 GPU_NUM_BLOCKS = 2400
 GPU_MOST_CONTEXT = 900
+
+
+class Recorder:
+    """Keeps what it is given and runs it again; counts both."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+        self.num_replayed = 0
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.num_recorded += 1
+        step()
+
+        def replay() -> None:
+            self.num_replayed += 1
+            step()
+
+        return replay
+
+
+def refuse(step: Callable[[], None]) -> Callable[[], None]:
+    """A device on which nothing can be recorded."""
+    step()
+    raise CaptureFailed("this model asks the host")
 
 
 def random_rows(

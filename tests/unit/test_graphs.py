@@ -21,7 +21,6 @@ from specinfer_engine.batch import SequenceRows, build_batch
 from specinfer_engine.graphs import (
     MOST_GRAPHS,
     ROW_BUCKETS,
-    CaptureFailed,
     ScratchBlocks,
     StepInputs,
     StepSizes,
@@ -32,36 +31,19 @@ from specinfer_engine.graphs import (
 from specinfer_engine.loader import load_model
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.runner import Runner
-from tests.kit.recorded_passes import BLOCK_SIZE, NUM_BLOCKS, differing_passes, random_rows
+from tests.kit.recorded_passes import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    Recorder,
+    differing_passes,
+    random_rows,
+    refuse,
+)
 from tests.kit.threads import one_thread as one_thread
 from tests.kit.tiny_models import write_tiny_llama
 
 VOCAB_SIZE = 300
 NUM_PASSES = 25
-
-
-class Recorder:
-    """Keeps what it is given and runs it again; counts both."""
-
-    def __init__(self) -> None:
-        self.num_recorded = 0
-        self.num_replayed = 0
-
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        self.num_recorded += 1
-        step()
-
-        def replay() -> None:
-            self.num_replayed += 1
-            step()
-
-        return replay
-
-
-def refuse(step: Callable[[], None]) -> Callable[[], None]:
-    """A device on which nothing can be recorded."""
-    step()
-    raise CaptureFailed("this model asks the host")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Padded passes on the path of a GPU, through Triton's interpreter: the bits of plain ones."""
+"""Padded passes on the path of a GPU, through Triton's interpreter: the bits of plain ones; and
+trees that are grown whole: those of the levels."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from specinfer.tree import TokenTree
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.device_waits import RefuseWaits
 from specinfer_engine.loader import load_model
+from specinfer_engine.model import LoadedModel
 from specinfer_engine.runner import Runner
 from specinfer_kernels import native_decoder
 from tests.kit.recorded_passes import fill_pool
 from tests.kit.tiny_models import SMALLEST_VOCABULARY, write_tiny_llama
 from tests.kit.triton_interpreter import take_triton
+from tests.kit.whole_trees import SAMPLED, drafter_of, rounds, shape_of
 
 pytest.importorskip("triton")
 
@@ -39,23 +42,29 @@ def run_again(step: Callable[[], None]) -> Callable[[], None]:
     return step
 
 
-def test_padding_changes_no_bit_on_the_path_of_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    """A model of one layer on Triton's kernels."""
     folder = write_tiny_llama(
         tmp_path, vocab_size=SMALLEST_VOCABULARY, hidden_size=32, num_layers=1, num_heads=2
     )
     # Otherwise all layers are one native call, which asks for no backend.
     monkeypatch.setattr(native_decoder, "native_stack", lambda stack: None)
     loaded = load_model(folder, dtype="float32")
-    plain = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
-    padded = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=run_again)
-    fill_pool(plain)
-    fill_pool(padded)
     take_triton(monkeypatch)
     # Only on a CPU are values looked at.
     op = importlib.import_module("specinfer_kernels.tree_attention")
     monkeypatch.setattr(op, "_check_values", lambda *arguments: None)
+    return loaded
+
+
+def test_padding_changes_no_bit_on_the_path_of_a_gpu(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    padded = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=run_again)
+    fill_pool(plain)
+    fill_pool(padded)
     launched: list[int] = []
     launch = attention.tree_attention
 
@@ -80,3 +89,9 @@ def test_padding_changes_no_bit_on_the_path_of_a_gpu(
         assert torch.equal(plain.pool, padded.pool[:, :, :NUM_BLOCKS])
     # Of the second pass of each runner: nine rows, and sixteen with the padding.
     assert {5, 8, 9, 16} == set(launched)
+
+
+def test_a_whole_tree_is_that_of_the_levels_on_the_path_of_a_gpu(loaded: LoadedModel) -> None:
+    shape = shape_of((2, 2, 1))
+    expected, _ = rounds(drafter_of(loaded), [SAMPLED], [shape], 1)
+    assert rounds(drafter_of(loaded, run_again), [SAMPLED], [shape], 1) == (expected, 1)

@@ -14,6 +14,7 @@ from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import WorkerInfo
 from specinfer_draft.drafters.limits import DrafterLimits
 from specinfer_draft.drafters.model import ModelDrafter
+from specinfer_draft.drafters.static_growth import StaticGrowths
 from specinfer_draft.engine import DraftEngine
 from specinfer_draft.grow import Thrift
 from specinfer_draft.settings import Settings
@@ -60,8 +61,23 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         ahead=settings.goes_ahead,
     )
     info = _describe(settings, loaded, runner)
-    drafter = ModelDrafter(runner, blocks, limits, device=loaded.device)
+    drafter = ModelDrafter(
+        runner, blocks, limits, device=loaded.device, growths=_make_growths(runner, limits)
+    )
     return Worker(DraftEngine(drafter, blocks, on_failure=on_failure), info, _make_grammars(loaded))
+
+
+def _make_growths(runner: Runner, limits: DrafterLimits) -> StaticGrowths | None:
+    """Whole trees are worth it where launches cost more than what they compute: on a GPU."""
+    if runner.graphs is None:
+        return None
+    return StaticGrowths(
+        runner.graphs,
+        limits.vocab_size,
+        runner.loaded.device,
+        spread=limits.spread,
+        most_rows=limits.max_rows,
+    )
 
 
 def _make_grammars(loaded: LoadedModel) -> GrammarChecker:

@@ -21,6 +21,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,6 +40,24 @@ _TOP_P_TOKENS = 256
 MAX_NOISE_BYTES = 64 * 1024 * 1024
 # Trees of several hundred sessions; a small vocabulary would else fill the bytes with what is over.
 MAX_NOISE_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How far the target's law is cut, at its temperature; the fields are those of its sampling."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> Cuts | None:
+        """The cuts of a sampling, or None where nothing is cut."""
+        uncut = sampling.top_k == 0 and sampling.top_p == 1.0 and sampling.min_p == 0.0
+        if sampling.greedy or uncut:
+            return None
+        return cls(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 class NoiseCache:
@@ -97,6 +116,10 @@ class DrawForecast:
         grammar: a state of this session alone, for what its output has to match, or None.
         noise: keeps noise for all sessions of a drafter; None makes one for this session alone.
 
+    Attributes:
+        sampling: as given.
+        cuts: those of the sampling.
+
     Raises:
         InvalidRequest: when a bias names a token outside the vocabulary.
     """
@@ -116,6 +139,7 @@ class DrawForecast:
                 field="logit_bias",
             )
         self.sampling = sampling
+        self.cuts = Cuts.of(sampling)
         self._vocab_size = vocab_size
         self._num_prompt_tokens = num_prompt_tokens
         self._device = device
@@ -127,6 +151,12 @@ class DrawForecast:
         bias = sampling.logit_bias
         self._bias_ids = torch.tensor(list(bias), dtype=torch.int64, device=device)
         self._biases = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether z depends on the tokens before a row otherwise than through its logits, or is
+        more than a cut and noise."""
+        return self._grammar is not None or self.sampling.penalised or len(self._bias_ids) > 0
 
     def begin(self, token_ids: Sequence[int]) -> None:
         """Take the committed tokens, root included, that the next rows come after."""
@@ -156,10 +186,9 @@ class DrawForecast:
             logits = self._penalise(logits, paths)
         if len(self._bias_ids):
             logits = logits.index_add(1, self._bias_ids, self._biases.expand(len(logits), -1))
-        if sampling.greedy:
-            return logits
-        logits = _cut(logits, sampling)
-        return logits + self._scaled_noise(positions)
+        if self.cuts is not None:
+            logits = cut(logits, self.cuts)
+        return logits if sampling.greedy else logits + self._scaled_noise(positions)
 
     def _allowed(self, grammar: GrammarState, path: Sequence[int]) -> Tensor:
         """Tokens that may follow a path, bool [vocab_size]; none where the text is over."""
@@ -209,40 +238,65 @@ def rank(z: Tensor, branch: int, spread: float) -> list[Candidates]:
         branch: tokens wanted; fewer come when the vocabulary is smaller.
         spread: scale s of the difference between the models' logits; the smaller, the surer.
     """
+    return read_candidates(find_best(z, branch, spread).cpu())
+
+
+def find_best(z: Tensor, branch: int, spread: float) -> Tensor:
+    """As `rank`, on the device: tokens and log scores, float64 [2, num_rows, branch].
+
+    One copy takes both to the host; float64 holds both exactly.
+    """
     if spread != 1.0:
         z = z / spread
     top = torch.topk(z, min(branch, z.shape[1]), dim=1)
     log_scores = top.values - torch.logsumexp(z, 1, keepdim=True)
-    # One copy leaves a GPU; float64 holds both exactly.
-    found = torch.stack((top.indices.double(), log_scores.double())).cpu()
+    return torch.stack((top.indices.double(), log_scores.double()))
+
+
+def read_candidates(found: Tensor) -> list[Candidates]:
+    """Candidates of every row of what `find_best` found, from the host's memory."""
     return [
         Candidates(token_ids, scores)
         for token_ids, scores in zip(found[0].long().tolist(), found[1].tolist(), strict=True)
     ]
 
 
-def _cut(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """top-k, top-p and min-p at the target's temperature; cut tokens become -inf."""
-    if 0 < sampling.top_k < logits.shape[1]:
-        smallest = torch.topk(logits, sampling.top_k, dim=1).values[:, -1:]
+def cut(logits: Tensor, cuts: Cuts, *, may_wait: bool = True) -> Tensor:
+    """top-k, top-p and min-p at the target's temperature; cut tokens become -inf.
+
+    Args:
+        logits: float32 [num_rows, vocab_size]; not changed.
+        cuts: how far.
+        may_wait: ask the device whether the cheap way was enough; otherwise go both ways, which
+            changes no bit.
+    """
+    if 0 < cuts.top_k < logits.shape[1]:
+        smallest = torch.topk(logits, cuts.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
-    if sampling.top_p < 1.0:
-        logits = _cut_top_p(logits, sampling)
-    if sampling.min_p > 0.0:
-        least = logits.amax(1, keepdim=True) + sampling.temperature * math.log(sampling.min_p)
+    if cuts.top_p < 1.0:
+        logits = _cut_top_p(logits, cuts, may_wait)
+    if cuts.min_p > 0.0:
+        least = logits.amax(1, keepdim=True) + cuts.temperature * math.log(cuts.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)
     return logits
 
 
-def _cut_top_p(logits: Tensor, sampling: SamplingParams) -> Tensor:
+def _cut_top_p(logits: Tensor, cuts: Cuts, may_wait: bool) -> Tensor:
     """The smallest prefix of the descending sort whose mass reaches top-p, and its ties."""
-    probabilities = (logits / sampling.temperature).softmax(1)
+    probabilities = (logits / cuts.temperature).softmax(1)
     best = torch.topk(probabilities, min(_TOP_P_TOKENS, logits.shape[1]), dim=1).values
-    mass = best.cumsum(1)
-    if bool((mass[:, -1] < sampling.top_p).any()):
+    smallest, mass = _smallest_kept(best, cuts.top_p)
+    enough = mass >= cuts.top_p
+    if not (may_wait and bool(enough.all())):
         best = probabilities.sort(1, descending=True).values
-        mass = best.cumsum(1)
-    kept = mass - best < sampling.top_p
-    kept[:, 0] = True
-    smallest = best.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+        # Row by row, so that a row's law does not depend on its neighbours'.
+        smallest = torch.where(enough, smallest, _smallest_kept(best, cuts.top_p)[0])
     return logits.masked_fill(probabilities < smallest, -math.inf)
+
+
+def _smallest_kept(best: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Least probability kept of rows in descending order, and the mass of the whole row: [n, 1]."""
+    mass = best.cumsum(1)
+    kept = mass - best < top_p
+    kept[:, :1].fill_(True)
+    return best.masked_fill(~kept, math.inf).amin(1, keepdim=True), mass[:, -1:]

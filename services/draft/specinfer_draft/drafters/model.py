@@ -30,12 +30,15 @@ from specinfer.messages import DraftResult
 from specinfer.metrics import DraftMetrics
 from specinfer.sampling import SamplingParams
 from specinfer_draft.drafters.ahead import go_ahead
-from specinfer_draft.drafters.forecast import DrawForecast, NoiseCache, rank
+from specinfer_draft.drafters.forecast import DrawForecast, NoiseCache
 from specinfer_draft.drafters.limits import DrafterLimits, check_open, check_tokens
+from specinfer_draft.drafters.looks import look
 from specinfer_draft.drafters.passes import PassPlanner, Plan, Share
 from specinfer_draft.drafters.search import TreeSearch
 from specinfer_draft.drafters.session import DraftSession, Growth, ProposeQuery, fit_shape
-from specinfer_draft.grow import Candidates, GrowingTree, Wave, check_shape
+from specinfer_draft.drafters.static_growth import StaticGrowths
+from specinfer_draft.drafters.whole_trees import WholeTrees
+from specinfer_draft.grow import Candidates, check_shape
 from specinfer_engine.batch import SequenceRows
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.fence import OwnerFence
@@ -64,6 +67,7 @@ class ModelDrafter:
         limits: bounds and habits.
         clock: seconds, the clock of the queries' deadlines.
         device: where the runner's logits lie.
+        growths: what grows whole trees of stated widths with the runner; None: level by level.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class ModelDrafter:
         *,
         clock: Callable[[], float] = time.perf_counter,
         device: torch.device | str = "cpu",
+        growths: StaticGrowths | None = None,
     ) -> None:
         self.limits = limits
         self._runner = runner
@@ -85,6 +90,9 @@ class ModelDrafter:
         )
         self._fence = OwnerFence()
         self._noise = NoiseCache(limits.vocab_size, device)
+        self._whole: WholeTrees | None = None
+        if growths is not None:
+            self._whole = WholeTrees(growths, blocks, runner.copy_blocks, clock)
         self._wave_seconds = 0.0
         self._answers: list[tuple[Future[DraftResult], DraftResult]] = []
         self._counts: DraftMetrics | None = None
@@ -224,9 +232,11 @@ class ModelDrafter:
         if not plan:
             return num_late + num_stuck > 0 or self._run_ahead()
         shares = list(plan.values())
-        candidates = self._look(shares, self._forward(plan))
+        logits = self._forward(plan)
+        num_whole = 0 if self._whole is None else self._whole.grow(shares, logits, start)
+        candidates = look(shares, logits, self.limits.spread)
         end = self._clock()
-        self._count_pass(shares, end - start)
+        self._count_pass(shares, num_whole, end - start)
         if not any(share.num_chunk for share in shares):
             # Half new, half old: follows a changing load within a few passes.
             self._wave_seconds += 0.5 * (end - start - self._wave_seconds)
@@ -241,46 +251,32 @@ class ModelDrafter:
         if not plan:
             return False
         shares = list(plan.values())
-        for share, found in zip(shares, self._look(shares, self._forward(plan)), strict=True):
+        candidates = look(shares, self._forward(plan), self.limits.spread)
+        for share, found in zip(shares, candidates, strict=True):
             ahead = share.session.ahead
             assert ahead is not None
-            if share.num_chunk:
-                share.session.state.commit(range(share.num_chunk))
             ahead.take(found)
         if self._counts is not None:
             self._counts.observe_ahead_pass(sum(len(share.rows.token_ids) for share in shares))
         return True
 
     def _forward(self, plan: Plan) -> list[Tensor]:
-        """Logits of the rows wanted, [num_wanted, vocab_size] a share."""
+        """Logits of the rows wanted, [num_wanted, vocab_size] a share; chunks are committed."""
         sources = [block for share in plan.values() for block in share.copies.sources]
         targets = [block for share in plan.values() for block in share.copies.targets]
         if sources:
             self._runner.copy_blocks(sources, targets)
-        return self._runner.forward([share.rows for share in plan.values()])
-
-    def _look(self, shares: Sequence[Share], logits: Sequence[Tensor]) -> list[list[Candidates]]:
-        """Candidates of every row wanted, for each share; one top-k for the whole pass."""
-        forecasts, branch = [], 0
-        for share, rows in zip(shares, logits, strict=True):
-            search = share.session.search
-            if share.rows.logit_rows and search is not None and search.wave is not None:
-                forecasts.append(_forecast(share.session, search.tree, search.wave, rows))
-                branch = max(branch, search.wave.branch)
-        if not forecasts:
-            return [[] for _ in shares]
-        z = forecasts[0] if len(forecasts) == 1 else torch.cat(forecasts)
-        ranked = iter(rank(z, branch, self.limits.spread))
-        return [[next(ranked) for _ in share.rows.logit_rows] for share in shares]
+        logits = self._runner.forward([share.rows for share in plan.values()])
+        for share in plan.values():
+            if share.num_chunk:
+                share.session.state.commit(range(share.num_chunk))
+        return logits
 
     def _take(
         self, share: Share, candidates: Sequence[Candidates], start: float, end: float
     ) -> None:
         """Book one share of a pass."""
-        session = share.session
-        if share.num_chunk:
-            session.state.commit(range(share.num_chunk))
-        growth = session.growth
+        growth = share.session.growth
         if growth is None:
             return
         growth.compute_seconds += end - start
@@ -288,10 +284,10 @@ class ModelDrafter:
             growth.first_pass = start
         if candidates:
             growth.search.take(candidates)
-            if growth.search.wave is None:
-                self._finish(session)
+        if growth.search.wave is None:
+            self._finish(share.session)
 
-    def _count_pass(self, shares: Sequence[Share], seconds: float) -> None:
+    def _count_pass(self, shares: Sequence[Share], num_whole: int, seconds: float) -> None:
         if self._counts is None:
             return
         chunks = [share for share in shares if share.num_chunk]
@@ -302,7 +298,7 @@ class ModelDrafter:
             num_sessions=len(shares),
             num_prefill=sum(share.num_chunk for share in chunks) - num_roots,
             num_roots=num_roots,
-            num_rows=sum(len(share.rows.token_ids) for share in shares),
+            num_rows=num_whole + sum(len(share.rows.token_ids) for share in shares),
         )
 
     def _finish_late(self, now: float) -> int:
@@ -387,11 +383,3 @@ class ModelDrafter:
         raise ResourceExhausted(
             f"all {self.limits.max_sessions} sessions of this drafter are busy", retry_after=0.1
         )
-
-
-def _forecast(session: DraftSession, tree: GrowingTree, wave: Wave, logits: Tensor) -> Tensor:
-    """Forecasts at the nodes of a wave, [num_nodes, vocab_size]."""
-    paths = [tree.path_token_ids(node) for node in wave.nodes]
-    # The root stands at len(state) - 1 and decides the token at len(state).
-    positions = [len(session.state) + tree.depths[node] for node in wave.nodes]
-    return session.forecast.forecast(logits, paths, positions)

@@ -124,6 +124,31 @@ class TreeSearch:
         answers = [next(fresh) if known is None else known for known in self._answers]
         self._go_on(self._send(answers))
 
+    def take_tree(self, levels: Sequence[Sequence[Candidates]]) -> None:
+        """Give a search of stated widths what all of its waves would show, and so end it.
+
+        Scratch slots count as given back.
+
+        Args:
+            levels: candidates of every node of each level, the root's first; the children of a
+                node are those of its candidates in their order.
+        """
+        places = {0: 0}
+        for level in levels:
+            if self.wave is None:
+                return
+            answers = []
+            for node in self.wave.nodes:
+                place, parent = 0, self.tree.parents[node]
+                if node:
+                    above = self._looked[parent]
+                    rank = above.candidates.token_ids.index(self.tree.token_ids[node])
+                    place = places[parent] * above.branch + rank
+                places[node] = place
+                self._looked[node] = Looked(self.wave.branch, level[place], None)
+                answers.append(level[place])
+            self._go_on(self._send(answers))
+
     def find(self, token_ids: Sequence[int]) -> int | None:
         """The node that is reached from the root by these tokens, if it has been looked at."""
         node: int | None = 0
