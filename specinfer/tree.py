@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import lt
 
 from specinfer.errors import InvalidTree
@@ -39,8 +39,8 @@ class TokenTree:
 
     def __post_init__(self) -> None:
         _check_shape(self)
-        _check_parents(self.parents)
-        _check_siblings(self.token_ids, self.parents)
+        if _outline(self.parents).branches:
+            _check_siblings(self.token_ids, self.parents)
 
     @classmethod
     def root_only(cls, token_id: int) -> TokenTree:
@@ -60,19 +60,15 @@ class TokenTree:
         """Nodes below the root: what a drafter guessed."""
         return len(self.token_ids) - 1
 
-    @cached_property
+    @property
     def depths(self) -> tuple[int, ...]:
         """Distance of each node from the root, [num_nodes]."""
-        depths = [0] * len(self.parents)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                depths[node] = depths[parent] + 1
-        return tuple(depths)
+        return _outline(self.parents).depths
 
-    @cached_property
+    @property
     def max_depth(self) -> int:
         """Depth of the deepest node."""
-        return max(self.depths)
+        return _outline(self.parents).max_depth
 
     def positions(self, base_len: int) -> tuple[int, ...]:
         """Absolute position of each node when `base_len` tokens stand before the root.
@@ -189,15 +185,41 @@ def union(trees: Iterable[TokenTree]) -> TokenTree:
     )
 
 
+@dataclass(frozen=True)
+class _Outline:
+    """What the parents of a tree say by themselves.
+
+    Attributes:
+        depths: distance of each node from the root.
+        max_depth: the largest of them.
+        branches: whether any node has more than one child.
+    """
+
+    depths: tuple[int, ...]
+    max_depth: int
+    branches: bool
+
+
+@lru_cache(maxsize=256)
+def _outline(parents: tuple[int, ...]) -> _Outline:
+    """Raises InvalidTree. Trees are of few outlines: a round's was nearly always seen before."""
+    _check_parents(parents)
+    depths = [0] * len(parents)
+    for node, parent in enumerate(parents[1:], start=1):
+        depths[node] = depths[parent] + 1
+    return _Outline(tuple(depths), max(depths), len(set(parents)) < len(parents))
+
+
 def _check_shape(tree: TokenTree) -> None:
     num_nodes = len(tree.token_ids)
     if not 1 <= num_nodes <= MAX_TREE_NODES:
         raise InvalidTree(f"a tree has 1 to {MAX_TREE_NODES} nodes, got {num_nodes}")
     if len(tree.parents) != num_nodes:
         raise InvalidTree(f"{num_nodes} tokens but {len(tree.parents)} parents")
-    for name, values in (("drafter_ids", tree.drafter_ids), ("scores", tree.scores)):
-        if values and len(values) != num_nodes:
-            raise InvalidTree(f"{num_nodes} tokens but {len(values)} {name}")
+    if tree.drafter_ids and len(tree.drafter_ids) != num_nodes:
+        raise InvalidTree(f"{num_nodes} tokens but {len(tree.drafter_ids)} drafter_ids")
+    if tree.scores and len(tree.scores) != num_nodes:
+        raise InvalidTree(f"{num_nodes} tokens but {len(tree.scores)} scores")
     if min(tree.token_ids) < 0:
         raise InvalidTree("token ids are not negative")
 

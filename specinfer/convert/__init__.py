@@ -28,6 +28,7 @@ from specinfer.convert.requests import (
     resume_to_wire,
 )
 from specinfer.convert.shared import (
+    fill_tree,
     grammar_from_wire,
     grammar_to_wire,
     logprob_from_wire,
@@ -63,6 +64,7 @@ __all__ = [
     "event_from_wire",
     "event_to_wire",
     "fill_shape",
+    "fill_tree",
     "finding_from_wire",
     "finding_to_wire",
     "grammar_from_wire",

@@ -13,12 +13,19 @@ from specinfer.v1 import tree_pb2
 
 def tree_to_wire(tree: TokenTree) -> tree_pb2.TokenTree:
     """Message of a tree."""
-    return tree_pb2.TokenTree(
-        token_ids=tree.token_ids,
-        parents=tree.parents,
-        drafter_ids=tree.drafter_ids,
-        scores=tree.scores,
-    )
+    wire = tree_pb2.TokenTree()
+    fill_tree(wire, tree)
+    return wire
+
+
+def fill_tree(wire: tree_pb2.TokenTree, tree: TokenTree) -> None:
+    """Write a tree into an empty message."""
+    wire.token_ids.extend(tree.token_ids)
+    wire.parents.extend(tree.parents)
+    if tree.drafter_ids:
+        wire.drafter_ids.extend(tree.drafter_ids)
+    if tree.scores:
+        wire.scores.extend(tree.scores)
 
 
 def tree_from_wire(wire: tree_pb2.TokenTree) -> TokenTree:

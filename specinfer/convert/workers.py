@@ -122,6 +122,8 @@ _INFO_FIELDS = (
     "block_size",
     "row_invariant",
     "version",
+    "kv_dtype",
+    "costs_measured_at",
 )
 
 

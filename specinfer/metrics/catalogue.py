@@ -359,6 +359,13 @@ WORK = (
         vllm="num_preemptions",
     ),
     counter(
+        "roots_ahead",
+        "rows",
+        "Roots of plain decoding computed before they were asked for.",
+        sources=VERIFY,
+    ),
+    counter("roots_ahead_used", "rows", "Those of them that were asked for.", sources=VERIFY),
+    counter(
         "fenced_calls",
         "calls",
         "Calls refused since the session belongs to another router now.",

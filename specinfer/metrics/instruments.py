@@ -61,9 +61,14 @@ class Family(Collector, Generic[_Series]):
     """One metric with its series; `of` gives the series of some label values."""
 
     def __init__(
-        self, metric: Metric, make: Callable[[], _Series], fixed: Mapping[str, str]
+        self,
+        metric: Metric,
+        make: Callable[[], _Series],
+        fixed: Mapping[str, str],
+        before_shown: Callable[[], None],
     ) -> None:
         self.metric = metric
+        self._before_shown = before_shown
         self._make = make
         self._fixed = fixed
         self._bounds = tuple(Bound(label) for label in metric.labels)
@@ -90,6 +95,7 @@ class Family(Collector, Generic[_Series]):
 
     def collect(self) -> Iterator[Shown]:
         """All series, as they are now."""
+        self._before_shown()
         shown = _family(self.metric, self._fixed)
         # Copied at once: the thread that counts may begin a series meanwhile.
         for values, series in tuple(self._series.items()):
@@ -148,6 +154,7 @@ class Instruments:
         self._registry = registry
         self._families: dict[str, Family[Any]] = {}
         self._watched = Watched(self._fixed)
+        self._settle: list[Callable[[], None]] = []
         registry.register(self._watched)
         ProcessCollector(registry=registry)
 
@@ -163,6 +170,10 @@ class Instruments:
         """A histogram of the catalogue."""
         return self._of_kind(name, Kind.HISTOGRAM, lambda: Distribution(_BY_NAME[name].buckets))
 
+    def before_shown(self, settle: Callable[[], None]) -> None:
+        """Call `settle`, from whichever thread looks, before any series of ours is shown."""
+        self._settle.append(settle)
+
     def watch(self, name: str, read: Read) -> None:
         """Ask `read` for a gauge or counter at each scrape, by the values of its own labels."""
         metric = self._metric(name, (Kind.COUNTER, Kind.GAUGE))
@@ -174,6 +185,7 @@ class Instruments:
 
     def forget(self, label: str, value: str) -> None:
         """Drop every series of a label's value, such as a worker that left for good."""
+        self._settle_all()
         for family in self._families.values():
             if any(item.name == label for item in family.metric.labels):
                 family.forget(label, value)
@@ -191,9 +203,13 @@ class Instruments:
     def _of_kind(self, name: str, kind: Kind, make: Callable[[], _Series]) -> Family[_Series]:
         if name not in self._families:
             metric = self._metric(name, (kind,))
-            self._families[name] = Family(metric, make, self._fixed)
+            self._families[name] = Family(metric, make, self._fixed, self._settle_all)
             self._registry.register(self._families[name])
         return self._families[name]
+
+    def _settle_all(self) -> None:
+        for settle in self._settle:
+            settle()
 
     def _metric(self, name: str, kinds: Iterable[Kind]) -> Metric:
         metric = _BY_NAME[name]

@@ -6,26 +6,20 @@ module knows nothing of sessions or workers.
 
 from __future__ import annotations
 
-from collections import Counter as Tally
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from functools import lru_cache
 
 from prometheus_client import CollectorRegistry
 
 from specinfer.messages import RoundFacts, Usage
-from specinfer.metrics.catalogue import MAX_POSITION, PART, RANK
 from specinfer.metrics.instruments import Instruments
 from specinfer.metrics.metric import Source
-from specinfer.metrics.series import Count
+from specinfer.metrics.round_counts import RoundCounts, exemplar
 from specinfer.metrics.vllm import VllmAliases
 from specinfer.telemetry import Span, current_span
 from specinfer.tree import TokenTree
 
-PREDICTION = "prediction"
 NO_KEY = "none"
-_POSITIONS = tuple(str(depth) for depth in range(MAX_POSITION + 1))
-_MAX_RANK = len(RANK.values)
 
 
 class RouterMetrics:
@@ -51,37 +45,13 @@ class RouterMetrics:
         """
         instruments = Instruments(registry, Source.ROUTER, {"model_name": model_name})
         self._instruments = instruments
-        self._num_rejected = 0
         instruments.watch("build_info", lambda: {(version, Source.ROUTER, model_hash): 1.0})
-        self._take_speculation(instruments)
-        self._take_rounds(instruments)
+        self._rounds = RoundCounts(instruments)
+        self._draft_round_trip = instruments.histogram("draft_round_trip_seconds").of()
         self._take_requests(instruments)
         self._take_survival(instruments)
         if vllm_names:
             registry.register(VllmAliases(instruments))
-
-    def _take_speculation(self, of: Instruments) -> None:
-        self._num_drafts = of.counter("spec_decode_num_drafts").of()
-        self._num_draft_tokens = of.counter("spec_decode_num_draft_tokens").of()
-        self._num_accepted = of.counter("spec_decode_num_accepted_tokens").of()
-        accepted = of.counter("spec_decode_num_accepted_tokens_per_pos")
-        self._accepted_per_pos = [accepted.of(position) for position in _POSITIONS]
-        drafts = of.counter("spec_decode_num_drafts_per_pos")
-        self._drafts_per_pos = [drafts.of(position) for position in _POSITIONS]
-        self._draft_per_rank = of.counter("spec_decode_num_draft_tokens_per_rank")
-        self._accepted_per_rank = of.counter("spec_decode_num_accepted_tokens_per_rank")
-        self._drafter_draft = of.counter("drafter_draft_tokens")
-        self._drafter_accepted = of.counter("drafter_accepted_tokens")
-        self._tree_nodes = of.histogram("tree_nodes").of()
-        self._tree_depth = of.histogram("tree_depth").of()
-        self._round_tokens = of.histogram("tokens_per_round").of()
-        self._root_only = of.counter("root_only_rounds")
-
-    def _take_rounds(self, of: Instruments) -> None:
-        parts = of.histogram("round_seconds")
-        self._parts = [parts.of(part) for part in PART.values]
-        self._round_seconds = of.histogram("round_duration_seconds").of()
-        self._draft_round_trip = of.histogram("draft_round_trip_seconds").of()
 
     def _take_requests(self, of: Instruments) -> None:
         self._first_token = of.histogram("time_to_first_token_seconds").of()
@@ -91,7 +61,6 @@ class RouterMetrics:
         self._queue_seconds = of.histogram("request_queue_time_seconds").of()
         self._prompt_tokens = of.counter("prompt_tokens").of()
         self._cached_tokens = of.counter("cached_prompt_tokens").of()
-        self._generation_tokens = of.counter("generation_tokens").of()
         self._requests = of.counter("requests")
         self._sessions = of.gauge("num_sessions_running").of()
         self._streams = of.gauge("num_streams_running")
@@ -107,26 +76,7 @@ class RouterMetrics:
 
     def observe_round(self, facts: RoundFacts, num_tokens: int) -> None:
         """Count one committed round."""
-        num_draft, num_accepted = facts.num_draft_tokens, facts.num_accepted_tokens
-        if facts.root_only_reason:
-            self._root_only.of(facts.root_only_reason).inc()
-        if num_draft:
-            self._num_drafts.inc()
-            self._num_draft_tokens.inc(num_draft)
-            self._tree_nodes.observe(num_draft)
-            self._tree_depth.observe(facts.draft_depth)
-            self._num_rejected += num_draft - num_accepted
-            _count_up_to(self._drafts_per_pos, facts.draft_depth)
-        if num_accepted:
-            self._num_accepted.inc(num_accepted)
-            _count_up_to(self._accepted_per_pos, num_accepted)
-        seconds = 0.0
-        for part, spent in zip(self._parts, _split(facts), strict=True):
-            part.observe(spent)
-            seconds += spent
-        self._round_seconds.observe(seconds, _exemplar(current_span()))
-        self._round_tokens.observe(num_tokens)
-        self._generation_tokens.inc(num_tokens)
+        self._rounds.observe_round(facts, num_tokens, current_span())
 
     def observe_tree(
         self,
@@ -137,28 +87,10 @@ class RouterMetrics:
         drafter: str = "",
         worker: str = "",
     ) -> None:
-        """Count a round's guesses by rank and by who made them.
-
-        Args:
-            tree: what was verified; more than a root.
-            accepted: nodes that the target confirmed and the text kept, in order.
-            num_draft_nodes: nodes that the drafter brought, the root included; they come first,
-                and the rest is of the caller's prediction.
-            drafter: name of the drafter's model.
-            worker: address of the draft worker.
-        """
-        ranks, num_of_rank = _ranks(tree.parents)
-        for rank, num_nodes in num_of_rank:
-            self._draft_per_rank.of(rank).inc(num_nodes)
-        for node in accepted:
-            self._accepted_per_rank.of(ranks[node]).inc()
-        num_accepted = sum(node < num_draft_nodes for node in accepted)
-        if num_draft_nodes > 1:
-            self._drafter_draft.of(drafter, worker).inc(num_draft_nodes - 1)
-            self._drafter_accepted.of(drafter, worker).inc(num_accepted)
-        if len(tree) > num_draft_nodes:
-            self._drafter_draft.of(PREDICTION, "").inc(len(tree) - num_draft_nodes)
-            self._drafter_accepted.of(PREDICTION, "").inc(len(accepted) - num_accepted)
+        """Count a round's guesses by rank and by who made them; see `RoundCounts.observe_tree`."""
+        self._rounds.observe_tree(
+            tree, accepted, num_draft_nodes=num_draft_nodes, drafter=drafter, worker=worker
+        )
 
     def observe_draft_round_trip(self, seconds: float) -> None:
         """Count a tree that came in time."""
@@ -208,11 +140,11 @@ class RouterMetrics:
     def observe_request(self, outcome: str, seconds: float, span: Span) -> None:
         """Count a request that ended in whatever way; `span` is its own."""
         self._requests.of(outcome).inc()
-        self._request_seconds.observe(seconds, _exemplar(span))
+        self._request_seconds.observe(seconds, exemplar(span))
 
     def observe_first_event(self, seconds: float) -> None:
         """Count the wait for a request's first tokens."""
-        self._first_token.observe(seconds, _exemplar(current_span()))
+        self._first_token.observe(seconds, exemplar(current_span()))
 
     def observe_event_gap(self, seconds: float) -> None:
         """Count the time between two events of a stream."""
@@ -234,7 +166,7 @@ class RouterMetrics:
         """Ask for guesses that were never verified, by reason, beside those that were rejected."""
 
         def by_reason() -> dict[tuple[str, ...], float]:
-            counts: dict[tuple[str, ...], float] = {("rejected",): self._num_rejected}
+            counts: dict[tuple[str, ...], float] = {("rejected",): self._rounds.num_rejected}
             return counts | {(reason,): count for reason, count in unused().items()}
 
         self.watch("wasted_draft_tokens", by_reason)
@@ -275,42 +207,3 @@ class SessionTimes:
         self._metrics.observe_usage(usage, self._key_id)
         if self._first is not None and self._num_tokens:
             self._metrics.observe_per_token((self._last - self._first) / self._num_tokens)
-
-
-@lru_cache(maxsize=256)
-def _ranks(parents: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[tuple[str, int], ...]]:
-    """The label of each node's place among its siblings, and below the root how many have which.
-
-    Trees are of few shapes, and a round's is nearly always one that was seen before.
-    """
-    num_before: Tally[int] = Tally()
-    ranks = []
-    for parent in parents:
-        ranks.append(str(min(num_before[parent], _MAX_RANK)))
-        num_before[parent] += 1
-    return tuple(ranks), tuple(Tally(ranks[1:]).items())
-
-
-def _exemplar(span: Span) -> dict[str, str] | None:
-    """What ties an observation to its trace; None where no collector has it."""
-    return {"trace_id": span.trace_id} if span.traced else None
-
-
-def _count_up_to(counters: Sequence[Count], depth: int) -> None:
-    """Count depths 1 to `depth`; those deeper than the last counter count as the deepest."""
-    for counter in counters[:depth]:
-        counter.inc()
-    if depth > len(counters):
-        counters[-1].inc(depth - len(counters))
-
-
-def _split(facts: RoundFacts) -> tuple[float, ...]:
-    """A round's seconds in the order of the label `part`."""
-    return (
-        facts.draft_seconds,
-        facts.verify_seconds,
-        facts.queue_seconds,
-        facts.network_seconds,
-        facts.commit_seconds,
-        max(0.0, facts.router_seconds - facts.commit_seconds),
-    )

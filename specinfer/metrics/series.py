@@ -83,13 +83,22 @@ class Distribution(Series):
         self._exemplars: dict[int, Exemplar] = {}
         self._sum = 0.0
 
-    def observe(self, value: float, exemplar: Mapping[str, str] | None = None) -> None:
-        """Count a value, which `exemplar` names a trace of."""
+    def observe(
+        self, value: float, exemplar: Mapping[str, str] | None = None, *, times: int = 1
+    ) -> None:
+        """Count a value that came `times` times, which `exemplar` names a trace of."""
         bucket = bisect_left(self._bounds, value)
-        self._counts[bucket] += 1
-        self._sum += value
+        self._counts[bucket] += times
+        self._sum += times * value
         if exemplar is not None:
             self._exemplars[bucket] = Exemplar(dict(exemplar), value, time.time())
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Count every one of them."""
+        bounds, counts = self._bounds, self._counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        self._sum += sum(values)
 
     def show(self, family: object, labels: Sequence[str]) -> None:
         """Add it to a HistogramMetricFamily."""

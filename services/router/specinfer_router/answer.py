@@ -25,7 +25,7 @@ class Answer(Generic[_Value]):
         arrived: when it came, by time.monotonic(); which may be long before somebody waits for it.
     """
 
-    __slots__ = ("_error", "_value", "_watchers", "arrived", "done")
+    __slots__ = ("_error", "_value", "_waiters", "_watchers", "arrived", "done")
 
     def __init__(self) -> None:
         self.done = False
@@ -33,6 +33,7 @@ class Answer(Generic[_Value]):
         self._value: _Value | None = None
         self._error: SpecinferError | None = None
         self._watchers: list[Callable[[], None]] = []
+        self._waiters: list[asyncio.Future[None]] = []
 
     @property
     def failed(self) -> bool:
@@ -74,8 +75,20 @@ class Answer(Generic[_Value]):
             yield from first_answer((self,)).__await__()
         return self.result
 
+    def wait_in(self, waiter: asyncio.Future[None]) -> None:
+        """Set `waiter` when it comes, which it has not."""
+        self._waiters.append(waiter)
+
+    def leave(self, waiter: asyncio.Future[None]) -> None:
+        """Do not set `waiter` any more."""
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
     def _end(self) -> None:
         self.done, self.arrived = True, time.monotonic()
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            _wake(waiter)
         watchers, self._watchers = self._watchers, []
         for tell in watchers:
             tell()
@@ -88,18 +101,18 @@ async def first_answer(answers: Sequence[Answer[Any]], seconds: float | None = N
             return
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    timer = None if seconds is None else loop.call_later(max(0.0, seconds), wake)
+    timer = None if seconds is None else loop.call_later(max(0.0, seconds), _wake, waiter)
     for answer in answers:
-        answer.watch(wake)
+        answer.wait_in(waiter)
     try:
         await waiter
     finally:
         if timer is not None:
             timer.cancel()
         for answer in answers:
-            answer.forget(wake)
+            answer.leave(waiter)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from specinfer.messages import StepCost
 from specinfer.step_curve import StepCurve
@@ -23,6 +24,7 @@ PRIOR_TRIALS = 12.0
 # A level leans on the others as if they were so many trials of its own.
 POOLED_TRIALS = 16.0
 MEMORY_TRIALS = 256.0
+KEPT_TRIAL = 1.0 - 1.0 / MEMORY_TRIALS
 MOST_ACCEPTED = 0.99
 # Costs: how much of the past a new answer leaves, and what a pause leaves of it.
 KEPT = 0.95
@@ -35,9 +37,10 @@ MAX_TEMPERATURE_STEPS = 4
 # Passes: how far one may lie from what was expected, how many powers of two of rows are told apart
 # (few passes have more than 256 rows, and what they cost must not stay unseen for ever), how fast
 # they are forgotten, how many are remembered, and as how many what is hoped of each counts.
-MAX_STEP_RATIO = 4.0
+FURTHEST_STEP = math.log(4.0)
 ROW_CLASSES = 9
 KEPT_PASS = 0.998
+LEAST_KEPT = 1e-3
 MOST_PASSES = 50.0
 LEANING_PASSES = 1.0
 # How quickly the machine's pace is followed.
@@ -81,13 +84,7 @@ class AcceptanceCounts:
             accepted: confirmed nodes below the root, in order.
             num_draft_nodes: nodes that the drafter brought, root included; later ones are not its.
         """
-        children: dict[int, list[int]] = {}
-        for node in range(1, num_draft_nodes):
-            siblings = children.get(tree.parents[node])
-            if siblings is None:
-                children[tree.parents[node]] = [node]
-            else:
-                siblings.append(node)
+        children = _children(tree.parents, num_draft_nodes)
         outcomes: list[bool] = []
         parent = 0
         for node in (*accepted, -1):
@@ -107,11 +104,13 @@ class AcceptanceCounts:
         return outcomes
 
     def _count(self, depth: int, num_ranks: int, hit: int) -> None:
-        keep = 1.0 - 1.0 / MEMORY_TRIALS
+        keep, level = KEPT_TRIAL, min(depth, MAX_LEVELS)
         self._num_levels = keep * self._num_levels + 1.0
         self._num_right = keep * self._num_right + (hit >= 0)
-        for row in (0, min(depth, MAX_LEVELS)):
-            trials, hits = self._trials[row], self._hits[row]
+        for trials, hits in (
+            (self._trials[0], self._hits[0]),
+            (self._trials[level], self._hits[level]),
+        ):
             for rank in range(num_ranks):
                 trials[rank] = keep * trials[rank] + 1.0
                 hits[rank] = keep * hits[rank] + (rank == hit)
@@ -212,6 +211,8 @@ class LiveCosts:
         # Logarithms of pace and factors, and how many passes stand behind each.
         self._pace, self._num_seen = 0.0, 0.0
         self._factors, self._weights = [0.0] * ROW_CLASSES, [0.0] * ROW_CLASSES
+        # All weights shrink together: what is left of them since they were written down.
+        self._kept = 1.0
 
     def observe(self, num_rows: int, context_len: int, seconds: float, share: float = 1.0) -> None:
         """Take in a pass; `share` is the part of it that the teller stands for."""
@@ -221,20 +222,22 @@ class LiveCosts:
         known = self._pace + self._factors[place]
         ratio = seconds / self._measured.at(max(1, num_rows), context_len)
         # One pass that the machine was away from says little of the others.
-        furthest = math.log(MAX_STEP_RATIO)
-        error = min(max(math.log(ratio) - known, -furthest), furthest)
+        error = min(max(math.log(ratio) - known, -FURTHEST_STEP), FURTHEST_STEP)
         self._num_seen = min(MOST_PASSES, self._num_seen + share)
         step = error * max(PACE_WEIGHT * share, share / self._num_seen)
         self._pace += step
-        kept = KEPT_PASS**share
-        self._weights = [kept * weight for weight in self._weights]
-        self._weights[place] = min(MOST_PASSES, self._weights[place] + share)
-        self._factors[place] += (error - step) * share / (self._weights[place] + LEANING_PASSES)
+        self._kept *= KEPT_PASS**share
+        if self._kept < LEAST_KEPT:
+            self._weights = [self._kept * weight for weight in self._weights]
+            self._kept = 1.0
+        weight = min(MOST_PASSES, self._kept * self._weights[place] + share)
+        self._weights[place] = weight / self._kept
+        self._factors[place] += (error - step) * share / (weight + LEANING_PASSES)
 
     def factor(self, num_rows: int) -> float:
         """How much longer a pass takes now than when it was measured."""
         place = _row_class(num_rows)
-        weight, known = self._weights[place], self._pace + self._factors[place]
+        weight, known = self._kept * self._weights[place], self._pace + self._factors[place]
         hoped = min(0.0, self._pace)
         return math.exp((weight * known + LEANING_PASSES * hoped) / (weight + LEANING_PASSES))
 
@@ -260,6 +263,8 @@ class DrafterRecord:
         """Begin with what the drafter measured of its passes, or nothing."""
         self._curve = StepCurve(costs)
         self._alone = self._curve.at(1)
+        # Of how many sessions it was told last, and what; mostly it is the same number again.
+        self._slowness = (1, 1.0)
         self.cost = DraftCost(self._alone if costs else 0.0)
         self.num_idle_rounds = self.num_busy_rounds = 0
         self.num_vain_probes = self.num_vain_starts = self.crowd = 0
@@ -269,7 +274,12 @@ class DrafterRecord:
 
     def slowness(self, num_sessions: int) -> float:
         """How much longer a level takes to so many sessions at once than to one."""
-        return max(1.0, self._curve.at(num_sessions) / self._alone) if num_sessions > 1 else 1.0
+        if num_sessions <= 1:
+            return 1.0
+        if self._slowness[0] != num_sessions:
+            slowness = max(1.0, self._curve.at(num_sessions) / self._alone)
+            self._slowness = num_sessions, slowness
+        return self._slowness[1]
 
     def observe(
         self,
@@ -356,7 +366,18 @@ class Calibration:
         # As many sessions tell of a pass as were in it.
         self.num_passes += share
         self.costs.observe(num_rows, context_len, seconds, share)
-        self.overhead_seconds.observe(max(0.0, overhead_seconds))
+        # A pass that began before it was asked for says nothing of the way.
+        if overhead_seconds > 0.0:
+            self.overhead_seconds.observe(overhead_seconds)
+
+
+@lru_cache(maxsize=256)
+def _children(parents: tuple[int, ...], num_nodes: int) -> dict[int, tuple[int, ...]]:
+    """The children of each of the first `num_nodes` nodes that has any; trees are of few shapes."""
+    found: dict[int, list[int]] = {}
+    for node in range(1, num_nodes):
+        found.setdefault(parents[node], []).append(node)
+    return {parent: tuple(nodes) for parent, nodes in found.items()}
 
 
 def _row_class(num_rows: int) -> int:

@@ -83,11 +83,19 @@ class StepDeadline:
         if self.fixed_seconds:
             return RoundWait(self.fixed_seconds, last=True)
         sessions = max(1, num_waiting)
-        passes = 1 + -(-num_rows * sessions // FULL_PASS_ROWS)
-        cost = passes * costs.at(max(num_rows, FULL_PASS_ROWS))
+        cost = _num_passes(num_rows, sessions) * costs.at(max(num_rows, FULL_PASS_ROWS))
         cost += sessions * num_prefill * costs.at(PREFILL_ROWS) / PREFILL_ROWS
         seconds = self.floor_seconds + self.factor * cost
         seconds += self.grammar_seconds if with_grammar else 0.0
         seconds *= 2.0 ** min(num_misses, MAX_DOUBLINGS)
         most = max(self.cap_seconds, CAP_FACTOR * cost)
         return RoundWait(min(most, seconds), last=seconds >= most)
+
+
+def work_of(num_rows: int, num_waiting: int) -> tuple[int, int]:
+    """The same for rounds that may take as long, where nothing is to be prefilled."""
+    return _num_passes(num_rows, max(1, num_waiting)), max(num_rows, FULL_PASS_ROWS)
+
+
+def _num_passes(num_rows: int, sessions: int) -> int:
+    return 1 + -(-num_rows * sessions // FULL_PASS_ROWS)

@@ -20,7 +20,7 @@ from specinfer.messages import WorkerStatus
 from specinfer.messages.admin import FAILED, OK, SKIPPED, WARNING, Finding
 from specinfer.redis_connection import RedisSettings, close
 from specinfer.rpc import TlsSettings
-from specinfer.step_curve import SHOWN_ROWS, shown
+from specinfer.step_curve import SHOWN_ROWS, age, shown
 
 MAX_SKEW_SECONDS = 2.0
 CERTIFICATE_DAYS = 21.0
@@ -140,8 +140,9 @@ def _memory(worker: WorkerStatus) -> Finding:
     longest = tokens // max(1, info.max_model_len)
     free = worker.load.num_free_blocks / max(1, info.num_blocks) if worker.connected else 1.0
     check = f"memory of {worker.address}"
+    form = f" in {info.kv_dtype}" if info.kv_dtype not in ("", info.dtype) else ""
     detail = (
-        f"keys and values of {tokens} tokens, {longest} of the longest sessions "
+        f"keys and values{form} of {tokens} tokens, {longest} of the longest sessions "
         f"({info.max_model_len} tokens), {free:.0%} free"
     )
     if longest < 1:
@@ -160,7 +161,9 @@ def _profile(worker: WorkerStatus) -> Finding:
     if not costs:
         return Finding(check, SKIPPED, "the worker has not measured its passes")
     rows = "/".join(map(str, SHOWN_ROWS))
-    return Finding(check, OK, f"a pass of {rows} rows takes {shown(costs)} ms")
+    measured = age(worker.info.costs_measured_at, time.time())
+    detail = f"a pass of {rows} rows takes {shown(costs)} ms"
+    return Finding(check, OK, f"{detail}, measured {measured}" if measured else detail)
 
 
 @dataclass(frozen=True)

@@ -148,11 +148,14 @@ class AdaptiveShape:
         self._beginning: WeakSet[RoundHistory] = WeakSet()
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
+        # Those of crowds, until about every session has planned a round.
+        self._of_crowds: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
+        self._num_planned = 0
 
     @property
     def num_kept(self) -> int:
         """Choices and tables kept."""
-        return len(self._choices) + len(self._tables)
+        return len(self._choices) + len(self._of_crowds) + len(self._tables)
 
     def history(self, temperature: float, context_len: int) -> RoundHistory:
         """A session's history, which shares what all of them learn."""
@@ -170,14 +173,15 @@ class AdaptiveShape:
         record, crowded = history.record, sharing > CROWD
         if num_sessions:
             _notice_load(record, num_sessions)
-        choice = self._choice(record, history, asked)
+        choose = self._choice_of_crowd if crowded else self._choice
+        choice = choose(record, history, asked)
         going = history.speculating
         if going is None or crowded:
             going = record.num_idle_rounds == 0
         history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
         if history.speculating:
             _goes_on(record, sharing)
-            return replace(asked, max_nodes=choice.num_nodes, max_depth=choice.depth)
+            return ShapeQuery(choice.num_nodes, choice.depth, branch=asked.branch)
         if not _is_probe(record, choice, sharing):
             return replace(asked, max_nodes=0)
         history.num_drafting = 1
@@ -195,6 +199,22 @@ class AdaptiveShape:
         if self._beginning:
             self._beginning.clear()
         return num_sessions
+
+    def _choice_of_crowd(
+        self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery
+    ) -> Choice:
+        """As `_choice`, which looks at costs: for a crowd once in about a round of every session."""
+        self._num_planned += 1
+        if self._num_planned >= history.num_sessions:
+            self._num_planned = 0
+            self._of_crowds.clear()
+        limits = asked.max_nodes, asked.max_depth
+        key = (record.snapshot, *limits, history.num_sessions, history.context_len.bit_length())
+        found = self._of_crowds.get(key)
+        if found is None:
+            found = self._of_crowds[key] = self._choice(record, history, asked)
+            _bound(self._of_crowds, MAX_CHOICES)
+        return found
 
     def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
         """The best choice under what is known now, remembered while that hardly changes."""

@@ -107,6 +107,9 @@ def within(options: SpeculationOptions, max_tree_nodes: int) -> SpeculationOptio
 
 def clip(shape: ShapeQuery, *, max_nodes: int, max_depth: int) -> ShapeQuery:
     """The shape within a round's room; widths lose whole levels from the bottom."""
+    fits = 0 < shape.max_depth <= shape.max_nodes <= max_nodes and shape.max_depth <= max_depth
+    if fits and not shape.widths:
+        return shape
     max_nodes = max(0, min(shape.max_nodes, max_nodes))
     max_depth = max(0, min(shape.max_depth, max_depth, max_nodes))
     if max_depth == 0:

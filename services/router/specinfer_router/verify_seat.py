@@ -31,7 +31,7 @@ from specinfer.telemetry import current_span
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
 from specinfer_router.answer import Answer, first_answer
-from specinfer_router.deadlines import RoundWait, StepDeadline
+from specinfer_router.deadlines import RoundWait, StepDeadline, work_of
 from specinfer_router.pool import WorkerPool
 from specinfer_router.worker_links import VerifyLink
 
@@ -111,7 +111,7 @@ class VerifySeat:
         self._link: VerifyLink | None = None
         self._generation = 0
         self._curve = StepCurve(())
-        self._usual: tuple[tuple[int, int, int], RoundWait] | None = None
+        self._usual: tuple[tuple[int, int], RoundWait] | None = None
         self._num_misses = 0
 
     @property
@@ -304,9 +304,9 @@ class VerifySeat:
         """As `_allowed`, which mostly says what it said of the last round."""
         if opened or self._num_misses:
             return self._allowed(link, opened, asked)
-        load = len(asked.tree), link.num_seats, link.load.num_waiting
-        if self._usual is None or self._usual[0] != load:
-            self._usual = load, self._allowed(link, opened, asked)
+        work = work_of(len(asked.tree), max(link.num_seats, link.load.num_waiting))
+        if self._usual is None or self._usual[0] != work:
+            self._usual = work, self._allowed(link, opened, asked)
         return self._usual[1]
 
     def _allowed(self, link: VerifyLink, opened: bool, asked: _Round) -> RoundWait:

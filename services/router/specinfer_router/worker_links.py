@@ -15,9 +15,9 @@ import grpc.aio
 from specinfer.convert import (
     draft_result_from_wire,
     fill_shape,
+    fill_tree,
     grammar_to_wire,
     sampling_to_wire,
-    tree_to_wire,
     verify_result_from_wire,
     worker_info_from_wire,
 )
@@ -187,14 +187,14 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
     ) -> Answer[VerifyResult]:
         """Have a tree checked and what it confirms committed to the worker's KV."""
         frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
-        frame.items.add(
+        item = frame.items.add(
             item_id=item_id,
             session_id=session_id,
             epoch=epoch,
             owner=owner,
             traceparent=traceparent,
-            step=verify_pb2.VerifyStep(tree=tree_to_wire(tree)),
         )
+        fill_tree(item.step.tree, tree)
         return self._send(frame, item_id, session_id, verify_result_from_wire)
 
     def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> Answer[None]:
