@@ -358,12 +358,7 @@ WORK = (
         sources=VERIFY,
         vllm="num_preemptions",
     ),
-    counter(
-        "roots_ahead",
-        "rows",
-        "Roots of plain decoding computed before they were asked for.",
-        sources=VERIFY,
-    ),
+    counter("roots_ahead", "rows", "Roots computed before they were asked for.", sources=VERIFY),
     counter("roots_ahead_used", "rows", "Those of them that were asked for.", sources=VERIFY),
     counter(
         "fenced_calls",

@@ -52,6 +52,8 @@ STILL = {
     "store_restores": "the store is in memory",
     "store_memory_usage_ratio": "the store is in memory",
     "num_preemptions": "the pool is large enough",
+    "roots_ahead": "the engines here wait to be asked; test_roots_ahead has some that do not",
+    "roots_ahead_used": "as roots_ahead",
     "fenced_calls": "nobody is fenced off",
     "num_requests_waiting": "0 once all is served",
     "num_requests_running": "0 once all is served",

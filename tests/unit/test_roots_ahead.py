@@ -7,15 +7,18 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from specinfer.errors import InvalidTree, SpecinferError
 from specinfer.messages import StepCost, VerifyResult
+from specinfer.metrics import VerifyMetrics
 from specinfer.sampling import SamplingParams
 from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.roots_ahead import cheap_rows
 from specinfer_verify.session import Session
+from tests.kit.fake_workers import info_of
 from tests.kit.table_models import Draft, TableModel, TableRunner, random_drafter
 from tests.kit.verify_driver import (
     TIMEOUT,
@@ -79,6 +82,22 @@ def test_after_two_plain_steps_the_next_root_is_there_before_it_is_asked_for(
     until_ahead(runner, 3)
     assert runner.num_rows[-3:] == [1, 1, 1]
     assert tokens == right_tokens(3)
+
+
+def test_those_that_were_asked_for_are_counted() -> None:
+    registry = CollectorRegistry()
+    engine, runner, _ = table_engine(roots_ahead=True)
+    engine.count_with(VerifyMetrics(registry, info_of("verify")))
+    with running(engine):
+        tokens = decode_plainly(engine, 2)
+        until_ahead(runner, 2)
+        tokens += ask(engine, 2, tokens[-1]).token_ids
+        until_ahead(runner, 3)
+        ask(engine, 3, *right_tokens(8)[len(tokens) - 1 :])
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    found = {sample.name: sample.value for sample in samples}
+    assert found["specinfer_roots_ahead_total"] == 2
+    assert found["specinfer_roots_ahead_used_total"] == 1
 
 
 def test_a_tree_that_comes_takes_the_unasked_step_back(

@@ -89,6 +89,16 @@ _LOAD = (
         "BreakerOpen",
         Query(promql.now("num_sessions", VERIFY, by="instance"), "{{instance}}"),
     ),
+    lines(
+        "Roots computed ahead",
+        Unit.PER_SECOND,
+        "Plain decoding has its next root computed before the router asks. `used` ones were asked "
+        "for; the rest are ends of texts and trees that came instead. If half are lost, try "
+        "`--roots-ahead off`.",
+        "RequestsRefused",
+        Query(promql.rate("roots_ahead"), "computed"),
+        Query(promql.rate("roots_ahead_used"), "used"),
+    ),
 )
 
 _MEMORY = (

@@ -106,6 +106,8 @@ class VerifyEngine:
 
     def count_with(self, metrics: VerifyMetrics) -> None:
         """Count passes, and show what is held; to be called before `start`."""
+        metrics.watch_one("roots_ahead", lambda: self._roots_ahead.num_computed)
+        metrics.watch_one("roots_ahead_used", lambda: self._roots_ahead.num_used)
         self._count = count_in(metrics, self._scheduler, self._blocks, self._fence)
 
     def gather_with(self, costs: StepCurve) -> None:
@@ -256,7 +258,7 @@ class VerifyEngine:
                 for future in step.futures:
                     set_result(future, outcome.result)
             elif outcome.result is not None:
-                session.pending, session.ahead = None, outcome.result
+                self._roots_ahead.keep(session, outcome.result)
 
     def _open(
         self,
@@ -340,7 +342,7 @@ class VerifyEngine:
         if session is None:
             raise NotFound(f"no session {session_id[:MAX_SESSION_ID_LENGTH]} here; open it again")
         session.last_active = arrival
-        result = session.take_ahead(epoch, tree)
+        result = self._roots_ahead.take(session, epoch, tree)
         if result is not None:
             session.absence.come_back(arrival)
             session.told(result, 1, arrival)

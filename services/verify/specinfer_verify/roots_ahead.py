@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from specinfer.messages import VerifyResult
 from specinfer.step_curve import StepCurve
+from specinfer.tree import TokenTree
 from specinfer_verify.session import Session
 
 # Steps in a row without guesses after which the next one is expected to have none either.
@@ -24,7 +26,11 @@ CHEAP = 1.25
 
 
 class RootsAhead:
-    """Chooses them for one engine.
+    """Chooses them for one engine, and counts them.
+
+    Attributes:
+        num_computed: roots computed before they were asked for.
+        num_used: those of them that were asked for.
 
     Args:
         max_rows: most rows of a pass that has such roots; 0 never computes one.
@@ -35,6 +41,7 @@ class RootsAhead:
     def __init__(
         self, max_rows: int = 0, max_model_len: int = 0, end_token_ids: Collection[int] = ()
     ) -> None:
+        self.num_computed = self.num_used = 0
         self._max_rows = max_rows
         self._max_model_len = max_model_len
         self._end_token_ids = frozenset(end_token_ids)
@@ -50,6 +57,17 @@ class RootsAhead:
         ready = [session for session in sessions if self._ready(session)]
         waiting = sum(len(session.pending.tree) for session in sessions if session.pending)
         return ready if waiting + len(ready) <= self._max_rows else []
+
+    def keep(self, session: Session, result: VerifyResult) -> None:
+        """Have a session's unasked result there for the step that comes."""
+        self.num_computed += 1
+        session.pending, session.ahead = None, result
+
+    def take(self, session: Session, epoch: int, tree: TokenTree) -> VerifyResult | None:
+        """The result of a step that just came, where it is there already."""
+        result = session.take_ahead(epoch, tree)
+        self.num_used += result is not None
+        return result
 
     def _ready(self, session: Session) -> bool:
         return (
