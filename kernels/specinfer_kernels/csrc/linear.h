@@ -59,8 +59,8 @@ constexpr int64_t kBlockSteps = 256;    // most steps of a panel between tiles; 
 // With one or two tiles memory is still in play, and it streams best through small blocks.
 constexpr int64_t kSmallBlockSteps = 64;
 constexpr int64_t kPassRows = 256;      // most rows for one reading of the weight; changes no bit
-constexpr int64_t kChunkBytes = 1 << 19;  // weights that a thread takes at a time
-constexpr int64_t kFetchAhead = 8192;   // bytes
+constexpr int64_t kChunkBytes = 1 << 17;  // weights that a thread takes at a time
+constexpr int64_t kFetchAhead = 4096;   // bytes
 constexpr int64_t kSerialLinear = 1 << 20;
 
 inline bool linear_serves(int64_t kind) {
@@ -249,6 +249,7 @@ template <class Kind, bool WIDENED> void run_panel(const LinearPlan& plan, int64
     const bool whole = !WIDENED && plan.num_tiles == 1;
     const int64_t most =
         whole ? plan.steps : plan.num_tiles <= 2 ? kSmallBlockSteps : kBlockSteps;
+    const int64_t ahead = whole ? kFetchAhead : most * step_bytes;
     for (int64_t start = 0; start < plan.steps; start += most) {
         const int64_t steps = std::min(most, plan.steps - start);
         const char* block = source + start * step_bytes;
@@ -256,9 +257,12 @@ template <class Kind, bool WIDENED> void run_panel(const LinearPlan& plan, int64
         for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
             const int64_t row = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - row;
             const uint32_t* words = plan.words + row * plan.steps + start * rows;
+            // Each tile fetches its part of the next block: memory has the time of all of them.
+            const int64_t fetched = steps * step_bytes * row / plan.rows.num_rows;
             tile_of<Kind>(int(rows), std::make_integer_sequence<int, kTileRows>())(
                 WIDENED ? widened : (const float*)block, (const float*)words, sums + row * kPanel,
-                steps, start == 0, block + kFetchAhead, step_bytes);
+                steps, start == 0, block + ahead + fetched,
+                step_bytes * rows / plan.rows.num_rows);
         }
     }
     store_panel<Kind>(plan, panel, sums);
