@@ -22,7 +22,7 @@ from specinfer.messages import ShapeQuery
 from specinfer.metrics import DraftMetrics
 from specinfer.sampling import SamplingParams
 from specinfer_draft.drafters import static_growth
-from specinfer_draft.drafters.forecast import Cuts, cut
+from specinfer_draft.drafters.forecast import Cuts, cut, cut_by_best
 from specinfer_draft.drafters.static_growth import (
     Growth,
     GrowthSizes,
@@ -293,16 +293,25 @@ def test_nothing_waits_for_the_device(loaded: LoadedModel) -> None:
     assert bench.growths.num_recorded == 2
 
 
+def test_a_law_of_more_tokens_than_are_looked_at_grows_level_by_level(loaded: LoadedModel) -> None:
+    wide = SamplingParams(temperature=1.5, top_p=0.9, seed=3)
+    samplings, shapes = [wide, replace(wide, seed=4)], [shape_of((2, 2, 2))]
+    expected, num_passes = rounds(drafter_of(loaded), samplings, shapes)
+    for num_tokens, waited in ((VOCAB_SIZE - 1, 4), (20, num_passes)):
+        with patch.object(static_growth, "TOP_P_TOKENS", num_tokens):
+            assert rounds(drafter_of(loaded, Recorder()), samplings, shapes) == (expected, waited)
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.999])
-def test_a_cut_that_may_not_wait_has_the_bits_of_one_that_may(top_p: float) -> None:
+def test_a_rows_cut_does_not_depend_on_its_neighbours(top_p: float) -> None:
     logits = torch.randn(5, 2000, generator=torch.Generator().manual_seed(3))
     # Rows that need few tokens among rows that need more than are looked at first.
     logits[1::2] *= 20.0
     cuts = Cuts(temperature=1.2, top_k=0, top_p=top_p, min_p=0.0)
-    expected = cut(logits, cuts)
-    assert torch.equal(cut(logits, cuts, may_wait=False), expected)
+    together = cut(logits, cuts)
     for row in range(len(logits)):
-        assert torch.equal(cut(logits[row : row + 1], cuts)[0], expected[row])
+        assert torch.equal(cut(logits[row : row + 1], cuts)[0], together[row])
+        assert torch.equal(cut_by_best(logits, cuts, 2000)[0][row], together[row])
 
 
 def test_trees_of_more_than_64_inner_nodes_see_their_ancestors(loaded: LoadedModel) -> None:

@@ -261,42 +261,50 @@ def read_candidates(found: Tensor) -> list[Candidates]:
     ]
 
 
-def cut(logits: Tensor, cuts: Cuts, *, may_wait: bool = True) -> Tensor:
+def cut(logits: Tensor, cuts: Cuts) -> Tensor:
     """top-k, top-p and min-p at the target's temperature; cut tokens become -inf.
 
     Args:
         logits: float32 [num_rows, vocab_size]; not changed.
         cuts: how far.
-        may_wait: ask the device whether the cheap way was enough; otherwise go both ways, which
-            changes no bit.
     """
+    found, short = cut_by_best(logits, cuts, _TOP_P_TOKENS)
+    if short is None or not bool(short.any()):
+        return found
+    # Row by row, so that a row's law does not depend on its neighbours'.
+    return torch.where(short, cut_by_best(logits, cuts, logits.shape[1])[0], found)
+
+
+def cut_by_best(logits: Tensor, cuts: Cuts, num_tokens: int) -> tuple[Tensor, Tensor | None]:
+    """As `cut`, looking for top-p among the best tokens alone, so that nobody waits for a device.
+
+    Returns:
+        The logits, and for which rows `num_tokens` held too little, bool [num_rows, 1]: they are
+        cut too far. None where none can be.
+    """
+    short = None
     if 0 < cuts.top_k < logits.shape[1]:
         smallest = torch.topk(logits, cuts.top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     if cuts.top_p < 1.0:
-        logits = _cut_top_p(logits, cuts, may_wait)
+        logits, short = _cut_top_p(logits, cuts, min(num_tokens, logits.shape[1]))
     if cuts.min_p > 0.0:
         least = logits.amax(1, keepdim=True) + cuts.temperature * math.log(cuts.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)
-    return logits
+    return logits, short
 
 
-def _cut_top_p(logits: Tensor, cuts: Cuts, may_wait: bool) -> Tensor:
+def _cut_top_p(logits: Tensor, cuts: Cuts, num_tokens: int) -> tuple[Tensor, Tensor | None]:
     """The smallest prefix of the descending sort whose mass reaches top-p, and its ties."""
     probabilities = (logits / cuts.temperature).softmax(1)
-    best = torch.topk(probabilities, min(_TOP_P_TOKENS, logits.shape[1]), dim=1).values
-    smallest, mass = _smallest_kept(best, cuts.top_p)
-    enough = mass >= cuts.top_p
-    if not (may_wait and bool(enough.all())):
+    every = num_tokens == logits.shape[1]
+    if every:
         best = probabilities.sort(1, descending=True).values
-        # Row by row, so that a row's law does not depend on its neighbours'.
-        smallest = torch.where(enough, smallest, _smallest_kept(best, cuts.top_p)[0])
-    return logits.masked_fill(probabilities < smallest, -math.inf)
-
-
-def _smallest_kept(best: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Least probability kept of rows in descending order, and the mass of the whole row: [n, 1]."""
+    else:
+        best = torch.topk(probabilities, num_tokens, dim=1).values
     mass = best.cumsum(1)
-    kept = mass - best < top_p
+    kept = mass - best < cuts.top_p
     kept[:, :1].fill_(True)
-    return best.masked_fill(~kept, math.inf).amin(1, keepdim=True), mass[:, -1:]
+    smallest = best.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+    logits = logits.masked_fill(probabilities < smallest, -math.inf)
+    return logits, None if every else mass[:, -1:] < cuts.top_p

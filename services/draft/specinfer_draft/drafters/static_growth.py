@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from specinfer.sampling import SamplingParams
-from specinfer_draft.drafters.forecast import Cuts, cut, find_best, read_candidates
+from specinfer_draft.drafters.forecast import Cuts, cut_by_best, find_best, read_candidates
 from specinfer_draft.grow import Candidates
 from specinfer_engine.batch import ForwardBatch, SequenceRows, build_batch
 from specinfer_engine.graphs import (
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 SESSION_BUCKETS = (1, 2, 4, 8, 16)
 # Each holds the launches of all its levels.
 MOST_GROWTHS = 32
+# Where top-p needs more, the tree grows level by level: sorting the vocabulary takes longer.
+TOP_P_TOKENS = 1024
 # Of float64 noise made at once.
 NOISE_BYTES = 64 << 20
 _SEED, _TEMPERATURE, _CONTEXT, _TABLE = range(4)
@@ -139,7 +141,8 @@ class Growth:
     Attributes:
         numbers: int64 [sessions, 3 + blocks]: seed, bits of the temperature, context length and
             block table of each session.
-        found: float64 [2, nodes of all sessions]: tokens and log scores, level after level.
+        found: float64 [2, nodes of all sessions and a column for each session]: tokens and log
+            scores, level after level; then whose law needs more tokens than were looked at.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ class Growth:
             sizes.sessions, _TABLE + sizes.blocks, dtype=torch.int64, device=device
         )
         self.found = torch.zeros(
-            2, sizes.sessions * plan.num_nodes, dtype=torch.float64, device=device
+            2, sizes.sessions * (plan.num_nodes + 1), dtype=torch.float64, device=device
         )
         self._shapes = [
             build_batch([plan.level_rows(depth)] * sizes.sessions, plan.num_scratch, device)
@@ -170,13 +173,18 @@ class Growth:
     def __call__(self) -> None:
         """Grow the trees of `numbers` below the roots and leave them in `found`."""
         plan, pieces = self._sizes.plan, list[Tensor]()
-        logits = self._roots
+        logits, cuts = self._roots, self._sizes.cuts
+        short = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         for depth, (width, noise) in enumerate(zip(plan.widths, self._noise(), strict=False)):
             if depth:
                 logits = self._run(self._batch(depth, pieces[-1][0]))
-            z = _forecast(logits.float(), self._sizes.cuts, noise)
+            logits = logits.float()
+            if cuts is not None:
+                logits, too_far = cut_by_best(logits, cuts, TOP_P_TOKENS)
+                short = short if too_far is None else short | too_far.view(len(short), -1).any(1)
+            z = logits if noise is None else _add_noise(logits, noise)
             pieces.append(find_best(z, width, self._spread).reshape(2, -1))
-        self.found.copy_(torch.cat(pieces, 1))
+        self.found.copy_(torch.cat((*pieces, short.expand(2, -1)), 1))
 
     def _noise(self) -> Iterator[Tensor | None]:
         """T * g of each level, float32 [sessions, vocab_size]; None for ever where all T are 0."""
@@ -218,13 +226,8 @@ class Growth:
         )
 
 
-def _forecast(logits: Tensor, cuts: Cuts | None, noise: Tensor | None) -> Tensor:
-    """z of the nodes of a level, [num_rows, vocab_size]; the bits of `DrawForecast.forecast`."""
-    if cuts is not None:
-        logits = cut(logits, cuts, may_wait=False)
-    if noise is None:
-        return logits
-    # Siblings and cousins share their noise.
+def _add_noise(logits: Tensor, noise: Tensor) -> Tensor:
+    """z of the nodes of a level; siblings and cousins share their noise, [sessions, vocab_size]."""
     by_session = logits.view(len(noise), -1, noise.shape[1])
     return (by_session + noise.unsqueeze(1)).flatten(0, 1)
 
@@ -276,16 +279,17 @@ class StaticGrowths:
     @torch.inference_mode()
     def grow(
         self, plan: TreePlan, cuts: Cuts | None, starts: Sequence[GrowthStart]
-    ) -> list[Levels] | None:
+    ) -> list[Levels | None] | None:
         """What the levels of one tree for each start found, all of them cut by `cuts`.
 
-        None when this cannot be recorded; then keys and values of scratch slots may have changed.
+        None for a tree that has to grow level by level, and for all when this cannot be recorded;
+        then keys and values of scratch slots may have changed.
         """
         widest = max(plan.counts)
         most = max(
             size for size in SESSION_BUCKETS if size == 1 or size * widest <= self._most_rows
         )
-        answers = list[Levels]()
+        answers = list[Levels | None]()
         for first in range(0, len(starts), most):
             part = starts[first : first + most]
             sessions = next(size for size in SESSION_BUCKETS if len(part) <= size)
@@ -297,7 +301,9 @@ class StaticGrowths:
             answers += found
         return answers
 
-    def _grow(self, sizes: GrowthSizes, starts: Sequence[GrowthStart]) -> list[Levels] | None:
+    def _grow(
+        self, sizes: GrowthSizes, starts: Sequence[GrowthStart]
+    ) -> list[Levels | None] | None:
         torch.stack([start.logits for start in starts], out=self._roots[: len(starts)])
         numbers = lay_out(sizes, starts, self._graphs.scratch)
         growth, replay = self._recorded.get(sizes) or self._record(sizes, numbers) or (None, None)
@@ -345,27 +351,23 @@ def lay_out(sizes: GrowthSizes, starts: Sequence[GrowthStart], scratch: ScratchB
     return numbers
 
 
-def read_levels(sizes: GrowthSizes, found: Tensor) -> list[Levels]:
-    """What `Growth.found`, brought to the host, says of each session."""
+def read_levels(sizes: GrowthSizes, found: Tensor) -> list[Levels | None]:
+    """What `Growth.found`, brought to the host, says of each session; None where a cut failed."""
     plan, sessions = sizes.plan, sizes.sessions
+    columns = [
+        sessions * count * width for count, width in zip(plan.counts, plan.widths, strict=True)
+    ]
+    *pieces, short = found.split([*columns, sessions], 1)
     levels = [
         read_candidates(piece.view(2, -1, width))
-        for piece, width in zip(
-            found.split(
-                [
-                    sessions * count * width
-                    for count, width in zip(plan.counts, plan.widths, strict=True)
-                ],
-                1,
-            ),
-            plan.widths,
-            strict=True,
-        )
+        for piece, width in zip(pieces, plan.widths, strict=True)
     ]
     return [
-        [
+        None
+        if failed
+        else [
             level[session * count : (session + 1) * count]
             for level, count in zip(levels, plan.counts, strict=True)
         ]
-        for session in range(sessions)
+        for session, failed in enumerate(short[0].tolist())
     ]

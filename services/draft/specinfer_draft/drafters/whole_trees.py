@@ -98,7 +98,8 @@ class WholeTrees:
         if found is None:
             return 0
         for (_, growth, _), levels in zip(held, found, strict=True):
-            growth.search.take_tree(levels)
+            if levels is not None:
+                growth.search.take_tree(levels)
         if held and num_recorded == self._growths.num_recorded:
             seconds = (self._clock() - start) / len(plan.widths)
             # Half new, half old: follows a changing load within a few growths.
