@@ -5,6 +5,7 @@ This module knows nothing of workers, trees or who asks.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -57,6 +58,17 @@ def shown(costs: Sequence[StepCost]) -> str:
         return "-"
     curve = StepCurve(costs)
     return "/".join(f"{1000 * curve.at(rows):.3g}" for rows in SHOWN_ROWS)
+
+
+def age(measured_at: float, now: float) -> str:
+    """How long ago that was, roughly, for seconds since 1970; "" for a time that cannot be."""
+    if not 0 < measured_at < math.inf:
+        return ""
+    minutes = max(0.0, now - measured_at) / 60
+    for unit, size in (("days", 1440), ("h", 60)):
+        if minutes >= 2 * size:
+            return f"{minutes / size:.0f} {unit} ago"
+    return f"{minutes:.0f} min ago"
 
 
 def _line(points: dict[int, float]) -> Line:

@@ -23,7 +23,7 @@ from specinfer.errors import SpecinferError
 from specinfer.messages import WorkerStatus
 from specinfer.messages.admin import ClusterStatus, RouterStatus
 from specinfer.rpc import TlsSettings
-from specinfer.step_curve import SHOWN_ROWS, shown
+from specinfer.step_curve import SHOWN_ROWS, age, shown
 from specinfer_cli import arguments
 from specinfer_cli.console import friendly, output, plain, print_json
 from specinfer_cli.operators import DEFAULT_ADMIN_ADDRESS
@@ -199,7 +199,7 @@ def picture(before: Sequence[Look], now: Sequence[Look]) -> RenderableType:
         routers.add_row(*_router_row(old, new))
     workers = Table(
         *("tier", "worker", "address", "state", "sessions", "waiting", "KV free", "ours"),
-        *(f"ms of {'/'.join(map(str, SHOWN_ROWS))} rows", "model"),
+        *(f"ms of {'/'.join(map(str, SHOWN_ROWS))} rows", "measured", "model"),
         box=None,
         pad_edge=False,
     )
@@ -247,6 +247,7 @@ def _worker_row(worker: WorkerStatus) -> tuple[str | Text, ...]:
         _number(free if worker.connected else None, ".0%"),
         str(worker.num_seats),
         shown(info.step_costs if info else ()),
+        (age(info.costs_measured_at, time.time()) if info else "") or "-",
         plain(info.model_name if info else "-"),
     )
 

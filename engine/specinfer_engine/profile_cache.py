@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import specinfer_kernels
 from specinfer import __version__
 from specinfer.messages import StepCost
 from specinfer_engine.model import LoadedModel
+from specinfer_engine.step_profile import StepProfile
 
 MAX_FILES = 64
 MAX_BYTES = 64 * 1024
@@ -58,7 +59,7 @@ def profile_key(loaded: LoadedModel, **more: object) -> dict[str, str]:
     }
 
 
-def read_profile(folder: Path, key: Mapping[str, str]) -> tuple[StepCost, ...] | None:
+def read_profile(folder: Path, key: Mapping[str, str]) -> StepProfile | None:
     """The costs kept under a key, or None where there are none or they cannot be believed."""
     path = _path(folder, key)
     try:
@@ -76,11 +77,12 @@ def read_profile(folder: Path, key: Mapping[str, str]) -> tuple[StepCost, ...] |
         return None
 
 
-def write_profile(folder: Path, key: Mapping[str, str], costs: Sequence[StepCost]) -> None:
+def write_profile(folder: Path, key: Mapping[str, str], profile: StepProfile) -> None:
     """Keep costs under a key; a folder that cannot be written costs the next start its time."""
     path = _path(folder, key)
-    rows = [[cost.num_rows, cost.context_len, cost.seconds] for cost in costs]
-    text = json.dumps({"key": dict(key), "costs": rows}, indent=1)
+    rows = [[cost.num_rows, cost.context_len, cost.seconds] for cost in profile.costs]
+    held = {"key": dict(key), "measured_at": profile.measured_at, "costs": rows}
+    text = json.dumps(held, indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -93,7 +95,7 @@ def write_profile(folder: Path, key: Mapping[str, str], costs: Sequence[StepCost
         log.warning("measured costs are not kept in %s: %s", folder, error)
 
 
-def _parse(text: bytes, key: Mapping[str, str]) -> tuple[StepCost, ...]:
+def _parse(text: bytes, key: Mapping[str, str]) -> StepProfile:
     if len(text) > MAX_BYTES:
         raise ValueError(f"longer than {MAX_BYTES} bytes")
     held: Any = json.loads(text)
@@ -102,7 +104,10 @@ def _parse(text: bytes, key: Mapping[str, str]) -> tuple[StepCost, ...]:
     costs = tuple(StepCost(*_point(*point)) for point in held["costs"])
     if not costs:
         raise ValueError("no costs")
-    return costs
+    measured_at = held["measured_at"]
+    if type(measured_at) is not float or not 0 < measured_at < math.inf:
+        raise ValueError("no time")
+    return StepProfile(costs, measured_at)
 
 
 def _point(num_rows: object, context_len: object, seconds: object) -> tuple[int, int, float]:

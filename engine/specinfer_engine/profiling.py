@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import specinfer_kernels
-from specinfer.messages import StepCost
 from specinfer.worker_settings import OFF, RENEW
 from specinfer_engine.model import LoadedModel
 from specinfer_engine.profile_cache import profile_key, read_profile, user_folder, write_profile
 from specinfer_engine.runner import Runner
 from specinfer_engine.step_profile import (
     ProfileGrid,
+    StepProfile,
     measure_step_costs,
     still_true,
     warm_up,
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def profile_steps(
     runner: Runner, grid: ProfileGrid, how: str, folder: Path | None = None
-) -> tuple[StepCost, ...]:
+) -> StepProfile:
     """Costs of the grid's points that fit into the runner's pool; see `measure_step_costs`.
 
     Args:
@@ -49,19 +49,19 @@ def profile_steps(
         warm_up(runner, grid)
     folder = None if how == OFF else folder or user_folder()
     if folder is None:
-        return measure_step_costs(runner, grid)
+        return StepProfile(measure_step_costs(runner, grid), time.time())
     key = _key(loaded, grid, runner.block_size)
     known = None if how == RENEW else read_profile(folder, key)
-    if known is not None and still_true(runner, known):
-        log.info("pass costs: %d points known from %s", len(known), folder)
+    if known is not None and still_true(runner, known.costs):
+        log.info("pass costs: %d points known from %s", len(known.costs), folder)
         return known
     start = time.perf_counter()
-    costs = measure_step_costs(runner, grid)
+    profile = StepProfile(measure_step_costs(runner, grid), time.time())
     spent = time.perf_counter() - start
-    log.info("pass costs: %d points measured in %.1f s", len(costs), spent)
-    if spent >= WORTH_KEEPING_SECONDS and costs:
-        write_profile(folder, key, costs)
-    return costs
+    log.info("pass costs: %d points measured in %.1f s", len(profile.costs), spent)
+    if spent >= WORTH_KEEPING_SECONDS and profile.costs:
+        write_profile(folder, key, profile)
+    return profile
 
 
 def _key(loaded: LoadedModel, grid: ProfileGrid, block_size: int) -> dict[str, str]:

@@ -24,6 +24,19 @@ AGREEMENT = 1.5
 
 
 @dataclass(frozen=True)
+class StepProfile:
+    """Measured costs.
+
+    Attributes:
+        costs: of the grid's points.
+        measured_at: when, in seconds since 1970 by this machine's clock.
+    """
+
+    costs: tuple[StepCost, ...]
+    measured_at: float
+
+
+@dataclass(frozen=True)
 class ProfileGrid:
     """The points to measure.
 

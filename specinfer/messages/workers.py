@@ -141,6 +141,9 @@ class WorkerInfo:
         acceptance_rules: rules this worker walks by; empty for a drafter.
         step_costs: measured at start.
         version: specinfer's version.
+        kv_dtype: keys' and values' number format, such as "float8_e4m3fn"; "" when not told.
+        costs_measured_at: when the step costs were, in seconds since 1970 by the worker's clock; 0
+            when not told.
     """
 
     worker_id: str
@@ -159,6 +162,8 @@ class WorkerInfo:
     acceptance_rules: tuple[str, ...] = ()
     step_costs: tuple[StepCost, ...] = ()
     version: str = ""
+    kv_dtype: str = ""
+    costs_measured_at: float = 0.0
 
 
 @dataclass(frozen=True)

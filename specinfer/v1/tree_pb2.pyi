@@ -538,6 +538,8 @@ class WorkerInfo(_message.Message):
     ACCEPTANCE_RULES_FIELD_NUMBER: _builtins.int
     STEP_COSTS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
+    COSTS_MEASURED_AT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique name of the process."""
     model_name: _builtins.str
@@ -566,6 +568,10 @@ class WorkerInfo(_message.Message):
     """Whether a row's bits never depend on the rows that share its pass."""
     version: _builtins.str
     """Version of specinfer."""
+    kv_dtype: _builtins.str
+    """Number format of keys and values, such as "bfloat16" or "float8_e4m3fn"."""
+    costs_measured_at: _builtins.float
+    """When the step costs were measured, in seconds since 1970 by the worker's clock; 0: not told."""
     @_builtins.property
     def acceptance_rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Rules that the worker walks by."""
@@ -593,10 +599,12 @@ class WorkerInfo(_message.Message):
         acceptance_rules: _abc.Iterable[_builtins.str] | None = ...,
         step_costs: _abc.Iterable[Global___StepCost] | None = ...,
         version: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
+        costs_measured_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rules", b"acceptance_rules", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "max_model_len", b"max_model_len", "max_sessions", b"max_sessions", "max_tree_nodes", b"max_tree_nodes", "model_hash", b"model_hash", "model_name", b"model_name", "num_blocks", b"num_blocks", "row_invariant", b"row_invariant", "step_costs", b"step_costs", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_rules", b"acceptance_rules", "block_size", b"block_size", "costs_measured_at", b"costs_measured_at", "device", b"device", "dtype", b"dtype", "kv_dtype", b"kv_dtype", "max_model_len", b"max_model_len", "max_sessions", b"max_sessions", "max_tree_nodes", b"max_tree_nodes", "model_hash", b"model_hash", "model_name", b"model_name", "num_blocks", b"num_blocks", "row_invariant", b"row_invariant", "step_costs", b"step_costs", "tokenizer_hash", b"tokenizer_hash", "version", b"version", "vocab_size", b"vocab_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ from specinfer_kernels import (
     available_backends,
     backend_name,
     sample_gumbel,
+    split_length,
 )
 from specinfer_kernels.backends import choose_backend
 from specinfer_kernels.build import SOURCE_FOLDER, BuildError, build, find_compiler, library_path
@@ -29,6 +30,15 @@ def test_public_names_exist() -> None:
     )
     for name in specinfer_kernels.__all__:
         assert getattr(specinfer_kernels, name) is not None
+
+
+def test_only_the_gpus_kernel_takes_a_context_in_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert split_length(cpu, torch.bfloat16, 64) is None
+    if find_spec("triton") is not None:
+        module = sys.modules["specinfer_kernels.tree_attention"]  # the op has its name
+        monkeypatch.setattr(module, "choose_backend", lambda *wanted: "triton")
+        assert split_length(cpu, torch.bfloat16, 64) == 512
 
 
 def test_native_where_there_is_a_compiler() -> None:

@@ -118,7 +118,7 @@ async def test_top_shows_the_router_its_workers_and_what_happened() -> None:
         assert {item["tier"] for item in facts["workers"]} == {"verify", "draft"}
         screen = await at.run("top", "--admin", at.address, "--interval", "0.1", "--once")
         assert screen.exit_code == 0, screen.output
-        for word in ("router-1", "tokens/round", "verify", "draft", "ready"):
+        for word in ("router-1", "tokens/round", "verify", "draft", "ready", "measured"):
             assert word in screen.stdout
         lost = await at.json("top", "--admin", "127.0.0.1:1", "--interval", "0.1")
         assert lost[0]["trouble"]

@@ -35,7 +35,7 @@ SAMPLING = SamplingParams(0.5, 3, 0.25, 0.125, 1.5, 0.5, -0.5, {4: 1.5}, 2**63 -
 LOGPROB = TokenLogprob(5, -0.25, ((5, -0.25), (6, -2.0)))
 INFO = WorkerInfo(
     "w", "m", "h", "t", 11, "float32", "cpu", 64, 8, 32, 100, 16, True, ("match",),
-    (StepCost(4, 128, 0.5),), "0.1.0",
+    (StepCost(4, 128, 0.5),), "0.1.0", "float8_e4m3fn", 1.5e9,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from specinfer.messages.admin import FAILED, OK, SKIPPED, WARNING, Finding
 from specinfer.redis_connection import RedisSettings
 from specinfer.rpc import TlsSettings
 from specinfer.server import build_server
+from specinfer.step_curve import age
 from specinfer_router.diagnosis import (
     RedisFacts,
     certificate_findings,
@@ -74,12 +76,30 @@ def test_a_healthy_cluster_is_all_right() -> None:
 
 def test_what_passes_cost_is_shown_for_each_worker() -> None:
     workers = healthy()
+    three_hours_ago = time.time() - 3 * 3600
+    workers[1] = replace(
+        workers[1],
+        info=changed(workers[1].info, costs_measured_at=three_hours_ago, kv_dtype="float8_e4m3fn"),
+    )
     workers[2] = replace(workers[2], info=changed(workers[2].info, step_costs=()))
     found = {
         finding.check: finding for finding in cluster_findings(version_of(workers), workers, 0.1)
     }
     assert found["profile of v1"].detail == "a pass of 1/8/32 rows takes 1/1.5/6 ms"
+    assert found["profile of v2"].detail == f"{found['profile of v1'].detail}, measured 3 h ago"
     assert found["profile of d1"].verdict == SKIPPED
+    assert found["memory of v1"].detail.startswith("keys and values of")
+    assert found["memory of v2"].detail.startswith("keys and values in float8_e4m3fn of")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(-9, "0 min"), (61, "1 min"), (7100, "118 min"), (7200, "2 h"), (172_800, "2 days")],
+)
+def test_an_age_is_told_roughly(seconds: float, told: str) -> None:
+    assert age(1.5e9, 1.5e9 + seconds) == f"{told} ago"
+    for unknown in (0.0, -1.0, float("nan"), float("inf")):
+        assert age(unknown, 1.5e9) == ""
 
 
 def changed(info: WorkerInfo | None, **changes: object) -> WorkerInfo:

@@ -28,10 +28,16 @@ from specinfer_engine.profile_cache import (
 )
 from specinfer_engine.profiling import profile_steps
 from specinfer_engine.runner import Runner
-from specinfer_engine.step_profile import ProfileGrid, measure_step_costs, still_true
+from specinfer_engine.step_profile import (
+    ProfileGrid,
+    StepProfile,
+    measure_step_costs,
+    still_true,
+)
 from tests.kit.tiny_models import write_tiny_llama
 
 COSTS = (StepCost(1, 128, 0.05), StepCost(8, 128, 0.058), StepCost(1, 1024, 0.06))
+PROFILE = StepProfile(COSTS, 1.5e9)
 SPIKY = ProfileGrid((1, 2, 8), (128, 1024))
 KEY = {"model": "abc", "device": "a machine"}
 
@@ -122,14 +128,14 @@ def test_costs_that_are_not_true_any_more_are_noticed(runner: ClockedRunner) -> 
 def test_what_is_kept_is_found_again_under_its_key_alone(tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
     assert read_profile(folder, KEY) is None
-    write_profile(folder, KEY, COSTS)
-    assert read_profile(folder, KEY) == COSTS
+    write_profile(folder, KEY, PROFILE)
+    assert read_profile(folder, KEY) == PROFILE
     assert read_profile(folder, KEY | {"model": "abd"}) is None
     assert [path.suffix for path in folder.iterdir()] == [".json"], "nothing half written is left"
 
 
-def broken(costs: object, key: object = KEY) -> str:
-    return json.dumps({"key": key, "costs": costs})
+def broken(costs: object, key: object = KEY, measured_at: object = 1.5e9) -> str:
+    return json.dumps({"key": key, "measured_at": measured_at, "costs": costs})
 
 
 @pytest.mark.parametrize(
@@ -140,13 +146,14 @@ def broken(costs: object, key: object = KEY) -> str:
         *(broken([[0, 1, 0.5]]), broken([[1, -1, 0.5]]), broken([[1, 1, 0.0]])),
         *(broken([[1, 1, "0.5"]]), broken([[True, 1, 0.5]]), broken([[1, 1, 1]])),
         *('{"key": {}}', broken([[1, 1, 1e999]]), broken([[1, 1, float("nan")]])),
+        *(broken([[1, 1, 0.5]], measured_at=at) for at in (None, "now", 0.0, float("nan"), 1e999)),
     ],
-    ids=range(20),
+    ids=range(25),
 )
 def test_a_broken_file_is_not_believed(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_profile(tmp_path, KEY, COSTS)
+    write_profile(tmp_path, KEY, PROFILE)
     (path,) = tmp_path.glob("*.json")
     path.write_text(text, encoding="latin-1")
     assert read_profile(tmp_path, KEY) is None
@@ -157,7 +164,7 @@ def test_a_folder_that_cannot_be_written_stops_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    write_profile(tmp_path / "file", KEY, COSTS)
+    write_profile(tmp_path / "file", KEY, PROFILE)
     assert "not kept" in caplog.text
     assert read_profile(tmp_path / "file", KEY) is None
 
@@ -165,12 +172,12 @@ def test_a_folder_that_cannot_be_written_stops_nobody(
 def test_the_oldest_files_make_room(tmp_path: Path) -> None:
     for index in range(MAX_FILES + 5):
         key = KEY | {"model": str(index)}
-        write_profile(tmp_path, key, COSTS)
+        write_profile(tmp_path, key, PROFILE)
         newest = max(tmp_path.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         os.utime(newest, (index, index))
     assert len(list(tmp_path.iterdir())) == MAX_FILES
     assert read_profile(tmp_path, KEY | {"model": "0"}) is None
-    assert read_profile(tmp_path, KEY | {"model": str(MAX_FILES + 4)}) == COSTS
+    assert read_profile(tmp_path, KEY | {"model": str(MAX_FILES + 4)}) == PROFILE
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +203,7 @@ def test_costs_are_kept_for_the_next_start_unless_told_otherwise(
     monkeypatch.setattr(step_profile, "AGREEMENT", 1e9)
     grid = ProfileGrid((1, 4), (16, 32))
     first = profile_steps(real, grid, KEEP, tmp_path)
-    assert [cost.context_len for cost in first] == [16, 16, 32, 32]
+    assert [cost.context_len for cost in first.costs] == [16, 16, 32, 32]
     assert profile_steps(real, grid, KEEP, tmp_path) == first
     renewed = profile_steps(real, grid, RENEW, tmp_path)
     assert renewed != first

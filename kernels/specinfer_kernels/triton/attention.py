@@ -18,7 +18,11 @@ left to right, either in one program or after all of them: launches differ, the 
 A weight of zero does not keep out a value that is not finite. So such a value can reach a row that
 does not see it where the row shares its tile of keys: among rows of a chain longer than block_keys
 (a prefill), and from just behind a row's window. From nodes that are not its ancestors nothing
-reaches a row of a tree or of a short chain.
+reaches a row of a tree or of a short chain, and nothing ever reaches another sequence. No select
+mends it: the rows of a tile share one matrix of values, so a value that is put to zero for the row
+that does not see it is lost for those that do, whose sums must stay not finite. A select for each
+row and value would take the product off the tensor cores, a look for such values costs every tile
+a reduction. The C++ kernel and the reference add no value that a row does not see.
 """
 
 import math

@@ -87,6 +87,7 @@ def _make_grammars(loaded: LoadedModel) -> GrammarChecker:
 
 def _describe(settings: Settings, loaded: LoadedModel, runner: Runner) -> WorkerInfo:
     rows = tuple(count for count in MEASURED_ROWS if count <= settings.max_rows)
+    profile = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
     return WorkerInfo(
         worker_id=settings.worker_id or f"draft-{uuid.uuid4().hex[:12]}",
         model_name=loaded.name,
@@ -101,6 +102,8 @@ def _describe(settings: Settings, loaded: LoadedModel, runner: Runner) -> Worker
         num_blocks=runner.num_blocks,
         block_size=settings.block_size,
         row_invariant=loaded.row_invariant,
-        step_costs=profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile),
+        step_costs=profile.costs,
         version=__version__,
+        kv_dtype=loaded.kv_dtype_name,
+        costs_measured_at=profile.measured_at,
     )

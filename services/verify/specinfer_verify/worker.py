@@ -68,7 +68,8 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         session_idle_seconds=settings.session_idle_seconds,
     )
     rows = tuple(count for count in MEASURED_ROWS if count <= settings.max_rows)
-    costs = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
+    profile = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
+    costs = profile.costs
     on_gpu = loaded.device.type == "cuda"  # a CPU draws for visited nodes only
     engine = VerifyEngine(runner, blocks, limits, walk_on_device=on_gpu, on_failure=on_failure)
     if settings.gather == AUTO:
@@ -92,5 +93,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         acceptance_rules=ACCEPTANCE_RULES,
         step_costs=costs,
         version=__version__,
+        kv_dtype=loaded.kv_dtype_name,
+        costs_measured_at=profile.measured_at,
     )
     return Worker(loaded, engine, info, prefixes)
