@@ -41,6 +41,7 @@ DTYPES = ("float32", "bfloat16")
 # Of weights, and of keys and values.
 KINDS = (("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8"))
 MAX_TOKENS = 24
+SHAPES = (ShapeQuery(max_nodes=8, max_depth=4), ShapeQuery(8, 3, (2, 1, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -88,15 +89,16 @@ def test_elements_have_their_bits_wherever_they_lie(
         assert torch.equal(rows, together[start : start + count])
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=["best-first", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_speculation_and_graphs_change_no_token(
-    pair: tuple[Path, Path], kind: tuple[str, str]
+    pair: tuple[Path, Path], kind: tuple[str, str], shape: ShapeQuery
 ) -> None:
     plain, guessed = [], []
     for graphs in ("off", "auto"):
-        for sample in await samples(pair, kind, graphs, speculation=False):
+        for sample in await samples(pair, kind, graphs, shape, speculation=False):
             plain.append(sample.token_ids)
-        for sample in await samples(pair, kind, graphs, speculation=True):
+        for sample in await samples(pair, kind, graphs, shape, speculation=True):
             guessed.append(sample.token_ids)
             assert sum(facts.num_accepted_tokens for facts in sample.rounds) > 0
     assert guessed == plain
@@ -104,7 +106,11 @@ async def test_speculation_and_graphs_change_no_token(
 
 
 async def samples(
-    pair: tuple[Path, Path], kind: tuple[str, str], graphs: str, speculation: bool
+    pair: tuple[Path, Path],
+    kind: tuple[str, str],
+    graphs: str,
+    shape: ShapeQuery,
+    speculation: bool,
 ) -> list[Sample]:
     """Two prompts, greedily and drawn, through a router over workers of the device."""
     common: dict[str, Any] = {"dtype": kind[0], "kv_dtype": kind[1], "device": str(DEVICE)}
@@ -112,7 +118,7 @@ async def samples(
     verify = VerifySettings(model=pair[0], **common)
     draft = DraftSettings(model=pair[1], **common)
     verifier, drafter = build_verifier(verify), build_drafter(draft)
-    policy = StaticShape(ShapeQuery(max_nodes=8, max_depth=4))
+    policy = StaticShape(shape)
     with running(verifier.engine), running(drafter.engine):
         router = router_over(verifier, drafter, policy=policy)
         return [

@@ -43,8 +43,8 @@ SESSION_BUCKETS = (1, 2, 4, 8, 16)
 MOST_GROWTHS = 32
 # Where top-p needs more, the tree grows level by level: sorting the vocabulary takes longer.
 TOP_P_TOKENS = 1024
-# Of float64 noise made at once.
-NOISE_BYTES = 64 << 20
+# Of float64 noise made at once; making it takes a dozen times as much.
+NOISE_BYTES = 16 << 20
 _SEED, _TEMPERATURE, _CONTEXT, _TABLE = range(4)
 
 Levels = list[list[Candidates]]
