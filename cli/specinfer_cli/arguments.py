@@ -15,12 +15,20 @@ from specinfer.messages import SpeculationOptions
 from specinfer.rpc import TlsSettings
 
 DTYPES = ("float32", "bfloat16", "float64")
+KV_DTYPES = ("auto", "fp8")
 
 
 def check_dtype(value: str) -> str:
     """The number format itself; raises typer.BadParameter when there is no such format."""
     if value not in DTYPES:
         raise typer.BadParameter(f"one of {', '.join(DTYPES)}")
+    return value
+
+
+def check_kv_dtype(value: str) -> str:
+    """The number format of keys and values itself; raises typer.BadParameter for any other."""
+    if value not in KV_DTYPES:
+        raise typer.BadParameter(f"one of {', '.join(KV_DTYPES)}")
     return value
 
 
@@ -92,6 +100,14 @@ Dtype = Annotated[
     str,
     typer.Option(
         "--dtype", callback=check_dtype, help=f"Number format of the weights: {', '.join(DTYPES)}."
+    ),
+]
+KvDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-dtype",
+        callback=check_kv_dtype,
+        help="Keys and values: auto (as --dtype), or fp8, which makes another model.",
     ),
 ]
 Json = Annotated[

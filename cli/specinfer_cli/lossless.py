@@ -60,8 +60,8 @@ _AllPaths = Annotated[
     typer.Option(
         "--all-paths",
         metavar="",
-        help="Check several local clusters in turn: drafting ahead, unix sockets, shapes by cost "
-        "and int8 weights on and off, and without our own kernels.",
+        help="Check several local clusters in turn: drafting ahead, unix sockets, shapes by cost, "
+        "int8 weights, fp8 keys and values, and without our own kernels.",
     ),
 ]
 

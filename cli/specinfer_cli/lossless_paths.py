@@ -77,6 +77,7 @@ class Paths:
 
 
 _INT8 = ("--weights", "int8")
+_FP8 = ("--kv-dtype", "fp8")
 ALL_PATHS = (
     Paths(
         "the plain paths",
@@ -88,6 +89,7 @@ ALL_PATHS = (
     ),
     Paths("the fast paths", "stored weights"),
     Paths("the fast paths, int8 weights", "int8 weights", verify=_INT8, draft=_INT8),
+    Paths("the fast paths, fp8 keys and values", "fp8 KV", verify=_FP8, draft=_FP8),
     # As on a machine without a compiler: torch and oneDNN serve.
     Paths(
         "the fast paths, no native kernels",

@@ -95,6 +95,7 @@ def up(
     keys: _Keys = "",
     insecure_bind: _InsecureBind = False,
     dtype: arguments.Dtype = "float32",
+    kv_dtype: arguments.KvDtype = "auto",
     threads: _Threads = None,
     logs: _Logs = None,
     json: arguments.Json = False,
@@ -122,6 +123,8 @@ def up(
         dtype=dtype,
         num_threads=threads,
         logs=logs,
+        verify_flags=("--kv-dtype", kv_dtype),
+        draft_flags=("--kv-dtype", kv_dtype),
     )
     console = messages()
     with stop_signals() as stopped:

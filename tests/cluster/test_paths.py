@@ -1,4 +1,4 @@
-"""Every fast path at once through a real cluster: ahead, unix sockets, shapes by cost, int8."""
+"""Every fast path through a real cluster at once: ahead, unix sockets, shapes by cost, small types."""
 
 from __future__ import annotations
 
@@ -42,11 +42,14 @@ class Found:
 
 @pytest.fixture(scope="module")
 def found(tiny_settings: ClusterSettings) -> Found:
-    """The plain paths and the fast ones, both with int8 weights."""
-    plain, _, int8, _ = ALL_PATHS
+    """The plain paths and the fast ones, both with int8 weights and fp8 keys and values."""
+    plain, _, int8, fp8, _ = ALL_PATHS
+    small = dataclasses.replace(
+        int8, verify=(*int8.verify, *fp8.verify), draft=(*int8.draft, *fp8.draft)
+    )
     ways = (
-        dataclasses.replace(plain, target=int8.target, verify=(*plain.verify, *int8.verify)),
-        int8,
+        dataclasses.replace(plain, target=small.target, verify=(*plain.verify, *small.verify)),
+        small,
     )
     # A drafter that is the target guesses right: it goes ahead after every tree.
     settings = dataclasses.replace(

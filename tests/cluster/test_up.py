@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from specinfer_engine.checkpoint import read_checkpoint
 from tests.kit.tiny_models import write_tiny_llama
 
 # Loading torch four times takes a while on a busy machine.
@@ -94,7 +95,8 @@ def test_up_serves_and_an_interrupt_ends_all_children(models: dict[str, Path]) -
 
 
 def test_nothing_outlives_a_killed_launcher(models: dict[str, Path]) -> None:
-    with up(models) as (process, facts):
+    with up(models, "--kv-dtype", "fp8") as (process, facts):
+        assert facts["model_hash"] != read_checkpoint(models["target"]).model_hash
         handles = [os.pidfd_open(pid) for pid in facts["pids"].values()]
         process.kill()
         wait_ended(handles)

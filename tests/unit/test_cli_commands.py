@@ -113,6 +113,9 @@ def test_bad_arguments_exit_with_2(router: FakeRouter) -> None:
         assert result.exit_code == 2, result.output
         assert reason in result.stderr
         assert "Traceback" not in result.output
+    refused = run("up", "--kv-dtype", "int8")
+    assert refused.exit_code == 2
+    assert "auto, fp8" in refused.stderr
     assert router.requests == []
 
 
