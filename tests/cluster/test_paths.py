@@ -1,4 +1,4 @@
-"""Every fast path through a real cluster at once: ahead, unix sockets, shapes by cost, small types."""
+"""Every fast path of a cluster at once: ahead, unix sockets, shapes by cost, int8 and fp8."""
 
 from __future__ import annotations
 
