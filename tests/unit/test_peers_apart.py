@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,3 +39,13 @@ def test_what_does_not_load_there_says_why() -> None:
         Apart(FakePeer, "no such model").load(PAIR),
     ):
         pass
+
+
+def test_a_class_of_the_module_that_runs_is_found_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = FakePeer.__module__
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name=name))
+    monkeypatch.setattr(FakePeer, "__module__", "__main__")
+    with Apart(FakePeer).load(PAIR) as arms:
+        assert arms["echo"].run(TASK).token_ids == (1, 2, 7)

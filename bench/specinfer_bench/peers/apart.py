@@ -35,7 +35,7 @@ class Apart:
     """
 
     def __init__(self, kind: type[Any], *arguments: str) -> None:
-        self._words = [kind.__module__, kind.__qualname__, *arguments]
+        self._words = [_module_of(kind), kind.__qualname__, *arguments]
         self._peer: Peer = kind(*arguments)
         self.name = self._peer.name
 
@@ -67,6 +67,15 @@ class Apart:
                     process.wait(END_SECONDS)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+def _module_of(kind: type[Any]) -> str:
+    """The name that another process imports its module by, also where that is what runs here."""
+    if kind.__module__ != "__main__":
+        return kind.__module__
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "run the module by `python -m`"
+    return spec.name
 
 
 def _asked(process: subprocess.Popen[str], arm: str, task: Task) -> Answer:
