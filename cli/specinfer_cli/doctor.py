@@ -56,6 +56,7 @@ def doctor(
     tls_key: arguments.TlsKey = None,
     model: _Model = None,
     dtype: arguments.Dtype = "bfloat16",
+    kv_dtype: arguments.KvDtype = "auto",
     json: arguments.Json = False,
 ) -> None:
     """Examine a running cluster: a verdict and a remedy for each line; status 1 if one failed."""
@@ -65,7 +66,7 @@ def doctor(
         findings.append(_gateway_port(gateway, tls))
     findings += asyncio.run(_from_router(admin, api_key, tls))
     if model is not None:
-        findings.append(_memory(model, dtype))
+        findings.append(_memory(model, dtype, kv_dtype))
     if json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:
@@ -157,10 +158,10 @@ def _admin_remedy(error: SpecinferError) -> str:
     return "see the log of the router"
 
 
-def _memory(folder: Path, dtype: str) -> Finding:
+def _memory(folder: Path, dtype: str, kv_dtype: str) -> Finding:
     check = f"memory for {folder}"
     try:
-        plan = plan_memory(folder, dtype)
+        plan = plan_memory(folder, dtype, kv_dtype)
     except SpecinferError as error:
         return Finding(check, FAILED, error.message, "give the folder of a checkpoint")
     left = plan.free_bytes - plan.weight_bytes

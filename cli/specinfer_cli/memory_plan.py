@@ -46,17 +46,19 @@ class MemoryPlan:
         return max(0, num_bytes) // self.bytes_per_token
 
 
-def plan_memory(folder: Path, dtype: str) -> MemoryPlan:
+def plan_memory(folder: Path, dtype: str, kv_dtype: str = "auto") -> MemoryPlan:
     """The plan for the checkpoint in `folder`.
 
     Args:
         folder: with config.json and safetensors files.
         dtype: number format to serve in, one of ITEM_BYTES.
+        kv_dtype: of keys and values: "auto" for the same, or "fp8".
 
     Raises:
         InvalidCheckpoint: files are missing or are none.
     """
     item_bytes = ITEM_BYTES[dtype]
+    kv_item_bytes = 1 if kv_dtype == "fp8" else item_bytes
     config = _config(folder)
     try:
         num_heads = int(config["num_attention_heads"])
@@ -73,7 +75,7 @@ def plan_memory(folder: Path, dtype: str) -> MemoryPlan:
     return MemoryPlan(
         num_parameters=num_parameters,
         weight_bytes=num_parameters * item_bytes,
-        bytes_per_token=2 * num_layers * num_kv_heads * head_dim * item_bytes,
+        bytes_per_token=2 * num_layers * num_kv_heads * head_dim * kv_item_bytes,
         max_model_len=max_model_len,
         free_bytes=free_memory(),
     )

@@ -229,6 +229,19 @@ def test_float64_has_no_native_loop() -> None:
         run(stack, random_pass(torch.float64), "native")
 
 
+def test_caches_of_float8_are_for_the_single_ops() -> None:
+    stack, rows = random_stack(torch.float32), random_pass(torch.float32)
+    found = []
+    for backend in (None, "reference"):
+        caches = random_caches(torch.float8_e4m3fn)
+        arguments = (rows.hidden.clone(), stack, rows.places, rows.layout, caches)
+        found.append(decoder_layers(*arguments, backend=backend))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], run(stack, rows)[0])
+    with pytest.raises(BackendUnavailableError):
+        decoder_layers(*arguments, backend="native")
+
+
 @pytest.mark.parametrize("place", ["slot_mapping", "positions"])
 def test_refuses_places_outside(place: str) -> None:
     rows = random_pass(torch.float32)

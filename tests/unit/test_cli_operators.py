@@ -286,6 +286,8 @@ def test_the_memory_plan_of_the_demo_pair() -> None:
     assert plan.bytes_per_token % per_token == 0
     assert plan.session_bytes == plan.bytes_per_token * plan.max_model_len
     assert plan_memory(DEMO / "target", "float32").weight_bytes == 2 * plan.weight_bytes
+    small = plan_memory(DEMO / "target", "bfloat16", "fp8")
+    assert (small.weight_bytes, 2 * small.session_bytes) == (plan.weight_bytes, plan.session_bytes)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])
