@@ -211,6 +211,15 @@ async def _first_of(*work: Coroutine[Any, Any, object]) -> None:
         task.result()
 
 
+def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loop: uvloop where it is installed, else None for Python's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Ends a call that raised one of our errors with its status; anything else is INTERNAL."""
 

@@ -24,7 +24,7 @@ from specinfer.metrics import MetricsServer
 from specinfer.prefixes import PrefixChanges, PrefixPublisher
 from specinfer.redis_registry import RedisPrefixes, RedisRegistry
 from specinfer.registry import RegisteredWorker
-from specinfer.server import build_server, serve_until_signal
+from specinfer.server import build_server, fastest_loop, serve_until_signal
 from specinfer.telemetry import Telemetry, set_up
 from specinfer.unix_sockets import socket_path
 from specinfer.worker_settings import WorkerSettings
@@ -238,7 +238,8 @@ def run_worker(
             traces=settings.traces,
             instance=settings.worker_id,
         )
-        asyncio.run(serve(settings, telemetry))
+        with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+            runner.run(serve(settings, telemetry))
     except SpecinferError as error:
         print(f"{program}: {error.message}", file=sys.stderr)
         return 1

@@ -5,7 +5,8 @@
 
 The router is the real process; its workers are `simulated_workers`, in a process of their own, and
 its readers count messages without parsing them, in this one. The loop that it is compared with does
-the same waits in one process. This module knows nothing of models.
+the same waits in one process, on the same kind of event loop and in turn. This module knows nothing
+of models.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from specinfer.errors import SpecinferError
 from specinfer.messages import GenerateRequest
 from specinfer.rpc import CHANNEL_OPTIONS
 from specinfer.sampling import SamplingParams, StopConditions
+from specinfer.server import fastest_loop
 from specinfer_bench.cluster_report import write_report
-from specinfer_bench.commit_cost import Tier
 from specinfer_bench.machine import machine_facts
-from specinfer_bench.simulated_workers import FIRST_TOKEN, Simulation
+from specinfer_bench.simulated_workers import FIRST_TOKEN, Passes, Simulation
 from specinfer_bench.spread import spread
 from specinfer_bench.wire import GENERATE
 from specinfer_router.settings import RouterSettings
@@ -89,24 +90,36 @@ class Window:
     Attributes:
         rounds: events with tokens that readers got.
         router_seconds: CPU time of the router's process, all threads.
-        seconds: wall time.
+        seconds: wall time, from one round's end to another's.
+        alone: rounds a second of the loop without a router just after, or 0 where there is none.
     """
 
     rounds: int
     router_seconds: float
     seconds: float
+    alone: float = 0.0
 
     @property
     def milliseconds(self) -> float:
         """CPU milliseconds of a round."""
         return 1e3 * self.router_seconds / self.rounds
 
+    @property
+    def rate(self) -> float:
+        """Rounds a second."""
+        return self.rounds / self.seconds
+
 
 class Readers:
-    """Sessions that are read one after the other, by as many readers as there are to be at once."""
+    """Sessions that are read one after the other, by as many readers as there are to be at once.
+
+    Attributes:
+        num_rounds: rounds read so far.
+        heard: when the last message came, by time.perf_counter().
+    """
 
     def __init__(self, address: str, load: Load) -> None:
-        self.num_rounds = 0
+        self.num_rounds, self.heard = 0, 0.0
         self._address = address
         self._load = load
 
@@ -138,6 +151,7 @@ class Readers:
                 self.num_rounds -= 2
                 async for _ in generate(wire):
                     self.num_rounds += 1
+                    self.heard = time.perf_counter()
 
 
 @asynccontextmanager
@@ -209,18 +223,27 @@ async def cluster(
 async def measure(
     load: Load, *, sockets: Path | None = None, profile: Path | None = None
 ) -> list[Window]:
-    """Windows of a router under load, after a warm-up."""
-    windows = []
+    """Windows of a router under load, and of the loop alone in turn where passes take time."""
     async with cluster(load, sockets, profile) as (pid, address):
         readers = Readers(address, load)
-        async with readers.running():
-            await asyncio.sleep(load.warm_seconds)
-            for _ in range(load.windows):
-                rounds, cpu, begun = readers.num_rounds, cpu_seconds(pid), time.perf_counter()
-                await asyncio.sleep(load.window_seconds)
-                spent = cpu_seconds(pid) - cpu, time.perf_counter() - begun
-                windows.append(Window(readers.num_rounds - rounds, *spent))
-    return windows
+        if not load.simulation.verify_seconds:
+            async with readers.running():
+                await asyncio.sleep(load.warm_seconds)
+                return [await _window(load, readers, pid) for _ in range(load.windows)]
+        windows = []
+        for _ in range(load.windows):
+            async with readers.running():
+                await asyncio.sleep(load.warm_seconds)
+                seen = await _window(load, readers, pid)
+            windows.append(replace(seen, alone=await loop_rate(load)))
+        return windows
+
+
+async def _window(load: Load, readers: Readers, pid: int) -> Window:
+    rounds, cpu, begun = readers.num_rounds, cpu_seconds(pid), readers.heard
+    await asyncio.sleep(load.window_seconds)
+    spent = cpu_seconds(pid) - cpu, readers.heard - begun
+    return Window(readers.num_rounds - rounds, *spent)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -235,27 +258,40 @@ async def loop_rate(load: Load) -> float:
     Sessions begin one after the other within a round, as those of a cluster do: begun together
     they would share every pass for ever.
     """
-    simulation, rounds, stopped = load.simulation, 0, asyncio.Event()
-    drafters = Tier(simulation.draft_seconds, load.sessions)
-    verifiers = Tier(simulation.verify_seconds, load.sessions)
+    simulation, rounds, heard, stopped = load.simulation, 0, 0.0, asyncio.Event()
+    drafters, verifiers = Passes(simulation.draft_seconds), Passes(simulation.verify_seconds)
     round_seconds = simulation.draft_seconds + simulation.verify_seconds
 
     async def session(at: int) -> None:
-        nonlocal rounds
+        nonlocal rounds, heard
         await asyncio.sleep(at * round_seconds / load.sessions)
         while not stopped.is_set():
-            await drafters.ask()
-            await verifiers.ask()
+            await _answered(drafters)
+            await _answered(verifiers)
             rounds += 1
+            heard = time.perf_counter()
 
     tasks = [asyncio.create_task(session(at)) for at in range(load.sessions)]
     await asyncio.sleep(load.warm_seconds)
-    begun, before = time.perf_counter(), rounds
-    await asyncio.sleep(load.windows * load.window_seconds)
-    rate = (rounds - before) / (time.perf_counter() - begun)
+    begun, before = heard, rounds
+    await asyncio.sleep(load.window_seconds)
+    rate = (rounds - before) / (heard - begun)
     stopped.set()
     await asyncio.gather(*tasks)
     return rate
+
+
+async def _answered(passes: Passes) -> None:
+    """One pass, in this process."""
+    loop = asyncio.get_running_loop()
+    answer = loop.create_future()
+
+    class Here:
+        def put(self, result: None) -> None:
+            loop.call_soon_threadsafe(answer.set_result, result)
+
+    passes.add(Here(), None)
+    await answer
 
 
 def split(profile: Path) -> dict[str, float]:
@@ -277,16 +313,15 @@ async def report(
 ) -> dict[str, object]:
     """One load: the router's time for a round, and how much slower rounds are than the loop's."""
     windows = await measure(load, sockets=sockets, profile=profile)
-    rates = [one.rounds / one.seconds for one in windows]
     found: dict[str, object] = {
         "load": asdict(load),
         "router_ms_of_a_round": asdict(spread([one.milliseconds for one in windows])),
-        "rounds_per_second": round(statistics.median(rates), 1),
+        "rounds_per_second": round(statistics.median(one.rate for one in windows), 1),
     }
     if load.simulation.verify_seconds:
-        alone = await loop_rate(load)
+        alone = statistics.median(one.alone for one in windows)
         found["loop_rounds_per_second"] = round(alone, 1)
-        found["loss"] = asdict(spread([1 - rate / alone for rate in rates]))
+        found["loss"] = asdict(spread([1 - one.rate / one.alone for one in windows]))
     if profile:
         found["split"] = split(profile)
     print(f"{name}: {found['router_ms_of_a_round']}", file=sys.stderr)
@@ -312,7 +347,9 @@ def main() -> None:
     found = {}
     for name in arguments.load or LOADS:
         load = replace(LOADS[name], windows=arguments.windows)
-        found[name] = asyncio.run(report(name, load, arguments.sockets, arguments.profile))
+        with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+            reported = report(name, load, arguments.sockets, arguments.profile)
+            found[name] = runner.run(reported)
     setup = {
         "command": f"python -m {MODULE} " + shlex.join(sys.argv[1:]),
         "machine": machine_facts(),

@@ -14,10 +14,12 @@ import asyncio
 import hashlib
 import json
 import signal
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import grpc.aio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,6 +28,7 @@ from specinfer.convert import worker_info_to_wire
 from specinfer.messages import StepCost, WorkerInfo
 from specinfer.outbox import Outbox
 from specinfer.rpc import SERVER_OPTIONS
+from specinfer.server import fastest_loop
 from specinfer.turns import Turns, read_frames
 from specinfer.v1 import (
     draft_pb2,
@@ -57,11 +60,22 @@ class Simulation:
     accepted: int = 3
 
 
+class Asker(Protocol):
+    """Whoever waits for a result."""
+
+    def put(self, result: Any) -> None:
+        """Bring it, from any thread."""
+        ...
+
+
 class Passes:
     """One tier's passes: one at a time, each with everything that waits when it begins.
 
+    A pass is made in a thread of its own, as an engine's is, and lasts as long as it should to some
+    tenths of a millisecond: an event loop's timers are off by up to one.
+
     Args:
-        seconds: length of a pass.
+        seconds: length of a pass; 0 answers at once, without the thread.
         finish: told the results of a pass before they are sent.
     """
 
@@ -70,23 +84,35 @@ class Passes:
     ) -> None:
         self._seconds = seconds
         self._finish = finish
-        self._waiting: list[tuple[Outbox[Any], Any]] = []
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: list[tuple[Asker, Any]] = []
         self._task: asyncio.Task[None] | None = None
 
-    def add(self, outbox: Outbox[Any], result: Any) -> None:
+    def add(self, asker: Asker, result: Any) -> None:
         """Answer with `result` at the end of the next pass."""
-        self._waiting.append((outbox, result))
+        self._waiting.append((asker, result))
         if self._task is None:
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         while self._waiting:
             taken, self._waiting = self._waiting, []
-            await asyncio.sleep(self._seconds)
-            self._finish([result for _, result in taken])
-            for outbox, result in taken:
-                outbox.put(result)
+            if self._seconds:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._thread, self._pass, taken)
+            else:
+                await asyncio.sleep(0)
+                self._answer(taken)
         self._task = None
+
+    def _pass(self, taken: Sequence[tuple[Asker, Any]]) -> None:
+        time.sleep(self._seconds)
+        self._answer(taken)
+
+    def _answer(self, taken: Sequence[tuple[Asker, Any]]) -> None:
+        self._finish([result for _, result in taken])
+        for asker, result in taken:
+            asker.put(result)
 
 
 async def answers(frames: Any, handle: Any) -> AsyncIterator[list[Any]]:
@@ -265,7 +291,8 @@ def main() -> None:
     """Serve until told to stop."""
     given = _arguments()
     simulation = Simulation(given.draft_seconds, given.verify_seconds, given.accepted)
-    asyncio.run(serve(simulation, (given.draft, given.verify)))
+    with asyncio.Runner(loop_factory=fastest_loop()) as runner:
+        runner.run(serve(simulation, (given.draft, given.verify)))
 
 
 if __name__ == "__main__":

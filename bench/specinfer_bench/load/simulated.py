@@ -25,6 +25,7 @@ from specinfer.v1 import draft_pb2, draft_pb2_grpc, verify_pb2, verify_pb2_grpc
 from specinfer_bench.simulated_workers import (
     FIRST_TOKEN,
     NUM_TOKENS,
+    Asker,
     Passes,
     SimulatedDrafter,
     SimulatedVerifier,
@@ -85,10 +86,10 @@ class RowPasses(Passes):
         super().__init__(costs.floor_seconds)
         self._costs = costs
 
-    def add(self, outbox: Outbox[Any], result: Any) -> None:
+    def add(self, asker: Asker, result: Any) -> None:
         """Answer with `result` at the end of the next pass, and with what it waited and took."""
         result.queue_seconds -= asyncio.get_running_loop().time()
-        super().add(outbox, result)
+        super().add(asker, result)
 
     async def _run(self) -> None:
         clock, answered = asyncio.get_running_loop().time, 0
@@ -99,10 +100,10 @@ class RowPasses(Passes):
             rows = sum(result.num_rows for _, result in taken)
             start = clock()
             await asyncio.sleep(self._costs.pass_seconds(rows))
-            for outbox, result in taken:
+            for asker, result in taken:
                 result.queue_seconds += start
                 result.compute_seconds, result.num_rows = clock() - start, rows
-                outbox.put(result)
+                asker.put(result)
             answered = rows
         self._task = None
 

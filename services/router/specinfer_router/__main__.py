@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from uuid import uuid4
@@ -15,7 +15,13 @@ from uuid import uuid4
 from prometheus_client import CollectorRegistry
 
 from specinfer.errors import SpecinferError
-from specinfer.server import RpcServer, build_server, reporting_readiness, serve_until_signal
+from specinfer.server import (
+    RpcServer,
+    build_server,
+    fastest_loop,
+    reporting_readiness,
+    serve_until_signal,
+)
 from specinfer.settings import read_settings
 from specinfer.telemetry import Telemetry, set_up
 from specinfer_router.admin_servicer import add_administration
@@ -93,15 +99,6 @@ async def serve(settings: RouterSettings, telemetry: Telemetry) -> None:
         add_generation(server, router, access)
         await _serve_users(settings, server, router, runs, ports)
         await gateway.stop()
-
-
-def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """What makes the event loop: uvloop where it is installed, else None for Python's own."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 def _collect_rarely() -> None:

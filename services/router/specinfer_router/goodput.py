@@ -22,7 +22,7 @@ from specinfer_router.calibration import (
     DrafterRecord,
 )
 from specinfer_router.policy import requested
-from specinfer_router.round_history import RoundHistory
+from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
 
 PROBE_ROUNDS = 16
@@ -167,14 +167,13 @@ class AdaptiveShape:
         """The nodes and depth of highest goodput, possibly none."""
         sharing = self._sharing(history, num_sessions)
         asked = requested(options, self._default)
-        history.num_sessions = history.num_drafting = sharing
+        history.load = RoundLoad(sharing, sharing)
         if asked.widths or asked.max_nodes == 0 or asked.max_depth == 0:
             return asked
         record, crowded = history.record, sharing > CROWD
         if num_sessions:
             _notice_load(record, num_sessions)
-        choose = self._choice_of_crowd if crowded else self._choice
-        choice = choose(record, history, asked)
+        choice = self._choice(record, history, asked)
         going = history.speculating
         if going is None or crowded:
             going = record.num_idle_rounds == 0
@@ -184,7 +183,7 @@ class AdaptiveShape:
             return ShapeQuery(choice.num_nodes, choice.depth, branch=asked.branch)
         if not _is_probe(record, choice, sharing):
             return replace(asked, max_nodes=0)
-        history.num_drafting = 1
+        history.load = RoundLoad(sharing, 1)
         return replace(asked, max_nodes=1, max_depth=1)
 
     def _sharing(self, history: RoundHistory, num_sessions: int) -> int:
@@ -200,32 +199,34 @@ class AdaptiveShape:
             self._beginning.clear()
         return num_sessions
 
-    def _choice_of_crowd(
-        self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery
-    ) -> Choice:
-        """As `_choice`, which looks at costs: for a crowd once in about a round of every session."""
+    def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
+        """The best choice; for a crowd by what costs were at most a round of every session ago."""
+        sharing = history.load.num_sessions
+        if sharing <= CROWD:
+            return self._look(record, history, asked, round(history.shift / SHIFT_STEP))
         self._num_planned += 1
-        if self._num_planned >= history.num_sessions:
+        if self._num_planned >= sharing:
             self._num_planned = 0
             self._of_crowds.clear()
         limits = asked.max_nodes, asked.max_depth
-        key = (record.snapshot, *limits, history.num_sessions, history.context_len.bit_length())
+        key = (record.snapshot, *limits, sharing, history.context_len.bit_length())
         found = self._of_crowds.get(key)
         if found is None:
-            found = self._of_crowds[key] = self._choice(record, history, asked)
+            found = self._of_crowds[key] = self._look(record, history, asked, shift=0)
             _bound(self._of_crowds, MAX_CHOICES)
         return found
 
-    def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
-        """The best choice under what is known now, remembered while that hardly changes."""
-        sharing, shift = history.num_sessions, 0
+    def _look(
+        self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery, shift: int
+    ) -> Choice:
+        """The best choice by what everything costs now, remembered while that hardly changes."""
+        sharing = history.load.num_sessions
         if sharing > CROWD:
             # What tells them apart, and what wanders from answer to answer, is looked at coarsely:
             # else each of the many would make a choice of its own.
             steps = self._costs(record, history).steps()
             near = (_step(sharing), *(step // STEPS_OF_A_CROWD for step in steps))
         else:
-            shift = round(history.shift / SHIFT_STEP)
             near = (sharing, *self._costs(record, history).steps())
         passes = int(self._calibration.num_passes) // PASSES_A_CHOICE
         key = (record.snapshot, shift, asked.max_nodes, asked.max_depth, passes, *near)
@@ -243,7 +244,9 @@ class AdaptiveShape:
         return found
 
     def _costs(self, record: DrafterRecord, history: RoundHistory) -> RoundCosts:
-        return RoundCosts.of(self._calibration, record, history.num_sessions, history.context_len)
+        return RoundCosts.of(
+            self._calibration, record, history.load.num_sessions, history.context_len
+        )
 
     def _table(self, acceptance: Acceptance, shift: int, asked: ShapeQuery) -> TokenTable:
         max_nodes, max_depth = min(asked.max_nodes, MAX_NODES), min(asked.max_depth, MAX_DEPTH)

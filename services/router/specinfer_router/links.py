@@ -294,6 +294,8 @@ class WorkerLink(ABC, Generic[FrameT]):
             self.load = load_from_wire(frame.load)
             for result in frame.results:
                 self._settle(result)
+            # Those who were answered go on before the next frame is asked for.
+            await asyncio.sleep(0)
 
     async def _watch(self) -> None:
         await self._given_up.wait()

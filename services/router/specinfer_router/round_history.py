@@ -6,6 +6,7 @@ This module knows nothing of shapes, links or the store.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from specinfer_router.calibration import Calibration, DrafterRecord
 from specinfer_router.seats import Checked, Guess
@@ -16,21 +17,33 @@ MAX_SHIFT = 2.0
 LEAST_CHANCE = 0.01
 
 
+@dataclass(frozen=True)
+class RoundLoad:
+    """What a round was planned for.
+
+    Attributes:
+        num_sessions: sessions that shared the target.
+        num_drafting: sessions that were to be drafted for.
+    """
+
+    num_sessions: int = 1
+    num_drafting: int = 1
+
+
 class RoundHistory:
     """A session's rounds so far.
 
     Attributes:
         context_len: tokens committed.
         speculating: whether the last round was planned with guesses; None before the first.
-        num_sessions: sessions that shared the target when the last round was planned.
-        num_drafting: sessions that were to be drafted for in the last round that was planned.
+        load: what the last round was planned for.
     """
 
     def __init__(self, calibration: Calibration, *, temperature: float, context_len: int) -> None:
         """Begin a session of `context_len` tokens that draws at `temperature`."""
         self.context_len = context_len
         self.speculating: bool | None = None
-        self.num_sessions = self.num_drafting = 1
+        self.load = RoundLoad()
         self._calibration = calibration
         self._temperature = temperature
         self._drafter = ""
@@ -51,13 +64,16 @@ class RoundHistory:
         shift = _log_odds(usual + self._surprise) - _log_odds(usual)
         return max(-MAX_SHIFT, min(MAX_SHIFT, shift))
 
-    def observe(self, guess: Guess, checked: Checked, *, context_len: int) -> None:
+    def observe(
+        self, guess: Guess, checked: Checked, *, context_len: int, load: RoundLoad | None = None
+    ) -> None:
         """Take in a round: what was guessed and confirmed.
 
         Args:
             guess: what the drafter brought.
             checked: what the target said to it.
             context_len: tokens committed after it.
+            load: what it was planned for, where another one has been planned since.
         """
         self.context_len = context_len
         self._num_rounds += 1
@@ -72,9 +88,9 @@ class RoundHistory:
                 share=min(1.0, len(guess.tree) / max(1, result.num_rows)),
                 overhead_seconds=away,
             )
-        self._observe_guess(guess, checked)
+        self._observe_guess(guess, checked, load or self.load)
 
-    def _observe_guess(self, guess: Guess, checked: Checked) -> None:
+    def _observe_guess(self, guess: Guess, checked: Checked, load: RoundLoad) -> None:
         if not guess.drafter:
             self._paused = True
             self._surprise *= 1.0 - IDLE_WEIGHT
@@ -87,13 +103,13 @@ class RoundHistory:
             guess.tree,
             checked.result.accepted,
             guess.num_draft_nodes,
-            num_sessions=self.num_sessions,
+            num_sessions=load.num_sessions,
             after_pause=paused,
         )
         for right in outcomes:
             self._surprise += OWN_WEIGHT * (right - usual - self._surprise)
         levels = max(1, guess.draft_depth)
-        seconds = guess.seconds / record.slowness(self.num_drafting)
+        seconds = guess.seconds / record.slowness(load.num_drafting)
         # What read a prompt too says at least that a tree takes no longer than that.
         if not guess.after_prefill or seconds < record.cost.seconds(levels):
             record.cost.observe(levels, seconds, after_pause=paused)

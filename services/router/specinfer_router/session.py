@@ -8,6 +8,7 @@ prompts as text, or tensors.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +29,7 @@ from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.policy import TreeShapePolicy, clip, within
 from specinfer_router.prediction import Prediction
+from specinfer_router.round_history import RoundLoad
 from specinfer_router.round_tally import RoundTally
 from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
 from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
@@ -51,9 +53,10 @@ class SessionLimits:
 
 @dataclass(frozen=True)
 class AskedRound:
-    """A round whose propose is on its way, and its spans."""
+    """A round whose propose is on its way, the load that it was planned for, and its spans."""
 
     asking: Asking
+    load: RoundLoad
     span: Span
     propose: Span
 
@@ -164,6 +167,9 @@ class Session:
             kept = self._take(guess, checked)
             if not kept.finish_reason and not self._leaving():
                 self._asked = self._ask(trace, self.epoch + 1)
+                # A turn of the loop: the frame leaves before what the drafter need not wait for.
+                await asyncio.sleep(0)
+            self._history.observe(guess, checked, context_len=len(self._token_ids), load=asked.load)
             # Committed before anyone sees it: what was shown can always be gone on from.
             with span.child("commit"):
                 commit_seconds = await self._commit(kept)
@@ -182,7 +188,7 @@ class Session:
         asking = self._drafter.ask(
             self._token_ids, epoch, self._shape(), traceparent=propose.detail_parent
         )
-        return AskedRound(asking, span, propose)
+        return AskedRound(asking, self._history.load, span, propose)
 
     def _drop_asked(self) -> None:
         """The round that was asked for will not be."""
@@ -254,7 +260,6 @@ class Session:
         kept = self._completion.take(result.token_ids)
         self._token_ids.extend(kept.token_ids)
         self._num_cached_tokens = self._num_cached_tokens or result.num_cached_tokens
-        self._history.observe(guess, checked, context_len=len(self._token_ids))
         return kept
 
     def _event(
