@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,11 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     return loaded
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
 def test_padding_changes_no_bit_on_the_path_of_a_gpu(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loaded = replace(loaded, kv_dtype=kv_dtype)
     plain = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
     padded = Runner(loaded, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, capture=run_again)
     fill_pool(plain)
@@ -86,7 +89,8 @@ def test_padding_changes_no_bit_on_the_path_of_a_gpu(
     for rows in passes:
         for mine, its in zip(plain.forward(rows), padded.forward(rows), strict=True):
             assert torch.equal(mine, its)
-        assert torch.equal(plain.pool, padded.pool[:, :, :NUM_BLOCKS])
+        pools = (plain.pool, padded.pool[:, :, :NUM_BLOCKS])
+        assert torch.equal(*(pool.view(torch.uint8) for pool in pools))
     # Of the second pass of each runner: nine rows, and sixteen with the padding.
     assert {5, 8, 9, 16} == set(launched)
 
