@@ -32,7 +32,7 @@ from specinfer_bench.stated_engines import CHAIN, World, right_tokens, stated_ro
 from specinfer_router.router import Router
 
 MODULE = "specinfer_bench.overlap"
-TOKENS = 96
+TOKENS = 64
 PROMPT_TOKENS = 8
 STAGGER_SECONDS = 0.01
 

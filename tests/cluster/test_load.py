@@ -43,6 +43,8 @@ async def test_clients_and_prometheus_agree_and_no_arm_changes_a_token(
     for name in ("requests", "prompt_tokens", "generation_tokens", "first_tokens"):
         assert prometheus[name]["client"] == prometheus[name]["router"] > 0, name
     assert report["trusted"], prometheus
+    assert isinstance(report["empty_call_ms"], float)
+    assert 0 < report["empty_call_ms"] < 1e3
     for name in ("first_token_seconds", "request_seconds"):
         # What clients are told is what the router counts, less the end of the stream; their own
         # clocks have the way on top: 3 ms a request on a quiet machine, more on this one.

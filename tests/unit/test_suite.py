@@ -141,6 +141,7 @@ def open_document(speculation: str) -> dict[str, object]:
         "speculation": speculation,
         "offered_per_second": 1.0,
         "summary": asdict(summary(seen, objective)),
+        "empty_call_ms": 2.25,
         "prometheus": {
             name: asdict(Agreement(3.0, 3.0, 3.0, 0.0, 0.5, True, True)) for name in SERIES
         },
@@ -184,6 +185,7 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
         "skipped: not installed",
         "| router ms | 0.19 (0.1 to 0.2) |",
         "8 rows   0.1 ms",
+        "A call that generates nothing took 2.2 and 2.2 ms after these runs.",
         "*overlap: failed, exit status 1: a / b.*",
         "Nothing else ran on it.",
     ):

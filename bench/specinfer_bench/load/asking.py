@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
+from statistics import median
 
 from specinfer import AsyncClient, RetryPolicy
 from specinfer.messages import SpeculationOptions
@@ -15,6 +18,8 @@ from specinfer_bench.load.open_loop import Ask, Clock
 NO_RETRY = RetryPolicy(max_attempts=1)
 OFF, STATIC, BY_COST = "off", "static", "by_cost"
 STATIC_WIDTHS = (1,) * 8
+EMPTY_CALLS = 16
+REST_SECONDS = 0.1
 SPECULATION: Mapping[str, SpeculationOptions] = {
     OFF: SpeculationOptions(enabled=False),
     # A request's own widths are taken as they are, whatever the load.
@@ -57,3 +62,18 @@ async def characters_a_token(client: AsyncClient, text: str) -> float:
     """
     done = await client.generate(text, max_tokens=1, temperature=0.0)
     return len(text) / max(1, done.usage.num_prompt_tokens)
+
+
+async def empty_call_seconds(client: AsyncClient) -> float:
+    """What a call that generates nothing takes: the way to the router and back.
+
+    The median of some, with a rest before each, as there is between requests: who rested is slower.
+    Raises what the SDK raises.
+    """
+    took: list[float] = []
+    for _ in range(EMPTY_CALLS):
+        await asyncio.sleep(REST_SECONDS)
+        begun = time.perf_counter()
+        await client.capabilities()
+        took.append(time.perf_counter() - begun)
+    return median(took)

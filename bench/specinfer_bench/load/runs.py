@@ -17,7 +17,13 @@ from pathlib import Path
 from specinfer import AsyncClient
 from specinfer_bench.load.agreement import COUNTS, EXACT, agreement, scraped_after
 from specinfer_bench.load.arrivals import Arrival, from_trace, poisson, read_trace
-from specinfer_bench.load.asking import NO_RETRY, SPECULATION, asking, characters_a_token
+from specinfer_bench.load.asking import (
+    NO_RETRY,
+    SPECULATION,
+    asking,
+    characters_a_token,
+    empty_call_seconds,
+)
 from specinfer_bench.load.cluster import Cluster
 from specinfer_bench.load.observation import Observation
 from specinfer_bench.load.open_loop import Ask, OpenLoopOptions, run_open_loop
@@ -77,6 +83,7 @@ async def open_report(cluster: Cluster, prompts: Sequence[str], run: OpenRun) ->
         before = await _settled(cluster["gateway"])
         seen = await run_open_loop(arrivals, ask, options)
         after = await scraped_after(cluster["gateway"], before, seen)
+        empty_call = await empty_call_seconds(client)
     found = agreement(before, after, seen)
     return {
         "objective": asdict(run.objective),
@@ -84,6 +91,7 @@ async def open_report(cluster: Cluster, prompts: Sequence[str], run: OpenRun) ->
         "offered_per_second": len(arrivals) / max(arrivals[-1].offset, 1e-9),
         "max_sessions": run.sessions,
         "summary": asdict(summary(seen, run.objective)),
+        "empty_call_ms": 1e3 * empty_call,
         "prometheus": {name: asdict(each) for name, each in found.items()},
         "trusted": all(found[name].same for name in EXACT) and found["requests"].client > 0,
         "times_agree": all(each.agrees for name, each in found.items() if name not in COUNTS),

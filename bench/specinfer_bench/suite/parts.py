@@ -53,9 +53,12 @@ def _speed(grow: str, temperature: str, *options: str) -> Part:
 _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
-_OPEN = "python -m specinfer_bench.load open --grow 200m --rate 1.5 --requests 45 --max-tokens 32"
-_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32 --repeats 1"
-_ABLATIONS = "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --repeats 1"
+_OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 45 --max-tokens 32"
+_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32"
+# With noise: one of the ideas is about that.
+_ABLATIONS = (
+    "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --temperatures 0.8"
+)
 _ROUTER_COST = "python -m specinfer_bench.router_cost --windows 3"
 
 PARTS = (
@@ -72,14 +75,14 @@ PARTS = (
     Part(
         "peers-200m",
         "other engines, 200m",
-        (*_PEERS.split(), "--grow", "200m"),
+        (*_PEERS.split(), "--grow", "200m", "--repeats", "2"),
         limit_seconds=180.0,
         needs="bench/specinfer_bench/peers/__main__.py",
     ),
     Part(
         "peers-1b",
         "other engines, 1b",
-        (*_PEERS.split(), "--grow", "1b"),
+        (*_PEERS.split(), "--grow", "1b", "--repeats", "1"),
         limit_seconds=240.0,
         needs="bench/specinfer_bench/peers/__main__.py",
     ),
@@ -99,7 +102,7 @@ PARTS = (
         "load-simulated",
         "speed by number of sessions, a target of stated cost",
         tuple(
-            "python -m specinfer_bench.load sweep --simulated --max-tokens 24 --repeats 1".split()
+            "python -m specinfer_bench.load sweep --simulated --max-tokens 16 --repeats 1".split()
         ),
         limit_seconds=120.0,
     ),
@@ -138,7 +141,7 @@ _RATES = Part(
     "load-rates",
     "requests at random times, by how many come",
     tuple(
-        "python -m specinfer_bench.load rates --grow 200m --rates 1,2,4,8 --seconds 4"
+        "python -m specinfer_bench.load rates --grow 200m --rates 2,4,8 --seconds 4"
         " --max-tokens 24".split()
     ),
     limit_seconds=150.0,
