@@ -17,7 +17,7 @@ from specinfer.settings import required_setting, setting
 from specinfer.telemetry import TraceSettings
 
 KEEP, RENEW, OFF = "keep", "renew", "off"
-AUTO = "auto"
+AUTO, ON = "auto", "on"
 FP8 = "fp8"
 _AT_LEAST_ONE = ("kv_memory", "block_size", "max_sessions", "max_tree_nodes", "max_rows")
 

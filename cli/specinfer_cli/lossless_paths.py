@@ -34,7 +34,8 @@ class Paths:
     Attributes:
         name: what people call it.
         target: what decides the tokens; all paths of one target give the same ones.
-        ahead: whether the drafter goes on while the target verifies.
+        ahead: whether the drafter goes on while the target verifies, and the target computes roots
+            of plain decoding before they are asked for.
         unix_sockets: whether the tiers speak over files.
         verify, draft, router: further flags of each.
         environment: further variables of the workers.
@@ -54,11 +55,15 @@ class Paths:
     @property
     def switches(self) -> str:
         """What is switched how, in words of flags."""
-        tiers = {"verify": self.verify, "draft": self._draft_flags, "router": self.router}
+        tiers = {"verify": self._verify_flags, "draft": self._draft_flags, "router": self.router}
         words = ["tiers over unix sockets" if self.unix_sockets else "tiers over TCP"]
         words += [f"{tier} {' '.join(flags)}" for tier, flags in tiers.items() if flags]
         words += [f"workers with {name}={value!r}" for name, value in self.environment.items()]
         return ", ".join(words)
+
+    @property
+    def _verify_flags(self) -> tuple[str, ...]:
+        return ("--roots-ahead", "on" if self.ahead else "off", *self.verify)
 
     @property
     def _draft_flags(self) -> tuple[str, ...]:
@@ -69,7 +74,7 @@ class Paths:
         return replace(
             base,
             unix_sockets=self.unix_sockets,
-            verify_flags=(*_TELLING, *self.verify),
+            verify_flags=(*_TELLING, *self._verify_flags),
             draft_flags=(*_TELLING, *self._draft_flags, "--metrics", draft_metrics),
             router_flags=self.router,
             worker_environment=self.environment,

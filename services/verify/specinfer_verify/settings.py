@@ -8,7 +8,7 @@ from pathlib import Path
 
 from specinfer.errors import InvalidRequest
 from specinfer.settings import read_settings, required_setting, setting
-from specinfer.worker_settings import AUTO, OFF, WorkerSettings
+from specinfer.worker_settings import AUTO, OFF, ON, WorkerSettings
 
 PREFIX = "SPECINFER_VERIFY"
 
@@ -32,15 +32,24 @@ class Settings(WorkerSettings):
         AUTO, "auto: a pass waits for sessions that are due where that pays; off: never"
     )
     roots_ahead: str = setting(
-        AUTO, "auto: plain decoding has its next root computed before it asks; off: never"
+        AUTO, "compute plain decoding's next root before it asks: on, off, or auto: unless on a CPU"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("gather", "roots_ahead"):
-            if getattr(self, field) not in (AUTO, OFF):
-                flag = field.replace("_", "-")
-                raise InvalidRequest(f"--{flag} is auto or off", field=field)
+        if self.gather not in (AUTO, OFF):
+            raise InvalidRequest("--gather is auto or off", field="gather")
+        if self.roots_ahead not in (AUTO, ON, OFF):
+            raise InvalidRequest("--roots-ahead is auto, on or off", field="roots_ahead")
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether roots are computed that may never be asked for.
+
+        The cores of a CPU have the wire to carry meanwhile, and a pass waits for its last core.
+        """
+        on_cpu = self.device.startswith("cpu")
+        return self.roots_ahead == ON or (self.roots_ahead == AUTO and not on_cpu)
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:

@@ -74,7 +74,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     engine = VerifyEngine(runner, blocks, limits, walk_on_device=on_gpu, on_failure=on_failure)
     if settings.gather == AUTO:
         engine.gather_with(StepCurve(costs))
-    if settings.roots_ahead == AUTO:
+    if settings.goes_ahead:
         engine.run_ahead(StepCurve(costs), loaded.eos_token_ids)
     info = WorkerInfo(
         worker_id=settings.worker_id or f"verify-{uuid.uuid4().hex[:12]}",
