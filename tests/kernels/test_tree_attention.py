@@ -175,6 +175,24 @@ def test_bits_do_not_depend_on_threads(backend: Backend, dtype: torch.dtype) -> 
     assert same_bits(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("context", [5, 6, 62, 63])
+def test_what_a_row_does_not_see_cannot_reach_it(
+    backend: Backend, dtype: torch.dtype, context: int
+) -> None:
+    """A key computed beside another is not a number: only who sees it may notice."""
+    geometry = Geometry(dtype=dtype)
+    nodes = random_nodes(context + 6, geometry, seed=0)
+    session = Session(nodes[:context], nodes[context:], [-1, 0, 0, 2, 1, 4])
+    expected = attend([session], geometry, with_backend(backend))[0]
+    for tensor in (session.rows.key, session.rows.value):
+        tensor[1] = math.nan
+    got = attend([session], geometry, with_backend(backend))[0]
+    assert same_bits(got[[0, 2, 3]], expected[[0, 2, 3]])
+    assert got[[1, 4, 5]].isnan().all()
+
+
 def test_strided_query_and_no_rows() -> None:
     geometry = Geometry()
     nodes = random_nodes(10, geometry, seed=0)

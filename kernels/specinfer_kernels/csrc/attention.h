@@ -3,6 +3,8 @@
 // A row's keys are taken in position order in blocks of kBlock counted from position 0. In a block
 // a score is one chain of fused multiply-adds over head_dim, the block's maximum rescales the
 // running sums (online softmax, Milakov and Gimelshein 2018), and values are added key by key.
+// Where the processor multiplies pairs of bfloat16 both products run in pairs (pair_attention.h),
+// and a weight is rounded to bfloat16 before it counts.
 // Rows are computed together only where that changes no operation of any of them: a tile of rows
 // shares the packing of a block of keys, and registers hold several rows side by side.
 #pragma once
@@ -185,6 +187,12 @@ template <class V> inline void transpose(V* rows) {
 }
 #endif
 
+}  // namespace specinfer
+
+#include "pair_attention.h"
+
+namespace specinfer {
+
 // Scratch of one thread, all 64-byte aligned, sizes fixed by the arguments. The first four hold
 // what runs along a kv head's blocks, for every head of a unit; the others serve one block.
 template <class T> struct Scratch {
@@ -214,15 +222,21 @@ template <class Stored> class TileAttention {
     static constexpr int kLanes = kVectorBytes / int(sizeof(T));
     static constexpr int kBlockVectors = kBlock / kLanes;
 
+    static constexpr bool kPairs = std::is_same<Stored, BFloat16>::value;
+
     const AttentionArguments& a_;
     const int64_t padded_dim_;
     const int64_t group_;  // query heads of a kv head
+    const bool in_pairs_;  // the scratch of queries, keys and values holds words
     Scratch<T> scratch_;
     int64_t head_ = 0;  // the kv head at work, and its part of the scratch
     T *query_ = nullptr, *result_ = nullptr, *maximum_ = nullptr, *total_ = nullptr;
     std::vector<int32_t> own_rows_;
     RowKeys rows_[kTileQueries];
-    int64_t offsets_[kBlock];  // of the keys of the block at work
+    int members_[kTileQueries], group_end_[kTileQueries];  // rows of the block at work, by group
+    int64_t offsets_[kBlock];  // of its keys
+    const Unit* unit_ = nullptr;  // at work
+    int64_t fetch_next_ = 0, fetch_last_ = 0, fetch_step_ = 0;  // positions to ask for, see below
     int group_size_ = 0;
     int num_rows_ = 0;
 
@@ -231,6 +245,7 @@ template <class Stored> class TileAttention {
         : a_(a),
           padded_dim_((a.head_dim + kLanes - 1) / kLanes * kLanes),
           group_(a.num_heads / a.num_kv_heads),
+          in_pairs_(kPairs && pairs_serve()),
           scratch_(padded_dim_) {}
 
     bool ready() const { return bool(scratch_.memory); }
@@ -238,6 +253,7 @@ template <class Stored> class TileAttention {
     // False when memory ran out; nothing is thrown, for it may run in a thread of its own.
     bool run(const Unit& unit) {
         if (!list_keys(unit)) return false;
+        unit_ = &unit;
         for (int head = unit.first_head; head < unit.last_head; ++head) {
             select_head(unit, head);
             load_queries(unit);
@@ -248,10 +264,7 @@ template <class Stored> class TileAttention {
             last = std::max(last, rows_[row].last);
         }
         int64_t start = first / kBlock * kBlock;
-        fetch_ahead(unit, start, 0, 1);
-        for (; start < last; start += kBlock) {
-            add_block(unit, start);
-        }
+        for (; start < last; start += kBlock) add_block(unit, start);
         for (int head = unit.first_head; head < unit.last_head; ++head) {
             select_head(unit, head);
             store_results(unit);
@@ -302,44 +315,64 @@ template <class Stored> class TileAttention {
                 const Stored* from = query + (unit.first_row + row) * a_.query_row_stride +
                                      head * a_.query_head_stride;
                 for (int64_t dim = 0; dim < padded_dim_; dim += kLanes) {
-                    store(query_ + index * padded_dim_ + dim,
-                          load_row(from + dim, a_.head_dim - dim));
+                    if (!in_pairs_)
+                        store(query_ + index * padded_dim_ + dim,
+                              load_row(from + dim, a_.head_dim - dim));
                     store(result_ + index * padded_dim_ + dim, V{});
                 }
+                if constexpr (kPairs)
+                    if (in_pairs_) load_query_words(from, a_.head_dim, query_words(index));
                 maximum_[index] = -std::numeric_limits<T>::infinity();
                 store(total_ + index * kLanes, V{});
             }
     }
 
-    // Rows whose lists agree in this block (one is a prefix of the other) are done together.
+    // Rows whose lists agree in this block (one is a prefix of the other) are done together. Such
+    // groups differ only behind the context, so a head's keys before that are packed once.
     void add_block(const Unit& unit, int64_t start) {
         const int heads = unit.last_head - unit.first_head;
-        bool done[kTileQueries], fetched = false;
+        const int count = group_rows(start);
+        int64_t first = start + kBlock;
+        for (int member = 0; member < count; ++member)
+            first = std::min(first, std::max(start, rows_[members_[member]].first));
+        const int64_t shared = std::min<int64_t>(
+            kBlock, std::max<int64_t>(0, rows_[0].context - start) / kLanes * kLanes);
+        plan_fetches(start + kBlock, heads, count * group_size_);
+        for (int head = 0; head < heads; ++head) {
+            select_head(unit, unit.first_head + head);
+            for (int begin = 0; begin < count; begin = group_end_[begin]) {
+                const RowKeys& longest = rows_[members_[begin]];
+                const int used = int(std::min<int64_t>(kBlock, longest.last - start));
+                const int from = begin ? int(shared) : 0;
+                find_keys(unit, longest, start, first);
+                pack(from, used);
+                attend(members_ + begin, group_end_[begin] - begin, start, used);
+            }
+        }
+    }
+
+    // Orders the rows that see a key of this block by groups, the longest row of each first, and
+    // says where each group ends. Returns how many there are.
+    int group_rows(int64_t start) {
+        bool done[kTileQueries];
         for (int row = 0; row < num_rows_; ++row)
             done[row] = rows_[row].last <= start || rows_[row].first >= start + kBlock;
+        int count = 0;
         for (;;) {
             int longest = -1;
             for (int row = 0; row < num_rows_; ++row)
                 if (!done[row] && (longest < 0 || rows_[row].last > rows_[longest].last))
                     longest = row;
-            if (longest < 0) return;
-            int members[kTileQueries], count = 0;
-            int64_t first = start + kBlock;
+            if (longest < 0) return count;
+            const int begin = count;
+            members_[count++] = longest;
+            done[longest] = true;
             for (int row = 0; row < num_rows_; ++row) {
                 if (done[row] || !same_keys(rows_[row], rows_[longest], start)) continue;
                 done[row] = true;
-                members[count++] = row;
-                first = std::min(first, std::max(start, rows_[row].first));
+                members_[count++] = row;
             }
-            const int64_t last = std::min(start + kBlock, rows_[longest].last);
-            find_keys(unit, rows_[longest], start, first, last);
-            for (int head = 0; head < heads; ++head) {
-                if (!fetched) fetch_ahead(unit, start + kBlock, head, heads);
-                select_head(unit, unit.first_head + head);
-                pack(int(last - start));
-                attend(members, count, start, int(last - start));
-            }
-            fetched = true;
+            group_end_[begin] = count;
         }
     }
 
@@ -370,18 +403,24 @@ template <class Stored> class TileAttention {
         }
     };
 
-    // Asks for a part of the committed keys of a block while the block before it is computed. The
-    // heads of a unit lie side by side: asked for in this order memory streams, head by head it
-    // does not.
-    void fetch_ahead(const Unit& unit, int64_t start, int64_t part, int64_t parts) const {
-        const RowKeys& row = rows_[0];
-        const int64_t last = std::min(start + kBlock * (part + 1) / parts, row.context);
+    // The committed keys of the next block are asked for in steps while a block is computed: asked
+    // for at once they would hold the thread up. The heads of a unit lie side by side, and in this
+    // order memory streams; head by head it does not.
+    void plan_fetches(int64_t start, int heads, int queries) {
+        const int64_t steps = int64_t(heads) * (2 + 2 * ((queries + kRowsTogether - 1) / kRowsTogether));
+        fetch_next_ = std::max(start, rows_[0].first);
+        fetch_last_ = std::min(start + kBlock, rows_[0].context);
+        fetch_step_ = (kBlock + steps - 1) / steps;
+    }
+
+    void fetch_some() {
+        const int64_t last = std::min(fetch_last_, fetch_next_ + fetch_step_);
+        if (fetch_next_ >= last) return;
         const int64_t bytes =
-            (unit.last_head - unit.first_head) * a_.head_dim * int64_t(sizeof(Stored));
-        Offsets offsets(a_, unit.sequence);
-        for (int64_t position = std::max(start + kBlock * part / parts, row.first);
-             position < last; ++position) {
-            const int64_t offset = offsets.of(position) + unit.first_head * a_.head_dim;
+            (unit_->last_head - unit_->first_head) * a_.head_dim * int64_t(sizeof(Stored));
+        Offsets offsets(a_, unit_->sequence);
+        for (; fetch_next_ < last; ++fetch_next_) {
+            const int64_t offset = offsets.of(fetch_next_) + unit_->first_head * a_.head_dim;
             for (const void* cache : {a_.key_cache, a_.value_cache})
                 for (int64_t byte = 0; byte < bytes; byte += kVectorBytes)
                     __builtin_prefetch((const char*)((const Stored*)cache + offset) + byte, 0, 2);
@@ -389,32 +428,40 @@ template <class Stored> class TileAttention {
     }
 
     // Where the keys of a block are; -1 for places that no member of it sees.
-    void find_keys(const Unit& unit, const RowKeys& row, int64_t start, int64_t first,
-                   int64_t last) {
+    void find_keys(const Unit& unit, const RowKeys& row, int64_t start, int64_t first) {
         Offsets offsets(a_, unit.sequence);
         for (int place = 0; place < kBlock; ++place) {
             const int64_t position = start + place;
-            const bool used = position >= first && position < last;
+            const bool used = position >= first && position < row.last;
             offsets_[place] = used ? offsets.of(row.logical_slot(position)) : -1;
         }
     }
 
-    // keys becomes [head_dim][kBlock], values [kBlock][padded_dim]; unseen places are zero.
-    void pack(int used) {
+    // keys becomes [head_dim][kBlock], values [kBlock][padded_dim]; unseen places are zero. What
+    // stands before place `from` is there already.
+    void pack(int from, int used) {
         const Stored* keys = (const Stored*)a_.key_cache + head_ * a_.head_dim;
         const Stored* values = (const Stored*)a_.value_cache + head_ * a_.head_dim;
         const int64_t head_bytes = a_.head_dim * int64_t(sizeof(Stored));
-        for (int place = 0; place < used; ++place)
+        for (int place = from; place < used; ++place)
             for (int64_t byte = 0; offsets_[place] >= 0 && byte < head_bytes; byte += kVectorBytes)
                 __builtin_prefetch((const char*)(values + offsets_[place]) + byte, 0, 3);
-        const int64_t paired = std::is_same<Stored, BFloat16>::value ? a_.head_dim / 32 * 32 : 0;
-        for (int place = 0; place < used; place += kLanes) {
-            if constexpr (std::is_same<Stored, BFloat16>::value)
+        if constexpr (kPairs)
+            if (in_pairs_) {
+                const PairPlaces at{offsets_, a_.head_dim, from, used};
+                pack_key_words(keys, at, kBlock, (uint32_t*)scratch_.keys);
+                fetch_some();
+                pack_value_words(values, at, padded_dim_, (uint32_t*)scratch_.values);
+                return;
+            }
+        const int64_t paired = kPairs ? a_.head_dim / 32 * 32 : 0;
+        for (int place = from; place < used; place += kLanes) {
+            if constexpr (kPairs)
                 for (int64_t dim = 0; dim < paired; dim += 32) pack_paired_keys(keys, place, dim);
             for (int64_t dim = paired; dim < a_.head_dim; dim += kLanes)
                 pack_keys(keys, place, dim);
         }
-        for (int place = 0; place < used; ++place)
+        for (int place = from; place < used; ++place)
             for (int64_t dim = 0; dim < padded_dim_; dim += kLanes)
                 store(scratch_.values + place * padded_dim_ + dim,
                       offsets_[place] < 0 ? V{}
@@ -462,12 +509,15 @@ template <class Stored> class TileAttention {
             }
         }
         int next = 0;
-        for (; next + kRowsTogether <= total; next += kRowsTogether)
+        for (; next + kRowsTogether <= total; next += kRowsTogether) {
+            fetch_some();
             score_all<kRowsTogether>(queries + next, used);
+        }
         for (; next < total; ++next) score_all<1>(queries + next, used);
         for (int index = 0; index < total; ++index)
             weigh(queries[index], firsts[index], lasts[index]);
         for (next = 0; next < total;) {
+            fetch_some();
             bool alike = next + kRowsTogether <= total;
             for (int other = 1; alike && other < kRowsTogether; ++other)
                 alike = firsts[next] == firsts[next + other] && lasts[next] == lasts[next + other];
@@ -481,7 +531,49 @@ template <class Stored> class TileAttention {
         }
     }
 
+    uint32_t* query_words(int query) { return (uint32_t*)(query_ + query * padded_dim_); }
+
+    // Weights of a query in pairs; they take the place of its scores.
+    uint32_t* weight_words(int query) { return (uint32_t*)(scratch_.scores + query * kBlock); }
+
+    template <int ROWS> void score_all_pairs(const int* queries, int used) {
+        const uint32_t* words[ROWS];
+        float* scores[ROWS];
+        for (int row = 0; row < ROWS; ++row) {
+            words[row] = query_words(queries[row]);
+            scores[row] = (float*)scratch_.scores + queries[row] * kBlock;
+        }
+        const uint32_t* keys = (const uint32_t*)scratch_.keys;
+        const int64_t pairs = (a_.head_dim + 1) / 2;
+        switch ((used + kLanes - 1) / kLanes) {
+            case 1: return score_pairs<ROWS, 1>(words, keys, kBlock, pairs, scores);
+            case 2: return score_pairs<ROWS, 2>(words, keys, kBlock, pairs, scores);
+            case 3: return score_pairs<ROWS, 3>(words, keys, kBlock, pairs, scores);
+            default: return score_pairs<ROWS, 4>(words, keys, kBlock, pairs, scores);
+        }
+    }
+
+    template <int ROWS> void add_all_pair_values(const int* queries, int first, int last) {
+        const uint32_t* words[ROWS];
+        float* results[ROWS];
+        for (int row = 0; row < ROWS; ++row) words[row] = weight_words(queries[row]);
+        const uint32_t* values = (const uint32_t*)scratch_.values;
+        for (int64_t dim = 0; dim < padded_dim_;) {
+            for (int row = 0; row < ROWS; ++row)
+                results[row] = (float*)result_ + queries[row] * padded_dim_ + dim;
+            const uint32_t* from = values + dim;
+            const bool wide = dim + 4 * kLanes <= padded_dim_;
+            if (wide)
+                add_pair_values<ROWS, 4>(words, from, padded_dim_, first, last, results);
+            else
+                add_pair_values<ROWS, 1>(words, from, padded_dim_, first, last, results);
+            dim += wide ? 4 * kLanes : kLanes;
+        }
+    }
+
     template <int ROWS> void score_all(const int* queries, int used) {
+        if constexpr (kPairs)
+            if (in_pairs_) return score_all_pairs<ROWS>(queries, used);
         int vector = 0;
         if (used > kBlock - kLanes) {
             for (; vector < kBlockVectors; vector += 4) score<ROWS, 4>(queries, vector);
@@ -543,6 +635,14 @@ template <class Stored> class TileAttention {
         }
         for (int vector = 0; vector < vectors; ++vector) {
             const V weight = exp_nonpositive(load(scores + vector * kLanes) - maximum);
+            if constexpr (kPairs)
+                if (in_pairs_) {
+                    alignas(kVectorBytes) T worth[kLanes];
+                    store(worth, weight);
+                    keep_weights((BFloat16*)weight_words(query) + vector * kLanes, worth);
+                    total = total + load(worth);
+                    continue;
+                }
             store(scores + vector * kLanes, weight);
             total = total + weight;
         }
@@ -550,6 +650,8 @@ template <class Stored> class TileAttention {
     }
 
     template <int ROWS> void add_all_values(const int* queries, int first, int last) {
+        if constexpr (kPairs)
+            if (in_pairs_) return add_all_pair_values<ROWS>(queries, first, last);
         int64_t dim = 0;
         for (; dim + 4 * kLanes <= padded_dim_; dim += 4 * kLanes)
             add_values<ROWS, 4>(queries, first, last, dim);
@@ -596,8 +698,8 @@ template <class Stored> class TileAttention {
                 for (int half = kLanes / 2; half > 0; half /= 2)
                     for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
                 const T* result = result_ + index * padded_dim_;
-                for (int64_t dim = 0; dim < a_.head_dim; ++dim)
-                    narrow(result[dim] / parts[0], to + dim);
+                for (int64_t dim = 0; dim < a_.head_dim; dim += kLanes)
+                    store_row(to + dim, load(result + dim) / parts[0], a_.head_dim - dim);
             }
     }
 };

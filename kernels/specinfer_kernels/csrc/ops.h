@@ -9,7 +9,7 @@
 namespace specinfer {
 
 // Multiply-adds below which starting threads costs more than it saves.
-constexpr int64_t kSerialWork = 1 << 18;
+constexpr int64_t kSerialWork = 1 << 16;
 
 inline int threads_for(int64_t work, int64_t units, int64_t num_threads) {
     return work < kSerialWork || units < 2 ? 1 : int(num_threads);

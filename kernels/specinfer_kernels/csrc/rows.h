@@ -46,12 +46,7 @@ template <class Stored> struct Rows {
     static constexpr int kLanes = lanes<T>();
     static constexpr int kChains = 4;  // sums side by side; part of the definition of the bits
 
-    // What a value is after it was kept in the stored format.
-    static V rounded(const V& value) {
-        Stored kept[kLanes];
-        store_row(kept, value, kLanes);
-        return load_row(kept, kLanes);
-    }
+    static V rounded(const V& value) { return specinfer::rounded(Stored{}, value); }
 
     // 1 / root of the mean square, summed in kChains * kLanes chains by place.
     static T inverse_root(const Stored* values, int64_t width, double epsilon) {

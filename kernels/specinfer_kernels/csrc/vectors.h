@@ -205,16 +205,45 @@ inline Doubles load_row(const double* from, int64_t count) {
     return vector;
 }
 
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+
+// The compiler would take these apart into quarters.
+inline Floats widen(const Halves& halves) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+#else
+    return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+#endif
+}
+
+inline Halves upper_halves(const Floats& vector) {
+#if defined(__AVX512F__)
+    return (Halves)_mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)vector, 16));
+#else
+    return __builtin_convertvector((Bits)vector >> 16, Halves);
+#endif
+}
+
+// What a value is after it was kept as Stored, without a way through memory.
+inline Floats rounded(float, const Floats& vector) { return vector; }
+inline Doubles rounded(double, const Doubles& vector) { return vector; }
+inline Floats rounded(BFloat16, const Floats& vector) {
+    const Bits bits = (Bits)vector;
+    const Bits near = bits + 0x7FFFu + ((bits >> 16) & 1u);  // to nearest, ties to even
+    const Bits quiet = bits | 0x400000u;                     // a NaN must stay a NaN
+    return (Floats)((vector == vector ? near : quiet) & 0xFFFF0000u);
+}
+
 inline Floats load_row(const BFloat16* from, int64_t count) {
-    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
     if (count >= lanes<float>()) {  // on its own: a copy of any size would go through the stack
         Halves whole;
         std::memcpy(&whole, from, sizeof(whole));
-        return (Floats)(__builtin_convertvector(whole, Ints) << 16);
+        return widen(whole);
     }
     Halves part{};
     if (count > 0) std::memcpy(&part, from, size_t(count) * sizeof(BFloat16));
-    return (Floats)(__builtin_convertvector(part, Ints) << 16);
+    return widen(part);
 }
 
 // The first `count` lanes of a vector, rounded to the stored format.
@@ -229,17 +258,11 @@ inline void store_row(double* to, const Doubles& vector, int64_t count) {
 }
 
 inline void store_row(BFloat16* to, const Floats& vector, int64_t count) {
-    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
-    const Bits bits = (Bits)vector;
-    const Bits near = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const Bits quiet = (bits >> 16) | 0x40u;                        // a NaN must stay a NaN
-    const Halves halves = __builtin_convertvector(vector == vector ? near : quiet, Halves);
-    const int64_t kept = count < lanes<float>() ? count : lanes<float>();
-    if (kept == lanes<float>())
+    const Halves halves = upper_halves(rounded(BFloat16{}, vector));
+    if (count >= lanes<float>())
         std::memcpy(to, &halves, sizeof(halves));
     else
-        std::memcpy(to, &halves, size_t(kept) * sizeof(BFloat16));
+        std::memcpy(to, &halves, size_t(count) * sizeof(BFloat16));
 }
 
 }  // namespace specinfer
