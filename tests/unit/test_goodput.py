@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -305,3 +306,22 @@ def test_planning_is_cheap_and_what_it_keeps_is_bounded() -> None:
         policy.plan(ANY, policy.history(0.0, context), 1 + context % 64)
     assert (time.perf_counter() - start) / 3000 < 0.002
     assert policy.num_kept <= goodput.MAX_CHOICES + goodput.MAX_TABLES
+
+
+def test_a_crowd_looks_at_costs_once_in_a_round_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, num_looks = AdaptiveShape(CAP, Calibration(MEASURED)), 0
+    look = AdaptiveShape._look
+
+    def counted(*arguments: Any, **shift: int) -> goodput.Choice:
+        nonlocal num_looks
+        num_looks += 1
+        return look(*arguments, **shift)
+
+    monkeypatch.setattr(AdaptiveShape, "_look", counted)
+    for sessions, most in ((64, 2), (4, 64)):
+        num_looks, histories = 0, [policy.history(0.0, 100) for _ in range(sessions)]
+        for planned_round in range(64):
+            policy.plan(ANY, histories[planned_round % sessions], sessions)
+        assert 1 <= num_looks <= most
+    # A few sessions are each other's costs less: every round of theirs looks.
+    assert num_looks == 64

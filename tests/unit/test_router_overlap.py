@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -24,6 +24,7 @@ class HeldStore(MemoryStore):
         self.gate = asyncio.Event()
         self.error = error
         self.num_commits = 0
+        self.begun: Callable[[], None] = lambda: None
 
     async def commit(
         self,
@@ -35,6 +36,7 @@ class HeldStore(MemoryStore):
         owner: int = 0,
     ) -> int:
         self.num_commits += 1
+        self.begun()
         await self.gate.wait()
         if self.error is not None and self.num_commits > 1:
             raise self.error
@@ -67,6 +69,17 @@ async def test_the_next_propose_leaves_before_the_commit_is_done() -> None:
         store.gate.set()
         await reading
         assert tuple(shown(events)) == continuation(PROMPT, 40, seed=3)
+
+
+async def test_the_next_propose_is_on_the_wire_when_the_commit_begins() -> None:
+    store, waiting = HeldStore(), list[int]()
+    store.gate.set()
+    async with running_router(store=store) as bench:
+        (link,) = bench.cluster.drafters.links
+        store.begun = lambda: waiting.append(len(link._outbox))
+        await bench.generate(request_of())
+        assert len(waiting) > 3
+        assert set(waiting) == {0}
 
 
 async def test_nothing_is_asked_for_after_the_end() -> None:

@@ -65,6 +65,18 @@ def test_hostile_arrays_are_refused(token_ids: tuple[int, ...], parents: tuple[i
         TokenTree(token_ids, parents)
 
 
+def test_parents_that_are_refused_are_refused_again() -> None:
+    for _ in range(2):
+        with pytest.raises(InvalidTree):
+            TokenTree((1, 2, 3), (-1, 2, 1))
+
+
+def test_trees_of_one_outline_are_checked_each_for_its_own_tokens() -> None:
+    assert TokenTree((1, 2, 3), (-1, 0, 0)).depths == (0, 1, 1)
+    with pytest.raises(InvalidTree):
+        TokenTree((1, 2, 2), (-1, 0, 0))
+
+
 def test_side_arrays_have_one_entry_a_node() -> None:
     with pytest.raises(InvalidTree, match="scores"):
         TokenTree((1, 2), (-1, 0), scores=(0.0,))

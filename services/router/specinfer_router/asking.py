@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from specinfer.messages import DraftResult, ShapeQuery
 from specinfer_router.answer import Answer
@@ -76,8 +77,7 @@ class Ask:
         return (self.answer.arrived or time.monotonic()) - self.asked
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What one round asks, of whichever drafter; times are of time.monotonic()."""
 
     token_ids: Sequence[int]

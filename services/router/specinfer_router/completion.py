@@ -7,13 +7,12 @@ nothing of trees, workers, stores or the wire.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from specinfer_router.text import Detokenizer, StopMatcher
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """What of a round's tokens belongs to the completion.
 
     Attributes:

@@ -5,15 +5,14 @@ This module knows nothing of links, deadlines or which drafter was asked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from specinfer.errors import InvalidTree, StaleEpoch
 from specinfer.messages import DraftResult, ShapeQuery
 from specinfer.tree import TokenTree
 
 
-@dataclass(frozen=True)
-class Guess:
+class Guess(NamedTuple):
     """What came of asking a drafter.
 
     Attributes:

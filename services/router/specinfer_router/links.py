@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -67,8 +67,7 @@ class LinkLimits:
     breaker: BreakerLimits = field(default_factory=BreakerLimits)
 
 
-@dataclass(frozen=True)
-class _Pending:
+class _Pending(NamedTuple):
     session_id: str
     answer: Answer[Any]
     convert: Callable[[Any], Any]

@@ -29,6 +29,9 @@ MAX_ROUNDS = 1_000
 MAX_ALL_ROUNDS = 50_000
 RUNNING = "running"
 
+# The fields of a RoundReport, which is made of them when somebody asks.
+_Round = tuple[int, int, float, float, RoundFacts]
+
 
 @dataclass
 class _Rounds:
@@ -62,7 +65,7 @@ class RequestLogEntry:
     prepare_seconds: float = 0.0
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
-    rounds: deque[RoundReport] = field(default_factory=lambda: deque(maxlen=MAX_ROUNDS))
+    rounds: deque[_Round] = field(default_factory=lambda: deque(maxlen=MAX_ROUNDS))
     kept: _Rounds = field(default_factory=_Rounds)
     _end: str = ""
 
@@ -116,7 +119,7 @@ class RequestLogEntry:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             timings=self.timings,
-            rounds=tuple(self.rounds),
+            rounds=tuple(RoundReport(*one) for one in self.rounds),
         )
 
     def _add_round(self, event: TokensEvent) -> None:
@@ -124,9 +127,7 @@ class RequestLogEntry:
         self.first_token_seconds = self.first_token_seconds or now
         start = max(0.0, now - took)
         self.kept.count += len(self.rounds) < MAX_ROUNDS
-        self.rounds.append(
-            RoundReport(event.offset, len(event.token_ids), start, took, event.round)
-        )
+        self.rounds.append((event.offset, len(event.token_ids), start, took, event.round))
 
 
 class RequestLog:

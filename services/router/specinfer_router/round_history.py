@@ -6,7 +6,7 @@ This module knows nothing of shapes, links or the store.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from specinfer_router.calibration import Calibration, DrafterRecord
 from specinfer_router.seats import Checked, Guess
@@ -17,8 +17,7 @@ MAX_SHIFT = 2.0
 LEAST_CHANCE = 0.01
 
 
-@dataclass(frozen=True)
-class RoundLoad:
+class RoundLoad(NamedTuple):
     """What a round was planned for.
 
     Attributes:

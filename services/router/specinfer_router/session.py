@@ -12,7 +12,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from specinfer.errors import Cancelled, InvalidRequest, LeaseLost, RouterLeaving, SpecinferError
 from specinfer.messages import (
@@ -35,6 +36,8 @@ from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
 from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
 from specinfer_router.tracing import SessionTrace
 
+# With more sessions there is always another one to be served while a frame waits.
+FEW = 8
 LEAVING = "this router is shutting down; another one goes on with the stream"
 
 
@@ -51,8 +54,7 @@ class SessionLimits:
     max_tree_nodes: int
 
 
-@dataclass(frozen=True)
-class AskedRound:
+class AskedRound(NamedTuple):
     """A round whose propose is on its way, the load that it was planned for, and its spans."""
 
     asking: Asking
@@ -167,8 +169,9 @@ class Session:
             kept = self._take(guess, checked)
             if not kept.finish_reason and not self._leaving():
                 self._asked = self._ask(trace, self.epoch + 1)
-                # A turn of the loop: the frame leaves before what the drafter need not wait for.
-                await asyncio.sleep(0)
+                if self._verifier.num_sharing <= FEW:
+                    # A turn of the loop: the frame leaves before what a drafter need not wait for.
+                    await asyncio.sleep(0)
             self._history.observe(guess, checked, context_len=len(self._token_ids), load=asked.load)
             # Committed before anyone sees it: what was shown can always be gone on from.
             with span.child("commit"):
@@ -213,7 +216,7 @@ class Session:
             max_depth=_least(self._max_depth, options.max_depth),
         )
         reason = "" if tree.num_draft_tokens else guess.root_only_reason
-        return replace(guess, tree=tree, root_only_reason=reason)
+        return guess._replace(tree=tree, root_only_reason=reason)
 
     async def _commit(self, kept: Kept) -> float:
         """Commit a round, or finish where the session was cancelled; returns the seconds."""

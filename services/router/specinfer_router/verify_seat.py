@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from specinfer.errors import (
     InternalError,
@@ -42,16 +42,14 @@ MAX_BACKOFF_SECONDS = 1.0
 LOOK_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """A verified round and the time it took, retries included."""
 
     result: VerifyResult
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Round:
+class _Round(NamedTuple):
     """What one round asks."""
 
     token_ids: Sequence[int]
