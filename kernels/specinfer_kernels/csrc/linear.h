@@ -60,7 +60,8 @@ constexpr int64_t kBlockSteps = 256;    // most steps of a panel between tiles; 
 constexpr int64_t kSmallBlockSteps = 64;
 constexpr int64_t kPassRows = 256;      // most rows for one reading of the weight; changes no bit
 constexpr int64_t kChunkBytes = 1 << 17;  // weights that a thread takes at a time
-constexpr int64_t kFetchAhead = 4096;   // bytes
+constexpr int64_t kFetchAhead = 4096;   // bytes, into the nearest cache
+constexpr int64_t kFetchFar = 8192;     // bytes beyond those, into the next one
 constexpr int64_t kSerialLinear = 1 << 20;
 
 inline bool linear_serves(int64_t kind) {
@@ -117,6 +118,8 @@ SPECINFER_AVX512 void add_tile(const float* weights, const float* words, float* 
     for (int64_t step = 0; step < steps; ++step) {
         _mm_prefetch(ahead, _MM_HINT_T0);
         _mm_prefetch(ahead + 64, _MM_HINT_T0);
+        _mm_prefetch(ahead + kFetchFar, _MM_HINT_T1);
+        _mm_prefetch(ahead + kFetchFar + 64, _MM_HINT_T1);
         ahead += ahead_step;
         const __m512 first = _mm512_loadu_ps(weights), second = _mm512_loadu_ps(weights + 16);
 #pragma GCC unroll 14
