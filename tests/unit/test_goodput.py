@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -310,7 +310,7 @@ def test_planning_is_cheap_and_what_it_keeps_is_bounded() -> None:
 
 def test_a_crowd_looks_at_costs_once_in_a_round_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, num_looks = AdaptiveShape(CAP, Calibration(MEASURED)), 0
-    look = AdaptiveShape._look
+    look: Callable[..., goodput.Choice] = AdaptiveShape._look
 
     def counted(*arguments: Any, **shift: int) -> goodput.Choice:
         nonlocal num_looks

@@ -31,14 +31,11 @@ class Counted:
         tree = chance.choice((None, *TREES))
         num_draft = 0 if tree is None else tree.num_draft_tokens
         accepted = () if tree is None else tree.path(chance.randrange(len(tree)))[1:]
-        seconds = [chance.randrange(1, 4096) / 1024 for _ in range(6)]
+        reason = "" if num_draft else chance.choice(("budget", "deadline"))
+        one, two, three, four = (chance.randrange(1, 4096) / 1024 for _ in range(4))
+        depth = 0 if tree is None else tree.max_depth
         facts = RoundFacts(
-            chance.randrange(100),
-            num_draft,
-            len(accepted),
-            "" if num_draft else chance.choice(("budget", "deadline")),
-            *seconds,
-            draft_depth=0 if tree is None else tree.max_depth,
+            1, num_draft, len(accepted), reason, one, two, three, four, two, one, depth
         )
         self.metrics.observe_round(facts, len(accepted) + 1)
         if tree is not None:
