@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from specinfer.v1 import tree_pb2 as specinfer_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19specinfer/v1/verify.proto\x12\x0cspecinfer.v1\x1a\x17specinfer/v1/tree.proto\"8\n\rVerifyRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.specinfer.v1.VerifyItem\"\xee\x01\n\nVerifyItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12(\n\x04open\x18\x04 \x01(\x0b\x32\x18.specinfer.v1.OpenVerifyH\x00\x12(\n\x04step\x18\x05 \x01(\x0b\x32\x18.specinfer.v1.VerifyStepH\x00\x12*\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x19.specinfer.v1.CloseVerifyH\x00\x12\r\n\x05owner\x18\x07 \x01(\x04\x12\x13\n\x0btraceparent\x18\x08 \x01(\tB\x08\n\x06\x61\x63tion\"\xd7\x01\n\nOpenVerify\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.specinfer.v1.SamplingParams\x12\x19\n\x0cnum_logprobs\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0f\x61\x63\x63\x65ptance_rule\x18\x05 \x01(\t\x12&\n\x07grammar\x18\x06 \x01(\x0b\x32\x15.specinfer.v1.GrammarB\x0f\n\r_num_logprobs\"3\n\nVerifyStep\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.specinfer.v1.TokenTree\"\r\n\x0b\x43loseVerify\"i\n\x0eVerifyResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.specinfer.v1.VerifyItemResult\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.specinfer.v1.WorkerLoad\"\xa0\x02\n\x10VerifyItemResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12(\n\x06status\x18\x04 \x01(\x0b\x32\x18.specinfer.v1.ItemStatus\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.specinfer.v1.TokenLogprob\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r\x12\x10\n\x08num_rows\x18\t \x01(\r\x12\x15\n\rqueue_seconds\x18\n \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x0b \x01(\x01\"\x1d\n\x1bVerifyServiceGetInfoRequest\"F\n\x1cVerifyServiceGetInfoResponse\x12&\n\x04info\x18\x01 \x01(\x0b\x32\x18.specinfer.v1.WorkerInfo\"\x15\n\x13GetTokenizerRequest\"\x82\x01\n\x14GetTokenizerResponse\x12\x16\n\x0etokenizer_json\x18\x01 \x01(\x0c\x12\x15\n\rchat_template\x18\x02 \x01(\t\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x11\n\tbos_token\x18\x04 \x01(\t\x12\x11\n\teos_token\x18\x05 \x01(\t2\x93\x02\n\rVerifyService\x12G\n\x06Verify\x12\x1b.specinfer.v1.VerifyRequest\x1a\x1c.specinfer.v1.VerifyResponse(\x01\x30\x01\x12`\n\x07GetInfo\x12).specinfer.v1.VerifyServiceGetInfoRequest\x1a*.specinfer.v1.VerifyServiceGetInfoResponse\x12W\n\x0cGetTokenizer\x12!.specinfer.v1.GetTokenizerRequest\x1a\".specinfer.v1.GetTokenizerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19specinfer/v1/verify.proto\x12\x0cspecinfer.v1\x1a\x17specinfer/v1/tree.proto\"8\n\rVerifyRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.specinfer.v1.VerifyItem\"\xee\x01\n\nVerifyItem\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12(\n\x04open\x18\x04 \x01(\x0b\x32\x18.specinfer.v1.OpenVerifyH\x00\x12(\n\x04step\x18\x05 \x01(\x0b\x32\x18.specinfer.v1.VerifyStepH\x00\x12*\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x19.specinfer.v1.CloseVerifyH\x00\x12\r\n\x05owner\x18\x07 \x01(\x04\x12\x13\n\x0btraceparent\x18\x08 \x01(\tB\x08\n\x06\x61\x63tion\"\xd7\x01\n\nOpenVerify\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.specinfer.v1.SamplingParams\x12\x19\n\x0cnum_logprobs\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x17\n\x0f\x61\x63\x63\x65ptance_rule\x18\x05 \x01(\t\x12&\n\x07grammar\x18\x06 \x01(\x0b\x32\x15.specinfer.v1.GrammarB\x0f\n\r_num_logprobs\"G\n\nVerifyStep\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.specinfer.v1.TokenTree\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\r\n\x0b\x43loseVerify\"i\n\x0eVerifyResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.specinfer.v1.VerifyItemResult\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.specinfer.v1.WorkerLoad\"\xa0\x02\n\x10VerifyItemResult\x12\x0f\n\x07item_id\x18\x01 \x01(\x04\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12(\n\x06status\x18\x04 \x01(\x0b\x32\x18.specinfer.v1.ItemStatus\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12,\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1a.specinfer.v1.TokenLogprob\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r\x12\x10\n\x08num_rows\x18\t \x01(\r\x12\x15\n\rqueue_seconds\x18\n \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x0b \x01(\x01\"\x1d\n\x1bVerifyServiceGetInfoRequest\"F\n\x1cVerifyServiceGetInfoResponse\x12&\n\x04info\x18\x01 \x01(\x0b\x32\x18.specinfer.v1.WorkerInfo\"\x15\n\x13GetTokenizerRequest\"\x82\x01\n\x14GetTokenizerResponse\x12\x16\n\x0etokenizer_json\x18\x01 \x01(\x0c\x12\x15\n\rchat_template\x18\x02 \x01(\t\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x11\n\tbos_token\x18\x04 \x01(\t\x12\x11\n\teos_token\x18\x05 \x01(\t2\x93\x02\n\rVerifyService\x12G\n\x06Verify\x12\x1b.specinfer.v1.VerifyRequest\x1a\x1c.specinfer.v1.VerifyResponse(\x01\x30\x01\x12`\n\x07GetInfo\x12).specinfer.v1.VerifyServiceGetInfoRequest\x1a*.specinfer.v1.VerifyServiceGetInfoResponse\x12W\n\x0cGetTokenizer\x12!.specinfer.v1.GetTokenizerRequest\x1a\".specinfer.v1.GetTokenizerResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,21 +39,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENVERIFY']._serialized_start=368
   _globals['_OPENVERIFY']._serialized_end=583
   _globals['_VERIFYSTEP']._serialized_start=585
-  _globals['_VERIFYSTEP']._serialized_end=636
-  _globals['_CLOSEVERIFY']._serialized_start=638
-  _globals['_CLOSEVERIFY']._serialized_end=651
-  _globals['_VERIFYRESPONSE']._serialized_start=653
-  _globals['_VERIFYRESPONSE']._serialized_end=758
-  _globals['_VERIFYITEMRESULT']._serialized_start=761
-  _globals['_VERIFYITEMRESULT']._serialized_end=1049
-  _globals['_VERIFYSERVICEGETINFOREQUEST']._serialized_start=1051
-  _globals['_VERIFYSERVICEGETINFOREQUEST']._serialized_end=1080
-  _globals['_VERIFYSERVICEGETINFORESPONSE']._serialized_start=1082
-  _globals['_VERIFYSERVICEGETINFORESPONSE']._serialized_end=1152
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=1154
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=1175
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=1178
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=1308
-  _globals['_VERIFYSERVICE']._serialized_start=1311
-  _globals['_VERIFYSERVICE']._serialized_end=1586
+  _globals['_VERIFYSTEP']._serialized_end=656
+  _globals['_CLOSEVERIFY']._serialized_start=658
+  _globals['_CLOSEVERIFY']._serialized_end=671
+  _globals['_VERIFYRESPONSE']._serialized_start=673
+  _globals['_VERIFYRESPONSE']._serialized_end=778
+  _globals['_VERIFYITEMRESULT']._serialized_start=781
+  _globals['_VERIFYITEMRESULT']._serialized_end=1069
+  _globals['_VERIFYSERVICEGETINFOREQUEST']._serialized_start=1071
+  _globals['_VERIFYSERVICEGETINFOREQUEST']._serialized_end=1100
+  _globals['_VERIFYSERVICEGETINFORESPONSE']._serialized_start=1102
+  _globals['_VERIFYSERVICEGETINFORESPONSE']._serialized_end=1172
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=1174
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=1195
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=1198
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=1328
+  _globals['_VERIFYSERVICE']._serialized_start=1331
+  _globals['_VERIFYSERVICE']._serialized_end=1606
 # @@protoc_insertion_point(module_scope)

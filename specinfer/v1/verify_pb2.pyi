@@ -162,6 +162,11 @@ class VerifyStep(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TREE_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Of a root alone: most tokens to decode before the answer, one pass each; 0 is one. The answer has
+    fewer where a text ends or the session is full.
+    """
     @_builtins.property
     def tree(self) -> _tree_pb2.TokenTree:
         """A root and guesses below it. The root alone is plain decoding."""
@@ -170,10 +175,11 @@ class VerifyStep(_message.Message):
         self,
         *,
         tree: _tree_pb2.TokenTree | None = ...,
+        num_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tree", b"tree"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_tokens", b"num_tokens", "tree", b"tree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,7 +273,7 @@ class VerifyItemResult(_message.Message):
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens of the accepted nodes and then the tail."""
+        """Tokens of the accepted nodes and then the tail; of several plain passes the tail of each."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_tree_pb2.TokenLogprob]:

@@ -58,9 +58,16 @@ def table_engine(
     runner = make_runner(TableModel(vocab_size), num_blocks, block_size)
     blocks = BlockManager(num_blocks, block_size)
     chosen = Limits(vocab_size=vocab_size, **(bounds | limits))  # type: ignore[arg-type]
-    engine = VerifyEngine(runner, blocks, chosen, walk_on_device=walk_on_device, clock=clock)
+    engine = VerifyEngine(
+        runner,
+        blocks,
+        chosen,
+        walk_on_device=walk_on_device,
+        clock=clock,
+        end_token_ids=end_token_ids,
+    )
     if roots_ahead:
-        engine.run_ahead(StepCurve(()), end_token_ids)
+        engine.run_ahead(StepCurve(()))
     return engine, runner, blocks
 
 

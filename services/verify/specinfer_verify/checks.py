@@ -14,6 +14,9 @@ from specinfer.tree import MAX_TREE_NODES, TokenTree
 from specinfer_engine.blocks import BlockManager
 from specinfer_engine.fence import MAX_SESSION_ID_LENGTH
 
+# Between two answers nobody can end a session's text, so few tokens may be lost.
+MAX_PLAIN_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -127,6 +130,17 @@ def _check_tokens(limits: Limits, token_ids: Sequence[int]) -> None:
                 f"token {token_id} is outside the vocabulary of {limits.vocab_size}",
                 field="token_ids",
             )
+
+
+def check_num_tokens(tree: TokenTree, num_tokens: int) -> None:
+    """Raise InvalidRequest unless so many tokens may be asked for with this tree."""
+    most = MAX_PLAIN_TOKENS if len(tree) == 1 else 1
+    if not 1 <= num_tokens <= most:
+        raise InvalidRequest(
+            f"a step may ask for 1 to {MAX_PLAIN_TOKENS} tokens below a root alone and for 1 with "
+            f"guesses, got {num_tokens}",
+            field="num_tokens",
+        )
 
 
 def check_tree(limits: Limits, tree: TokenTree, token_ids: Sequence[int]) -> None:

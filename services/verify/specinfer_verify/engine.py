@@ -12,13 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 
-from specinfer.errors import (
-    Cancelled,
-    LeaseLost,
-    NotFound,
-    SpecinferError,
-    Unavailable,
-)
+from specinfer.errors import Cancelled, LeaseLost, NotFound, SpecinferError, Unavailable
 from specinfer.grammar import GrammarState
 from specinfer.messages import VerifyResult, WorkerLoad
 from specinfer.metrics import VerifyMetrics
@@ -29,14 +23,15 @@ from specinfer_engine.blocks import BlockManager
 from specinfer_engine.fence import MAX_SESSION_ID_LENGTH, OwnerFence
 from specinfer_engine.sequence import SequenceState
 from specinfer_engine.thread import EngineThread, set_exception, set_result
-from specinfer_verify.checks import Limits, check_epoch, check_open, check_tree
+from specinfer_verify.checks import Limits, check_epoch, check_num_tokens, check_open, check_tree
 from specinfer_verify.counting import CountPass, count_in, count_nothing
 from specinfer_verify.device_walks import DeviceWalks
 from specinfer_verify.gathering import Gathering
 from specinfer_verify.passes import TargetRunner, move_slots, run_rows
 from specinfer_verify.roots_ahead import RootsAhead, cheap_rows
 from specinfer_verify.scheduler import Scheduler
-from specinfer_verify.session import PendingStep, Session, fit_tree
+from specinfer_verify.session import PendingStep, Session, StepItem, fit_tree
+from specinfer_verify.silence import silent_for
 from specinfer_verify.walks import Outcome, PassFacts, finish
 
 # How soon blocks that idle sessions have to yield are noticed.
@@ -52,6 +47,7 @@ class VerifyEngine:
         runner: the model and its KV pool.
         blocks: the pool's bookkeeping; num_blocks and block_size are the runner's.
         limits: what a session may be.
+        end_token_ids: tokens that end a text: plain decoding stops there to be asked again.
         walk_on_device: whether sessions are walked together where their logits lie, for a GPU.
         clock: seconds, for queue times and idle sessions.
         on_failure: called on the engine's thread when a pass has failed.
@@ -63,12 +59,14 @@ class VerifyEngine:
         blocks: BlockManager,
         limits: Limits,
         *,
+        end_token_ids: Collection[int] = (),
         walk_on_device: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits.within_pool(blocks)
         self._runner = runner
+        self._end_token_ids = frozenset(end_token_ids)
         self._walks = DeviceWalks(walk_on_device)
         self._blocks = blocks
         self._clock = clock
@@ -114,15 +112,11 @@ class VerifyEngine:
         """Let passes wait for sessions that are due where it pays; to be called before `start`."""
         self._gathering.costs = costs
 
-    def run_ahead(self, costs: StepCurve, end_token_ids: Collection[int]) -> None:
-        """Compute roots before they are asked for where that is cheap; call it before `start`.
-
-        Args:
-            costs: what passes cost.
-            end_token_ids: tokens that end a text.
-        """
+    def run_ahead(self, costs: StepCurve) -> None:
+        """Compute roots before they are asked for where that is cheap; call it before `start`."""
         max_rows = cheap_rows(costs, self.limits.max_rows)
-        self._roots_ahead = RootsAhead(max_rows, self.limits.max_model_len, end_token_ids)
+        max_len = self.limits.max_model_len
+        self._roots_ahead = RootsAhead(max_rows, max_len, self._end_token_ids)
 
     @property
     def num_preemptions(self) -> int:
@@ -183,18 +177,25 @@ class VerifyEngine:
         return self._thread.call(take)
 
     def step(
-        self, session_id: str, epoch: int, tree: TokenTree, *, owner: int = 0
+        self,
+        session_id: str,
+        epoch: int,
+        tree: TokenTree,
+        *,
+        num_tokens: int = 1,
+        owner: int = 0,
     ) -> Future[VerifyResult]:
         """Check a tree below the session's root and commit what it confirms.
+
+        With a root alone up to `num_tokens` tokens are decoded before the answer, one pass each;
+        fewer where a text ends or the session is full.
 
         A step for the epoch before the session's is answered with the result that led here, so a
         router may ask again after a broken stream. The future fails with NotFound, StaleEpoch,
         LeaseLost, InvalidTree, InvalidRequest, Cancelled or InternalError.
         """
-        arrival = self._clock()
-        return self._thread.submit(
-            lambda future: self._take_step(future, session_id, epoch, tree, arrival, owner)
-        )
+        item = StepItem(session_id, epoch, owner, tree, num_tokens, self._clock())
+        return self._thread.submit(lambda future: self._take_step(future, item))
 
     def close(self, session_id: str, *, owner: int = 0) -> Future[None]:
         """Give a session's blocks up; an unknown one is fine, a lost one fails with LeaseLost."""
@@ -250,15 +251,24 @@ class VerifyEngine:
 
     def _answer(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            session, step = outcome.session, outcome.session.pending
             if outcome.error is not None:
-                self._close(session.session_id, outcome.error)
-            elif outcome.result is not None and step is not None and step.futures:
-                session.told(outcome.result, len(step.tree), self._clock())
-                for future in step.futures:
-                    set_result(future, outcome.result)
+                self._close(outcome.session.session_id, outcome.error)
             elif outcome.result is not None:
-                self._roots_ahead.keep(session, outcome.result)
+                self._end_pass(outcome.session, outcome.result)
+
+    def _end_pass(self, session: Session, result: VerifyResult) -> None:
+        """Answer a step, or let it go on with the next plain token."""
+        step = session.pending
+        assert step is not None
+        over = result.token_ids[-1] in self._end_token_ids
+        if step.num_tokens > 1 and not over and len(session.state) < self.limits.max_model_len:
+            step.go_on(result)
+        elif step.futures:
+            session.told(result, len(step.tree), self._clock())
+            for future in step.futures:
+                set_result(future, result)
+        else:
+            self._roots_ahead.keep(session, result)
 
     def _open(
         self,
@@ -316,37 +326,24 @@ class VerifyEngine:
         """
         sessions = self._scheduler.sessions.values()
         if len(sessions) >= self.limits.max_sessions:
-            silent = [
-                session
-                for session in sessions
-                if session.pending is None
-                and now - session.last_active >= self.limits.silent_seconds
-            ]
-            if silent:
-                session = min(silent, key=lambda one: one.last_active)
+            for session in silent_for(sessions, self.limits.silent_seconds, now)[:1]:
                 log.info("session %s made place for another one", session.session_id)
                 self._close(session.session_id, NotFound("the session was silent for too long"))
         self.limits.check_sessions(len(sessions))
 
-    def _take_step(
-        self,
-        future: Future[VerifyResult],
-        session_id: str,
-        epoch: int,
-        tree: TokenTree,
-        arrival: float,
-        owner: int,
-    ) -> None:
-        self._admit(session_id, owner)
+    def _take_step(self, future: Future[VerifyResult], item: StepItem) -> None:
+        session_id, epoch, tree, arrival = item.session_id, item.epoch, item.tree, item.arrival
+        self._admit(session_id, item.owner)
         session = self._scheduler.sessions.get(session_id)
         if session is None:
             raise NotFound(f"no session {session_id[:MAX_SESSION_ID_LENGTH]} here; open it again")
+        check_num_tokens(tree, item.num_tokens)
         session.last_active = arrival
-        result = self._roots_ahead.take(session, epoch, tree)
-        if result is not None:
+        ahead = self._roots_ahead.take(session, epoch, tree)
+        if ahead is not None:
             session.absence.come_back(arrival)
-            session.told(result, 1, arrival)
-            future.set_result(result)
+            session.pending = PendingStep(tree, tree, (0,), arrival, [future], item.num_tokens)
+            self._end_pass(session, ahead)
             return
         if session.last_result is not None and epoch == session.epoch - 1:
             future.set_result(session.last_result)
@@ -355,6 +352,7 @@ class VerifyEngine:
         if session.pending is not None and session.pending.given == tree:
             session.pending.futures.append(future)
             return
+        session.take_back()
         check_tree(self.limits, tree, session.state.token_ids)
         if session.pending is not None:
             _fail(session.pending, Cancelled("another tree for the same epoch came"))
@@ -363,7 +361,9 @@ class VerifyEngine:
             max_depth=self.limits.max_model_len - 2 - session.base_len,
             max_nodes=self.limits.max_slots - session.base_len,
         )
-        session.pending = PendingStep(tree, fitting, tuple(kept), arrival, [future])
+        session.pending = PendingStep(
+            tree, fitting, tuple(kept), arrival, [future], item.num_tokens
+        )
         session.absence.come_back(arrival)
 
     def _close(self, session_id: str, reason: SpecinferError) -> None:
@@ -386,10 +386,9 @@ class VerifyEngine:
         if now < self._next_sweep:
             return
         self._next_sweep = now + min(1.0, limit / 2)
-        for session in list(self._scheduler.sessions.values()):
-            if session.pending is None and now - session.last_active > limit:
-                log.info("session %s was idle for %.0f s", session.session_id, limit)
-                self._close(session.session_id, NotFound("the session was idle for too long"))
+        for session in silent_for(self._scheduler.sessions.values(), limit, now):
+            log.info("session %s was idle for %.0f s", session.session_id, limit)
+            self._close(session.session_id, NotFound("the session was idle for too long"))
 
 
 def _fail(step: PendingStep, error: SpecinferError) -> None:

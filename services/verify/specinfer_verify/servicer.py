@@ -165,7 +165,10 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         action = item.WhichOneof("action")
         if action == "step":
             tree = tree_from_wire(item.step.tree)
-            return self._engine.step(item.session_id, item.epoch, tree, owner=item.owner)
+            num_tokens = item.step.num_tokens or 1
+            return self._engine.step(
+                item.session_id, item.epoch, tree, num_tokens=num_tokens, owner=item.owner
+            )
         if action == "open":
             return self._open(item, stream, grammar)
         if action == "close":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from specinfer.errors import StaleEpoch
 from specinfer.grammar import GrammarState
-from specinfer.messages import VerifyResult
+from specinfer.messages import TokenLogprob, VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_engine.sequence import SequenceState
@@ -20,6 +20,25 @@ from specinfer_engine.sequence import SequenceState
 PATIENCE = 2.0
 SLACK_SECONDS = 0.001
 ABSENCE_WEIGHT = 0.5
+
+
+@dataclass(frozen=True)
+class StepItem:
+    """A step as it came.
+
+    Attributes:
+        session_id, epoch, owner: of whom, and of which state of it.
+        tree: what is to be checked.
+        num_tokens: most plain tokens to decode before the answer.
+        arrival: when it came, in seconds of the engine's clock.
+    """
+
+    session_id: str
+    epoch: int
+    owner: int
+    tree: TokenTree
+    num_tokens: int
+    arrival: float
 
 
 @dataclass
@@ -32,7 +51,9 @@ class PendingStep:
         kept: for each node of `tree`, its index in `given`.
         arrival: when the item came, in seconds of the engine's clock.
         futures: who waits; a repeated item adds one.
-        compute_seconds: time in passes that carried the session since.
+        num_tokens: tokens that are still to be decoded before the answer, one a pass.
+        compute_seconds: time in passes that carried the session since it came.
+        token_ids, logprobs: decoded since then.
     """
 
     given: TokenTree
@@ -40,12 +61,27 @@ class PendingStep:
     kept: tuple[int, ...]
     arrival: float
     futures: list[Future[VerifyResult]]
+    num_tokens: int = 1
     compute_seconds: float = 0.0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @classmethod
     def unasked(cls, root: TokenTree, now: float) -> PendingStep:
         """A step that nobody waits for."""
         return cls(root, root, (0,), now, [])
+
+    def go_on(self, result: VerifyResult) -> None:
+        """Take the token of a plain pass in, and wait for the next pass, from that token."""
+        self.num_tokens -= 1
+        self.compute_seconds = result.compute_seconds
+        self.token_ids, self.logprobs = result.token_ids, result.logprobs
+        self.tree = TokenTree.root_only(result.token_ids[-1])
+
+    def begin_again(self) -> None:
+        """From the root that was given."""
+        self.num_tokens += len(self.token_ids)
+        self.tree, self.token_ids, self.logprobs = self.given, (), ()
 
 
 @dataclass
@@ -172,13 +208,21 @@ class Session:
         self.ahead = None
         return result
 
+    @property
+    def num_unanswered(self) -> int:
+        """Tokens at the end of `state` that nobody was told yet."""
+        told_of = self.ahead or self.pending
+        return 0 if told_of is None else len(told_of.token_ids)
+
     def take_back(self) -> None:
-        """Undo a step that was not asked for."""
-        if self.ahead is not None:
-            self.ahead = None
-            root = self.state.token_ids[-2]
-            self.state.truncate(len(self.state) - 2)
+        """Forget the tokens that nobody was told; a step that waits begins again."""
+        if unanswered := self.num_unanswered:
+            root = self.state.token_ids[-1 - unanswered]
+            self.state.truncate(len(self.state) - 1 - unanswered)
             self.state.append((root,))
+            self.ahead = None
+            if self.pending is not None:
+                self.pending.begin_again()
 
     def repeats(
         self,

@@ -141,8 +141,8 @@ def _result(
     return VerifyResult(
         epoch=session.epoch + 1,
         accepted=tuple(step.kept[node] for node in walk.path),
-        token_ids=token_ids,
-        logprobs=_logprobs(session, walk, token_ids, logits),
+        token_ids=(*step.token_ids, *token_ids),
+        logprobs=(*step.logprobs, *_logprobs(session, walk, token_ids, logits)),
         num_cached_tokens=session.num_cached_tokens or 0,
         num_rows=facts.num_rows,
         queue_seconds=max(0.0, facts.end - step.arrival - step.compute_seconds),

@@ -71,11 +71,18 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     profile = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
     costs = profile.costs
     on_gpu = loaded.device.type == "cuda"  # a CPU draws for visited nodes only
-    engine = VerifyEngine(runner, blocks, limits, walk_on_device=on_gpu, on_failure=on_failure)
+    engine = VerifyEngine(
+        runner,
+        blocks,
+        limits,
+        end_token_ids=loaded.eos_token_ids,
+        walk_on_device=on_gpu,
+        on_failure=on_failure,
+    )
     if settings.gather == AUTO:
         engine.gather_with(StepCurve(costs))
     if settings.goes_ahead:
-        engine.run_ahead(StepCurve(costs), loaded.eos_token_ids)
+        engine.run_ahead(StepCurve(costs))
     info = WorkerInfo(
         worker_id=settings.worker_id or f"verify-{uuid.uuid4().hex[:12]}",
         model_name=loaded.name,

@@ -1,0 +1,180 @@
+"""Several plain tokens for one step: as many passes, the same tokens, one answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from specinfer.errors import Cancelled, InvalidRequest
+from specinfer.messages import VerifyResult
+from specinfer.sampling import SamplingParams
+from specinfer.tree import TokenTree
+from specinfer_verify.engine import VerifyEngine
+from specinfer_verify.session import PendingStep
+from tests.kit.table_models import TableModel, TableRunner, random_drafter
+from tests.kit.verify_driver import TIMEOUT, Job, decode, running, table_engine
+
+GREEDY = SamplingParams(temperature=0.0)
+VOCAB = 5
+PROMPT = (1, 2, 3)
+
+
+@pytest.fixture
+def counted() -> Iterator[tuple[VerifyEngine, TableRunner]]:
+    engine, runner, _ = table_engine()
+    with running(engine):
+        engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)).result(TIMEOUT)
+        yield engine, runner
+
+
+def right_tokens(num_tokens: int) -> tuple[int, ...]:
+    """Output of the greedy table model."""
+    tokens, model = list(PROMPT), TableModel(VOCAB)
+    for _ in range(num_tokens):
+        tokens.append(int(model.logits(tokens).argmax()))
+    return tuple(tokens[len(PROMPT) :])
+
+
+def ask(engine: VerifyEngine, epoch: int, root: int, num_tokens: int) -> VerifyResult:
+    step = engine.step("a", epoch, TokenTree.root_only(root), num_tokens=num_tokens)
+    return step.result(TIMEOUT)
+
+
+def test_a_step_brings_as_many_tokens_as_it_asks_for(
+    counted: tuple[VerifyEngine, TableRunner],
+) -> None:
+    engine, runner = counted
+    first = ask(engine, 0, PROMPT[-1], 4)
+    assert (first.epoch, first.accepted, first.token_ids) == (1, (), right_tokens(4))
+    assert runner.num_rows[-3:] == [1, 1, 1]
+    assert first.compute_seconds > 0
+    second = ask(engine, 1, first.token_ids[-1], 1)
+    assert first.token_ids + second.token_ids == right_tokens(5)
+
+
+def test_it_ends_with_the_text_and_with_the_session(
+    counted: tuple[VerifyEngine, TableRunner],
+) -> None:
+    right = right_tokens(16)
+    engine, _, _ = table_engine(end_token_ids=(right[2],))
+    with running(engine):
+        engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)).result(TIMEOUT)
+        assert ask(engine, 0, PROMPT[-1], 16).token_ids == right[: right.index(right[2]) + 1]
+    engine, _, _ = table_engine(max_model_len=8)
+    with running(engine):
+        engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)).result(TIMEOUT)
+        assert ask(engine, 0, PROMPT[-1], 16).token_ids == right[:5]
+
+
+@pytest.mark.parametrize(
+    ("tree", "num_tokens"),
+    [
+        (TokenTree.root_only(3), 0),
+        (TokenTree.root_only(3), 17),
+        (TokenTree.chain((3, 1)), 2),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    counted: tuple[VerifyEngine, TableRunner], tree: TokenTree, num_tokens: int
+) -> None:
+    engine, _ = counted
+    failed = engine.step("a", 0, tree, num_tokens=num_tokens).exception(TIMEOUT)
+    assert isinstance(failed, InvalidRequest)
+    assert failed.field == "num_tokens"
+    assert ask(engine, 0, PROMPT[-1], 2).token_ids == right_tokens(2)
+
+
+def test_a_repeated_step_gets_the_same_answer(counted: tuple[VerifyEngine, TableRunner]) -> None:
+    engine, _ = counted
+    first = ask(engine, 0, PROMPT[-1], 3)
+    assert ask(engine, 0, PROMPT[-1], 3) == first
+
+
+class PausingRunner(TableRunner):
+    """Lets another item come between the passes of a step."""
+
+    between: Sequence[object] = ()
+
+    def forward(self, rows: object) -> list[object]:  # type: ignore[override]
+        """As the table's; after the second pass with a root alone it calls what is to happen."""
+        logits: list[object] = super().forward(rows)  # type: ignore[arg-type]
+        if self.num_rows[-2:] == [1, 1] and self.between:
+            happening, self.between = self.between[0], ()
+            happening()  # type: ignore[operator]
+        return logits
+
+
+def interrupted(act: str) -> tuple[BaseException | None, list[VerifyResult]]:
+    """A step of eight tokens, and what comes after its second one; how it ends, and the act."""
+    engine, runner, _ = table_engine(make_runner=PausingRunner)
+    assert isinstance(runner, PausingRunner)
+    found: list[object] = []
+    acts = {
+        "open": lambda: engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)),
+        "tree": lambda: engine.step("a", 0, TokenTree.chain((PROMPT[-1], *right_tokens(2)))),
+    }
+    runner.between = (lambda: found.append(acts[act]()),)
+    with running(engine):
+        engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)).result(TIMEOUT)
+        step = engine.step("a", 0, TokenTree.root_only(PROMPT[-1]), num_tokens=8)
+        error = step.exception(TIMEOUT)
+        results = [] if error else [step.result()]
+        done = found[0].result(TIMEOUT)  # type: ignore[attr-defined]
+        return error, [*results, *([done] if done is not None else [])]
+
+
+def test_a_session_that_is_opened_again_between_two_passes_begins_the_step_again() -> None:
+    error, results = interrupted("open")
+    assert error is None
+    assert [result.token_ids for result in results] == [right_tokens(8)]
+
+
+def test_a_tree_that_comes_between_two_passes_takes_the_steps_place() -> None:
+    error, results = interrupted("tree")
+    assert isinstance(error, Cancelled)
+    assert [result.token_ids for result in results] == [right_tokens(3)]
+
+
+def test_negative_control_a_step_that_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PendingStep, "begin_again", lambda step: None)
+    _, results = interrupted("open")
+    assert [result.token_ids for result in results] != [right_tokens(8)]
+
+
+@pytest.mark.parametrize("roots_ahead", [False, True])
+@pytest.mark.parametrize("num_blocks", [256, 40])
+def test_no_token_changes_in_company_or_preempted(num_blocks: int, roots_ahead: bool) -> None:
+    rng = random.Random(11)
+    laws = [GREEDY, SamplingParams(seed=3), SamplingParams(repetition_penalty=1.3, seed=4)]
+    jobs, outputs = [], []
+    for index in range(12):
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(rng.randrange(1, 40)))
+        jobs.append(Job(prompt, laws[index % 3], 40))
+        engine, _, _ = table_engine(VOCAB)
+        with running(engine):
+            outputs.append(decode(engine, "alone", jobs[-1]))
+    engine, _, blocks = table_engine(
+        VOCAB, num_blocks=num_blocks, roots_ahead=roots_ahead, yield_seconds=0.0
+    )
+
+    def run(index: int) -> list[int]:
+        job, own = jobs[index], random.Random(index)
+        tokens, epoch, name = list(job.prompt), 0, f"s{index}"
+        known = (*job.prompt, *outputs[index])
+        guess = random_drafter(own, VOCAB, known=known)
+        engine.open(name, 0, tokens, job.sampling, len(tokens)).result(TIMEOUT)
+        while len(tokens) < len(known):
+            plain = own.random() < 0.7
+            tree = TokenTree.root_only(tokens[-1]) if plain else guess(tokens)
+            most = own.randrange(1, 9) if len(tree) == 1 else 1
+            result = engine.step(name, epoch, tree, num_tokens=most).result(TIMEOUT)
+            tokens, epoch = [*tokens, *result.token_ids], result.epoch
+        engine.close(name).result(TIMEOUT)
+        return tokens[len(job.prompt) :][: job.num_tokens]
+
+    with running(engine), ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(run, range(len(jobs)))) == outputs
+        assert blocks.num_free_blocks == blocks.num_blocks
