@@ -40,7 +40,7 @@ inline int attend_to_trees(const AttentionArguments& a) {
 }
 
 inline int norm_rows(const NormArguments& a, int64_t dtype, int64_t num_threads) {
-    const int threads = threads_for(a.num_rows * a.width * 2, a.num_rows, num_threads);
+    const int threads = threads_for(a.num_rows * a.width * 8, a.num_rows, num_threads);
     return with_dtype(dtype, [&](auto rows) { rows.norm_rows(a, threads); });
 }
 
@@ -61,7 +61,7 @@ inline int check_places(const RotaryArguments& a) {
 inline int turn_rows(const RotaryArguments& a, int64_t dtype, int64_t num_threads) {
     const int status = check_places(a);
     if (status != kFine) return status;
-    const int64_t work = a.num_rows * (a.num_heads + a.num_kv_heads) * a.head_dim * 4;
+    const int64_t work = a.num_rows * (a.num_heads + a.num_kv_heads) * a.head_dim * 8;
     const int threads = threads_for(work, a.num_rows, num_threads);
     return with_dtype(dtype, [&](auto rows) { rows.turn_rows(a, threads); });
 }
