@@ -209,7 +209,7 @@ class AdaptiveShape:
             self._num_planned = 0
             self._of_crowds.clear()
         limits = asked.max_nodes, asked.max_depth
-        key = (record.snapshot, *limits, sharing, history.context_len.bit_length())
+        key = (record.snapshot, *limits, _step(sharing), history.context_len.bit_length())
         found = self._of_crowds.get(key)
         if found is None:
             found = self._of_crowds[key] = self._look(record, history, asked, shift=0)
