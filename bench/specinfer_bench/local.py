@@ -182,11 +182,12 @@ class LocalVerifyLink(LocalLink):
         session_id: str,
         epoch: int,
         tree: TokenTree,
+        num_tokens: int = 1,
         owner: int = 0,
         traceparent: str = "",
     ) -> Answer[VerifyResult]:
         """See VerifyLink.step."""
-        return _answer_of(self._engine.step(session_id, epoch, tree))
+        return _answer_of(self._engine.step(session_id, epoch, tree, num_tokens=num_tokens))
 
     def forget(self, session_id: str, epoch: int, owner: int = 0) -> Answer[None]:
         """See VerifyLink.forget."""

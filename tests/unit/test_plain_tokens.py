@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+from torch import Tensor
 
 from specinfer.errors import Cancelled, InvalidRequest
 from specinfer.messages import VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
+from specinfer_engine.batch import SequenceRows
+from specinfer_router.plain_pace import MOST_TOKENS, PlainPace
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.session import PendingStep
 from tests.kit.table_models import TableModel, TableRunner, random_drafter
@@ -94,16 +97,16 @@ def test_a_repeated_step_gets_the_same_answer(counted: tuple[VerifyEngine, Table
 
 
 class PausingRunner(TableRunner):
-    """Lets another item come between the passes of a step."""
+    """Lets something happen after the second pass with a root alone."""
 
-    between: Sequence[object] = ()
+    between: Callable[[], None] | None = None
 
-    def forward(self, rows: object) -> list[object]:  # type: ignore[override]
-        """As the table's; after the second pass with a root alone it calls what is to happen."""
-        logits: list[object] = super().forward(rows)  # type: ignore[arg-type]
-        if self.num_rows[-2:] == [1, 1] and self.between:
-            happening, self.between = self.between[0], ()
-            happening()  # type: ignore[operator]
+    def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
+        """As the table's."""
+        logits = super().forward(rows)
+        if self.num_rows[-2:] == [1, 1] and self.between is not None:
+            happening, self.between = self.between, None
+            happening()
         return logits
 
 
@@ -111,19 +114,21 @@ def interrupted(act: str) -> tuple[BaseException | None, list[VerifyResult]]:
     """A step of eight tokens, and what comes after its second one; how it ends, and the act."""
     engine, runner, _ = table_engine(make_runner=PausingRunner)
     assert isinstance(runner, PausingRunner)
-    found: list[object] = []
-    acts = {
-        "open": lambda: engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)),
-        "tree": lambda: engine.step("a", 0, TokenTree.chain((PROMPT[-1], *right_tokens(2)))),
+    opened: list[Future[None]] = []
+    stepped: list[Future[VerifyResult]] = []
+    guesses = TokenTree.chain((PROMPT[-1], *right_tokens(2)))
+    acts: dict[str, Callable[[], None]] = {
+        "open": lambda: opened.append(engine.open("a", 0, PROMPT, GREEDY, len(PROMPT))),
+        "tree": lambda: stepped.append(engine.step("a", 0, guesses)),
     }
-    runner.between = (lambda: found.append(acts[act]()),)
+    runner.between = acts[act]
     with running(engine):
         engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)).result(TIMEOUT)
         step = engine.step("a", 0, TokenTree.root_only(PROMPT[-1]), num_tokens=8)
         error = step.exception(TIMEOUT)
-        results = [] if error else [step.result()]
-        done = found[0].result(TIMEOUT)  # type: ignore[attr-defined]
-        return error, [*results, *([done] if done is not None else [])]
+        done = [*([] if error else [step]), *stepped]
+        assert all(future.exception(TIMEOUT) is None for future in opened)
+        return error, [future.result(TIMEOUT) for future in done]
 
 
 def test_a_session_that_is_opened_again_between_two_passes_begins_the_step_again() -> None:
@@ -178,3 +183,18 @@ def test_no_token_changes_in_company_or_preempted(num_blocks: int, roots_ahead: 
     with running(engine), ThreadPoolExecutor(len(jobs)) as pool:
         assert list(pool.map(run, range(len(jobs)))) == outputs
         assert blocks.num_free_blocks == blocks.num_blocks
+
+
+def test_a_round_asks_for_what_comes_within_its_time() -> None:
+    pace = PlainPace(0.05)
+    assert pace.num_tokens(100) == 1, "nothing is known yet"
+    pace.observe(0.3, 1)
+    assert pace.num_tokens(100) == 1, "the first pass read a prompt"
+    pace.observe(0.015, 1)
+    assert pace.num_tokens(100) == 3
+    assert pace.num_tokens(2) == 2, "no more than are wanted"
+    pace.observe(0.002, 2)
+    assert pace.num_tokens(100) == MOST_TOKENS
+    alone = PlainPace(0.0)
+    alone.observe(0.001, 1)
+    assert alone.num_tokens(100) == 1

@@ -38,11 +38,13 @@ class SeatLimits:
         step_seconds: a verify worker that takes longer for a round counts as hung; 0 derives it
             from what its passes cost.
         failover_seconds: how long a session waits for a verify worker when none is ready.
+        plain_seconds: how long tokens may take that come together without guesses.
     """
 
     propose_seconds: float = 0.1
     step_seconds: float = 0.0
     failover_seconds: float = 30.0
+    plain_seconds: float = 0.05
 
 
 class SessionOpener:
@@ -221,7 +223,9 @@ class SessionOpener:
             verifier=self._verify_seat(record),
             store=self._store,
             policy=self._policy,
-            limits=SessionLimits(max_session_tokens, self.max_tree_nodes),
+            limits=SessionLimits(
+                max_session_tokens, self.max_tree_nodes, self._limits.plain_seconds
+            ),
             metrics=self._metrics,
             token_texts=self._tokenizer.vocabulary.token_texts,
             lost_before=offset,

@@ -28,6 +28,7 @@ from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import CLIENT, Span
 from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
+from specinfer_router.plain_pace import PlainPace
 from specinfer_router.policy import TreeShapePolicy, clip, within
 from specinfer_router.prediction import Prediction
 from specinfer_router.round_history import RoundLoad
@@ -43,15 +44,17 @@ LEAVING = "this router is shutting down; another one goes on with the stream"
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """Room for trees.
+    """Room for trees and for what comes without.
 
     Attributes:
         max_session_tokens: longest session in tokens.
         max_tree_nodes: largest tree, root included.
+        plain_seconds: how long tokens may take that come together without guesses.
     """
 
     max_session_tokens: int
     max_tree_nodes: int
+    plain_seconds: float = 0.0
 
 
 class AskedRound(NamedTuple):
@@ -115,6 +118,7 @@ class Session:
         self._leaving = leaving
         self._history = policy.history(record.terms.sampling.temperature, len(record.token_ids))
         self._tally = RoundTally()
+        self._pace = PlainPace(limits.plain_seconds)
         self._asked: AskedRound | None = None
         self._prediction: Prediction | None = None
         if record.terms.prediction and self._options.enabled:
@@ -163,7 +167,11 @@ class Session:
             guess = await self._guess(asked, trace)
             with span.child("verify", kind=CLIENT) as checking:
                 checked = await self._verifier.step(
-                    self._token_ids, self.epoch, guess.tree, traceparent=checking.detail_parent
+                    self._token_ids,
+                    self.epoch,
+                    guess.tree,
+                    num_tokens=self._num_plain(guess),
+                    traceparent=checking.detail_parent,
                 )
                 trace.asked_verifier(checking, self._verifier.address)
             kept = self._take(guess, checked)
@@ -257,9 +265,18 @@ class Session:
             max_depth=self._max_depth,
         )
 
+    def _num_plain(self, guess: Guess) -> int:
+        """Tokens to decode in one round, where no later round will have guesses either."""
+        alone = not self._options.enabled or guess.root_only_reason == "no_drafter"
+        if not alone or guess.tree.num_draft_tokens:
+            return 1
+        return self._pace.num_tokens(min(self._max_depth + 1, self._room))
+
     def _take(self, guess: Guess, checked: Checked) -> Kept:
         """Take a verified round in, as far as it belongs to the completion."""
         result = checked.result
+        if not guess.tree.num_draft_tokens:
+            self._pace.observe(checked.seconds, len(result.token_ids))
         kept = self._completion.take(result.token_ids)
         self._token_ids.extend(kept.token_ids)
         self._num_cached_tokens = self._num_cached_tokens or result.num_cached_tokens

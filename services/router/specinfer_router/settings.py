@@ -84,6 +84,9 @@ class RouterSettings:
     policy: str = setting("adaptive", "adaptive: by goodput; static: one shape for all rounds")
     draft_nodes: int = setting(16, "most guessed tokens a round; 0 turns speculation off")
     draft_depth: int = setting(16, "deepest guess")
+    plain_seconds: float = setting(
+        0.05, "without guesses, tokens that take so long come together; 0: one by one"
+    )
     widths: str = setting("", "children for each node of a level, such as 3,2,1; empty: best-first")
     max_tree_nodes: int = setting(64, "largest tree that a request may ask for, root included")
     propose_deadline: float = setting(
@@ -128,6 +131,8 @@ class RouterSettings:
                 field="verify",
             )
         check_group(self.group)
+        if not 0 <= self.plain_seconds <= 1:
+            raise InvalidRequest("plain_seconds is between 0 and 1", field="plain_seconds")
         if self.policy not in ("static", "adaptive"):
             raise InvalidRequest("--policy is static or adaptive", field="policy")
         self._check_numbers()
@@ -211,6 +216,7 @@ class RouterSettings:
                 propose_seconds=self.propose_deadline or max(MIN_PROPOSE_SECONDS, measured),
                 step_seconds=self.step_deadline,
                 failover_seconds=self.failover_seconds,
+                plain_seconds=self.plain_seconds,
             ),
             max_tree_nodes=self.max_tree_nodes,
             stall_seconds=self.stall_seconds,

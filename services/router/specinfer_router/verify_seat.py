@@ -55,6 +55,7 @@ class _Round(NamedTuple):
     token_ids: Sequence[int]
     epoch: int
     tree: TokenTree
+    num_tokens: int
     traceparent: str
 
 
@@ -123,9 +124,17 @@ class VerifySeat:
         return self._link.num_seats if self._link is not None else 0
 
     async def step(
-        self, token_ids: Sequence[int], epoch: int, tree: TokenTree, *, traceparent: str = ""
+        self,
+        token_ids: Sequence[int],
+        epoch: int,
+        tree: TokenTree,
+        *,
+        num_tokens: int = 1,
+        traceparent: str = "",
     ) -> Checked:
         """Have a tree checked. A round that fails is run again from the committed tokens.
+
+        Below a root alone up to `num_tokens` tokens are decoded.
 
         Raises:
             LeaseLost: somebody else has claimed the session.
@@ -140,7 +149,8 @@ class VerifySeat:
         while True:
             try:
                 opening = await self._sit(token_ids, epoch, failed, traceparent)
-                result = await self._ask(opening, _Round(token_ids, epoch, tree, traceparent))
+                asked = _Round(token_ids, epoch, tree, num_tokens, traceparent)
+                result = await self._ask(opening, asked)
                 return Checked(result, time.perf_counter() - start)
             except LeaseLost:
                 raise
@@ -244,6 +254,7 @@ class VerifySeat:
                 self._session_id,
                 asked.epoch,
                 asked.tree,
+                num_tokens=asked.num_tokens,
                 owner=self._owner,
                 traceparent=asked.traceparent,
             )
@@ -252,7 +263,7 @@ class VerifySeat:
             if opening is not None:
                 await opening
             result = stepping.result
-            check_result(result, asked.tree, asked.epoch, self._vocab_size)
+            check_result(result, asked.tree, asked.epoch, self._vocab_size, asked.num_tokens)
             link.breaker.succeed(ticket)
             return result
         except InternalError:
@@ -326,11 +337,16 @@ class _TookTooLong(Unavailable):
         self.last = last
 
 
-def check_result(result: VerifyResult, tree: TokenTree, epoch: int, vocab_size: int) -> None:
-    """Raise InternalError unless the result is one of this tree: a path of it and a tail."""
+def check_result(
+    result: VerifyResult, tree: TokenTree, epoch: int, vocab_size: int, num_tokens: int = 1
+) -> None:
+    """Raise InternalError unless the result is one of this tree: a path of it and a tail.
+
+    Of a root alone it may be up to `num_tokens` tokens.
+    """
     if result.epoch != epoch + 1:
         raise InternalError(f"a result that leads to epoch {result.epoch}, not {epoch + 1}")
-    if len(result.token_ids) != len(result.accepted) + 1:
+    if not 1 <= len(result.token_ids) - len(result.accepted) <= num_tokens:
         raise InternalError(f"{len(result.accepted)} accepted, {len(result.token_ids)} tokens")
     parent = 0
     for node, token_id in zip(result.accepted, result.token_ids, strict=False):

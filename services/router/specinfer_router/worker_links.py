@@ -182,10 +182,14 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
         epoch: int,
         tree: TokenTree,
         *,
+        num_tokens: int = 1,
         owner: int = 0,
         traceparent: str = "",
     ) -> Answer[VerifyResult]:
-        """Have a tree checked and what it confirms committed to the worker's KV."""
+        """Have a tree checked and what it confirms committed to the worker's KV.
+
+        Below a root alone up to `num_tokens` tokens are decoded.
+        """
         frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
         item = frame.items.add(
             item_id=item_id,
@@ -195,6 +199,7 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
             traceparent=traceparent,
         )
         fill_tree(item.step.tree, tree)
+        item.step.num_tokens = num_tokens
         return self._send(frame, item_id, session_id, verify_result_from_wire)
 
     def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> Answer[None]:

@@ -55,18 +55,7 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
     blocks = BlockManager(
         runner.num_blocks, settings.block_size, model_hash=loaded.model_hash, changes=prefixes
     )
-    limits = Limits(
-        vocab_size=loaded.vocab_size,
-        max_model_len=loaded.max_model_len,
-        max_sessions=settings.max_sessions,
-        max_tree_nodes=settings.max_tree_nodes,
-        max_rows=settings.max_rows,
-        min_prefill_rows=settings.min_prefill_rows,
-        yield_seconds=settings.yield_seconds,
-        starve_seconds=settings.starve_seconds,
-        silent_seconds=settings.silent_seconds,
-        session_idle_seconds=settings.session_idle_seconds,
-    )
+    limits = _limits(settings, loaded)
     rows = tuple(count for count in MEASURED_ROWS if count <= settings.max_rows)
     profile = profile_steps(runner, ProfileGrid(rows, MEASURED_CONTEXTS), settings.profile)
     costs = profile.costs
@@ -104,3 +93,19 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         costs_measured_at=profile.measured_at,
     )
     return Worker(loaded, engine, info, prefixes)
+
+
+def _limits(settings: Settings, loaded: LoadedModel) -> Limits:
+    """What a session may be of this model."""
+    return Limits(
+        vocab_size=loaded.vocab_size,
+        max_model_len=loaded.max_model_len,
+        max_sessions=settings.max_sessions,
+        max_tree_nodes=settings.max_tree_nodes,
+        max_rows=settings.max_rows,
+        min_prefill_rows=settings.min_prefill_rows,
+        yield_seconds=settings.yield_seconds,
+        starve_seconds=settings.starve_seconds,
+        silent_seconds=settings.silent_seconds,
+        session_idle_seconds=settings.session_idle_seconds,
+    )
