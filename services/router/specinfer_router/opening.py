@@ -44,7 +44,7 @@ class SeatLimits:
     propose_seconds: float = 0.1
     step_seconds: float = 0.0
     failover_seconds: float = 30.0
-    plain_seconds: float = 0.05
+    plain_seconds: float = 0.08
 
 
 class SessionOpener:

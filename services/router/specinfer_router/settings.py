@@ -85,7 +85,7 @@ class RouterSettings:
     draft_nodes: int = setting(16, "most guessed tokens a round; 0 turns speculation off")
     draft_depth: int = setting(16, "deepest guess")
     plain_seconds: float = setting(
-        0.05, "without guesses, tokens that take so long come together; 0: one by one"
+        0.08, "without guesses, tokens that take so long come together; 0: one by one"
     )
     widths: str = setting("", "children for each node of a level, such as 3,2,1; empty: best-first")
     max_tree_nodes: int = setting(64, "largest tree that a request may ask for, root included")
