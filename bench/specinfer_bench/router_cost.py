@@ -76,6 +76,8 @@ class Load:
 _STEPS = Simulation(draft_seconds=0.005, verify_seconds=0.05)
 LOADS = {
     "64 sessions, answers at once": Load(),
+    # Opening and closing a session takes about as much as a dozen rounds.
+    "64 long sessions, answers at once": Load(tokens=4096),
     "64 sessions, answers at once, one shape": Load(policy="static"),
     "64 sessions, steps of 50 ms": Load(simulation=_STEPS),
     "4 sessions, steps of 50 ms": Load(4, simulation=_STEPS),

@@ -109,7 +109,10 @@ PARTS = (
     Part(
         "router-cost",
         "the router's processor time",
-        (*_ROUTER_COST.split(), "--load", "64 sessions, answers at once"),
+        (
+            *(*_ROUTER_COST.split(), "--load", "64 sessions, answers at once"),
+            *("--load", "64 long sessions, answers at once"),
+        ),
         limit_seconds=90.0,
         needs="bench/specinfer_bench/router_cost.py",
     ),
