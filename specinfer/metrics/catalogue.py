@@ -204,7 +204,7 @@ ROUNDS = (
     gauge(
         "plain_round_seconds",
         "seconds",
-        "Measured time of a round without guesses: what plain decoding takes for a token.",
+        "Measured time of a token in rounds without guesses: what plain decoding takes for one.",
     ),
 )
 

@@ -10,11 +10,12 @@ import pytest
 from torch import Tensor
 
 from specinfer.errors import Cancelled, InvalidRequest
-from specinfer.messages import VerifyResult
+from specinfer.messages import RoundFacts, StepCost, VerifyResult
 from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer_engine.batch import SequenceRows
 from specinfer_router.plain_pace import MOST_TOKENS, PlainPace
+from specinfer_router.policy import PlainSpeed
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.session import PendingStep
 from tests.kit.table_models import TableModel, TableRunner, random_drafter
@@ -22,7 +23,7 @@ from tests.kit.verify_driver import TIMEOUT, Job, decode, running, table_engine
 
 GREEDY = SamplingParams(temperature=0.0)
 VOCAB = 5
-PROMPT = (1, 2, 3)
+PROMPT: tuple[int, ...] = (1, 2, 3)
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def counted() -> Iterator[tuple[VerifyEngine, TableRunner]]:
 
 def right_tokens(num_tokens: int) -> tuple[int, ...]:
     """Output of the greedy table model."""
-    tokens, model = list(PROMPT), TableModel(VOCAB)
+    tokens: list[int] = [*PROMPT]
+    model = TableModel(VOCAB)
     for _ in range(num_tokens):
         tokens.append(int(model.logits(tokens).argmax()))
     return tuple(tokens[len(PROMPT) :])
@@ -198,3 +200,11 @@ def test_a_round_asks_for_what_comes_within_its_time() -> None:
     alone = PlainPace(0.0)
     alone.observe(0.001, 1)
     assert alone.num_tokens(100) == 1
+
+
+def test_what_plain_decoding_takes_is_told_by_the_token() -> None:
+    speed = PlainSpeed([StepCost(1, 8, 0.02)])
+    facts = RoundFacts(epoch=1, verify_seconds=0.08)
+    for _ in range(200):
+        speed.observe(facts, 8)
+    assert speed.seconds == pytest.approx(0.01, rel=0.01)

@@ -33,7 +33,7 @@ from tests.kit.waiting import until
 
 GREEDY = SamplingParams(temperature=0.0)
 VOCAB = 5
-PROMPT = (1, 2, 3)
+PROMPT: tuple[int, ...] = (1, 2, 3)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def ask(engine: VerifyEngine, epoch: int, *token_ids: int) -> VerifyResult:
 
 def decode_plainly(engine: VerifyEngine, num_rounds: int) -> list[int]:
     """Open session "a" and decode; its tokens."""
-    tokens = list(PROMPT)
+    tokens: list[int] = [*PROMPT]
     engine.open("a", 0, PROMPT, GREEDY, len(PROMPT)).result(TIMEOUT)
     for epoch in range(num_rounds):
         tokens += ask(engine, epoch, tokens[-1]).token_ids
@@ -58,7 +58,8 @@ def decode_plainly(engine: VerifyEngine, num_rounds: int) -> list[int]:
 
 def right_tokens(num_tokens: int) -> list[int]:
     """Prompt and output of the greedy table model."""
-    tokens, model = list(PROMPT), TableModel(VOCAB)
+    tokens: list[int] = [*PROMPT]
+    model = TableModel(VOCAB)
     for _ in range(num_tokens):
         tokens.append(int(model.logits(tokens).argmax()))
     return tokens

@@ -67,17 +67,17 @@ class PlainSpeed:
 
     @property
     def seconds(self) -> float:
-        """Seconds of a round without guesses; 0 while nothing is known."""
+        """Seconds of a token without guesses; 0 while nothing is known."""
         return self._seconds
 
-    def observe(self, facts: RoundFacts) -> None:
-        """Take in a round that is not a session's first, which computes the prompt."""
-        if facts.num_draft_tokens:
+    def observe(self, facts: RoundFacts, num_tokens: int) -> None:
+        """Take in a round of so many tokens, not a session's first, which computes the prompt."""
+        if facts.num_draft_tokens or not num_tokens:
             return
         seconds = facts.verify_seconds + facts.queue_seconds + facts.router_seconds
         seconds += facts.network_seconds
         weight = PLAIN_WEIGHT if self._seconds else 1.0
-        self._seconds += weight * (seconds - self._seconds)
+        self._seconds += weight * (seconds / num_tokens - self._seconds)
 
 
 def requested(options: SpeculationOptions, default: ShapeQuery) -> ShapeQuery:

@@ -387,6 +387,6 @@ class Router:
                         return
                     # A session's first round computes the prompt.
                     if not times.event(entry.seconds, len(event.token_ids)):
-                        self._plain.observe(event.round)
+                        self._plain.observe(event.round, len(event.token_ids))
                     ticket.spend(len(event.token_ids))
                     yield event
