@@ -233,7 +233,7 @@ class ModelDrafter:
             return num_late + num_stuck > 0 or self._run_ahead()
         shares = list(plan.values())
         logits = self._forward(plan)
-        num_whole = 0 if self._whole is None else self._whole.grow(shares, logits, start)
+        num_whole = 0 if self._whole is None else self._whole.grow(shares, logits)
         candidates = look(shares, logits, self.limits.spread)
         end = self._clock()
         self._count_pass(shares, num_whole, end - start)

@@ -14,6 +14,7 @@ token, no pool and no clock.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 SESSION_BUCKETS = (1, 2, 4, 8, 16)
 # Each holds the launches of all its levels.
 MOST_GROWTHS = 32
+# Trees refused between two evictions: where more laws are alive than are kept, they would else take
+# each other's place, a recording for every tree.
+EVICT_AFTER = 64
 # Where top-p needs more, the tree grows level by level: sorting the vocabulary takes longer.
 TOP_P_TOKENS = 1024
 # Of float64 noise made at once; making it takes a dozen times as much.
@@ -233,7 +237,8 @@ def _add_noise(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 class StaticGrowths:
-    """The recorded growths of one runner, made at first use and at most `most_growths` of them.
+    """The recorded growths of one runner, made at first use and at most `most_growths` of them;
+    the least recently used gives way, once in `EVICT_AFTER` growths that were refused.
 
     Args:
         graphs: recorded passes of the runner, whose recorder and spare blocks serve here too.
@@ -241,7 +246,7 @@ class StaticGrowths:
         device: where its logits lie.
         spread: as for `rank`.
         most_rows: most rows of a pass.
-        most_growths: bound; growths of further sizes are not served.
+        most_growths: bound, at least 1.
     """
 
     def __init__(
@@ -259,7 +264,8 @@ class StaticGrowths:
         self._most_rows = min(most_rows, ROW_BUCKETS[-1])
         self._most_growths = most_growths
         self._records = True
-        self._recorded: dict[GrowthSizes, tuple[Growth, Callable[[], None]]] = {}
+        self._recorded: OrderedDict[GrowthSizes, tuple[Growth, Callable[[], None]]] = OrderedDict()
+        self._refused = EVICT_AFTER
         shape = (SESSION_BUCKETS[-1], vocab_size)
         self._roots = torch.zeros(shape, dtype=torch.float32, device=device)
 
@@ -276,39 +282,57 @@ class StaticGrowths:
             and max(plan.counts) <= self._most_rows
         )
 
+    def most_sessions(self, plan: TreePlan) -> int:
+        """Sessions whose trees of this plan grow in one run at most."""
+        widest = max(plan.counts)
+        fits = (size for size in SESSION_BUCKETS if size == 1 or size * widest <= self._most_rows)
+        return max(fits)
+
+    def sizes_of(
+        self,
+        plan: TreePlan,
+        cuts: Cuts | None,
+        samplings: Sequence[SamplingParams],
+        num_blocks: int,
+    ) -> GrowthSizes:
+        """What grows trees of these sessions, at most `most_sessions`, whose block tables have up
+        to `num_blocks` columns."""
+        return GrowthSizes(
+            plan,
+            cuts,
+            drawn=not all(sampling.greedy for sampling in samplings),
+            sessions=next(size for size in SESSION_BUCKETS if len(samplings) <= size),
+            blocks=table_width(num_blocks),
+        )
+
+    def is_recorded(self, sizes: GrowthSizes) -> bool:
+        """Whether a growth of these sizes is replayed."""
+        return sizes in self._recorded
+
+    def admits(self, sizes: GrowthSizes) -> bool:
+        """Whether a growth of these sizes is recorded or may be; the refusals are counted."""
+        if self.is_recorded(sizes):
+            return True
+        if not self._records or self._graphs.capture is None:
+            return False
+        if self.num_recorded < self._most_growths or self._refused >= EVICT_AFTER:
+            return True
+        self._refused += 1
+        return False
+
     @torch.inference_mode()
-    def grow(
-        self, plan: TreePlan, cuts: Cuts | None, starts: Sequence[GrowthStart]
-    ) -> list[Levels | None] | None:
-        """What the levels of one tree for each start found, all of them cut by `cuts`.
+    def grow(self, sizes: GrowthSizes, starts: Sequence[GrowthStart]) -> list[Levels | None] | None:
+        """What the levels of one tree for each start found; `sizes` are theirs and admitted.
 
         None for a tree that has to grow level by level, and for all when this cannot be recorded;
         then keys and values of scratch slots may have changed.
         """
-        widest = max(plan.counts)
-        most = max(
-            size for size in SESSION_BUCKETS if size == 1 or size * widest <= self._most_rows
-        )
-        answers = list[Levels | None]()
-        for first in range(0, len(starts), most):
-            part = starts[first : first + most]
-            sessions = next(size for size in SESSION_BUCKETS if len(part) <= size)
-            blocks = table_width(max(len(start.block_table) for start in part))
-            drawn = not all(start.sampling.greedy for start in part)
-            found = self._grow(GrowthSizes(plan, cuts, drawn, sessions, blocks), part)
-            if found is None:
-                return None
-            answers += found
-        return answers
-
-    def _grow(
-        self, sizes: GrowthSizes, starts: Sequence[GrowthStart]
-    ) -> list[Levels | None] | None:
         torch.stack([start.logits for start in starts], out=self._roots[: len(starts)])
         numbers = lay_out(sizes, starts, self._graphs.scratch)
         growth, replay = self._recorded.get(sizes) or self._record(sizes, numbers) or (None, None)
         if growth is None or replay is None:
             return None
+        self._recorded.move_to_end(sizes)
         growth.numbers.copy_(numbers)
         replay()
         return read_levels(sizes, growth.found.cpu())[: len(starts)]
@@ -318,8 +342,11 @@ class StaticGrowths:
     ) -> tuple[Growth, Callable[[], None]] | None:
         """Record a growth of these sizes while it grows these trees; None when it is not to be."""
         graphs = self._graphs
-        if not self._records or graphs.capture is None or self.num_recorded >= self._most_growths:
+        if graphs.capture is None:
             return None
+        if self.num_recorded >= self._most_growths:
+            self._recorded.popitem(last=False)
+            self._refused = 0
         block_size = graphs.scratch.block_size
         growth = Growth(sizes, graphs.run, self._roots, block_size, self._spread)
         growth.numbers.copy_(numbers)

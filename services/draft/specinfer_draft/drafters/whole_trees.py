@@ -8,6 +8,7 @@ of models, kernels or the order in which proposals are served.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -18,8 +19,11 @@ from specinfer_draft.drafters.session import DraftSession, Growth
 from specinfer_draft.drafters.static_growth import GrowthStart, StaticGrowths, TreePlan
 from specinfer_engine.blocks import BlockManager
 
+# Believed of a recording before the first one.
+RECORD_SECONDS = 0.5
+
 CopyBlocks = Callable[[Sequence[int], Sequence[int]], None]
-Group = list[tuple[DraftSession, Growth, Tensor]]
+Member = tuple[DraftSession, Growth, Tensor]
 
 
 class WholeTrees:
@@ -44,81 +48,122 @@ class WholeTrees:
         self._copy_blocks = copy_blocks
         self._clock = clock
         self._level_seconds = 0.0
+        self._record_seconds = RECORD_SECONDS
 
-    def grow(self, shares: Sequence[Share], logits: Sequence[Tensor], start: float) -> int:
+    def grow(self, shares: Sequence[Share], logits: Sequence[Tensor]) -> int:
         """Grow the trees whose roots are in this pass and that can grow whole; their searches end.
 
         Args:
             shares: of the pass; what they commit is committed.
             logits: of the rows wanted, [num_wanted, vocab_size] a share.
-            start: when the pass began.
 
         Returns:
             How many rows were computed.
         """
-        groups: dict[tuple[TreePlan, Cuts | None], Group] = {}
+        groups: dict[tuple[TreePlan, Cuts | None], list[Member]] = {}
+        nearest = math.inf
         for share, rows in zip(shares, logits, strict=True):
             growth = share.session.growth
-            if growth is None or not len(rows) or not growth.search.at_root:
+            if growth is None:
                 continue
-            plan = self._plan(share.session, growth, start)
-            if plan is not None:
+            nearest = min(nearest, growth.query.deadline)
+            plan = self._plan(share.session, growth)
+            if plan is not None and len(rows):
                 members = groups.setdefault((plan, share.session.forecast.cuts), [])
                 members.append((share.session, growth, rows[-1]))
-        return sum(self._grow(plan, cuts, group) for (plan, cuts), group in groups.items())
+        num_rows = 0
+        for (plan, cuts), members in groups.items():
+            most = self._growths.most_sessions(plan)
+            for first in range(0, len(members), most):
+                num_rows += self._grow(plan, cuts, members[first : first + most], nearest)
+        return num_rows
 
-    def _plan(self, session: DraftSession, growth: Growth, now: float) -> TreePlan | None:
+    def _plan(self, session: DraftSession, growth: Growth) -> TreePlan | None:
         """The plan of a tree that can grow whole."""
         shape = growth.search.shape
-        if not shape.widths or session.forecast.looks_back:
+        if not growth.search.at_root or not shape.widths or session.forecast.looks_back:
             return None
         plan = TreePlan(shape.widths[: shape.max_depth])
-        if plan.num_nodes > shape.max_nodes or not self._growths.serves(plan):
-            return None
-        if now + len(plan.widths) * self._level_seconds >= growth.query.deadline:
-            # Otherwise one slow growth would keep trees with deadlines from it for ever.
-            self._level_seconds *= 0.75
-            return None
-        return plan
+        fits = plan.num_nodes <= shape.max_nodes and self._growths.serves(plan)
+        return plan if fits else None
 
-    def _grow(self, plan: TreePlan, cuts: Cuts | None, group: Group) -> int:
-        """Grow the trees of one plan and one law, as far as the pool holds them."""
-        start, num_recorded = self._clock(), self._growths.num_recorded
-        held = self._reserve(plan, group)
-        starts = [
-            GrowthStart(
-                logits,
-                session.state.num_cached,
-                tuple(session.state.block_table),
-                session.forecast.sampling,
-            )
-            for session, _, logits in held
-        ]
-        found = self._growths.grow(plan, cuts, starts)
+    def _grow(
+        self, plan: TreePlan, cuts: Cuts | None, members: Sequence[Member], nearest: float
+    ) -> int:
+        """Grow trees of one plan and one law in one run, as far as time and the pool allow."""
+        start = self._clock()
+        held = self._choose(plan, members, start)
+        if not held:
+            return 0
+        samplings = [session.forecast.sampling for session, _, _ in held]
+        num_blocks = max(self._num_blocks(session, plan) for session, _, _ in held)
+        sizes = self._growths.sizes_of(plan, cuts, samplings, num_blocks)
+        is_replay = self._growths.is_recorded(sizes)
+        if not self._growths.admits(sizes) or not (is_replay or self._may_record(start, nearest)):
+            return 0
+        self._reserve(plan, held)
+        found = self._growths.grow(sizes, [_start_of(*member) for member in held])
         if found is None:
+            for session, _, _ in held:
+                session.state.release_scratch()
             return 0
         for (_, growth, _), levels in zip(held, found, strict=True):
             if levels is not None:
                 growth.search.take_tree(levels)
-        if held and num_recorded == self._growths.num_recorded:
-            seconds = (self._clock() - start) / len(plan.widths)
-            # Half new, half old: follows a changing load within a few growths.
-            self._level_seconds += 0.5 * (seconds - self._level_seconds)
+        self._learn(self._clock() - start, plan, is_replay=is_replay)
         return len(held) * plan.num_scratch
 
-    def _reserve(self, plan: TreePlan, group: Group) -> Group:
-        """Take scratch slots for a whole tree each, without taking blocks from anybody."""
-        held, sources, targets = (
-            list[tuple[DraftSession, Growth, Tensor]](),
-            list[int](),
-            list[int](),
-        )
-        for session, growth, logits in group:
-            if session.state.blocks_needed(plan.num_scratch) <= self._blocks.num_free_blocks:
-                copies = session.state.reserve(plan.num_scratch)
-                sources += copies.sources
-                targets += copies.targets
-                held.append((session, growth, logits))
+    def _choose(self, plan: TreePlan, members: Sequence[Member], now: float) -> list[Member]:
+        """Those with time for a whole tree and free blocks for it, without taking anybody's."""
+        held, num_free = list[Member](), self._blocks.num_free_blocks
+        end = now + len(plan.widths) * self._level_seconds
+        for member in members:
+            session, growth, _ = member
+            if end >= growth.query.deadline:
+                # Otherwise one slow growth would keep trees with deadlines from it for ever.
+                self._level_seconds *= 0.75
+                continue
+            needed = session.state.blocks_needed(plan.num_scratch)
+            if needed <= num_free:
+                num_free -= needed
+                held.append(member)
+        return held
+
+    def _may_record(self, now: float, nearest: float) -> bool:
+        """Whether a recording is believed to end before every deadline of the pass."""
+        if now + self._record_seconds < nearest:
+            return True
+        # Otherwise deadlines shorter than a recording would keep all trees from it for ever.
+        self._record_seconds *= 0.75
+        return False
+
+    def _learn(self, seconds: float, plan: TreePlan, *, is_replay: bool) -> None:
+        """Book what a growth took, or its recording."""
+        if is_replay:
+            # Half new, half old: follows a changing load within a few growths.
+            self._level_seconds += 0.5 * (seconds / len(plan.widths) - self._level_seconds)
+        else:
+            self._record_seconds = seconds
+
+    def _num_blocks(self, session: DraftSession, plan: TreePlan) -> int:
+        """Columns of a session's block table once a whole tree has its slots."""
+        state = session.state
+        total = self._blocks.blocks_for(state.num_cached + plan.num_scratch)
+        return max(len(state.block_table), total)
+
+    def _reserve(self, plan: TreePlan, held: Sequence[Member]) -> None:
+        """Take scratch slots for a whole tree each; there is room."""
+        sources, targets = list[int](), list[int]()
+        for session, _, _ in held:
+            copies = session.state.reserve(plan.num_scratch)
+            sources += copies.sources
+            targets += copies.targets
         if sources:
             self._copy_blocks(sources, targets)
-        return held
+
+
+def _start_of(session: DraftSession, _: Growth, logits: Tensor) -> GrowthStart:
+    state = session.state
+    return GrowthStart(
+        logits, state.num_cached, tuple(state.block_table), session.forecast.sampling
+    )
