@@ -66,7 +66,7 @@ class ChatOptions(TypedDict, total=False):
     logprobs: int | None
     """Most probable tokens to report with each token; None reports no logprobs."""
     speculation: SpeculationOptions | bool
-    """How to speculate; False decodes one token a round. It changes no token."""
+    """How to speculate; False decodes plainly. It changes no token."""
     tools: Sequence[Mapping[str, Any] | str]
     """Tools that the chat template tells the model of: one JSON object each."""
     grammar: Grammar | None

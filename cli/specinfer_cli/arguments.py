@@ -133,9 +133,7 @@ Seed = Annotated[
 ]
 NoSpeculation = Annotated[
     bool,
-    typer.Option(
-        "--no-speculation", metavar="", help="Decode one token a round; changes no token."
-    ),
+    typer.Option("--no-speculation", metavar="", help="Decode plainly; changes no token."),
 ]
 MaxNodes = Annotated[
     int | None, typer.Option("--max-nodes", help="Most guessed tokens a round.", min=0)

@@ -88,7 +88,7 @@ def _speculation(chat: Chat, rest: str) -> None:
     if chat.conversation.speculating:
         chat.say("speculation is on")
     else:
-        chat.say("speculation is off: one token a round; /again compares")
+        chat.say("speculation is off; /again compares")
 
 
 def _tree(chat: Chat, rest: str) -> None:

@@ -119,6 +119,7 @@ class _Node:
     label: str
     accepted: bool
     children: list[_Node] = field(default_factory=list)
+    own: bool = False
 
 
 def tree_rows(detail: RoundDetail, max_rows: int = MAX_TREE_ROWS) -> list[Text]:
@@ -140,9 +141,10 @@ def _nodes(detail: RoundDetail) -> _Node:
     for place, parent in enumerate(detail.tree.parents):
         if parent >= 0:
             nodes[parent].children.append(nodes[place])
-    if len(detail.token_texts) > len(detail.accepted):
-        own = _Node(_label(detail.token_texts[-1]), True)
-        nodes[accepted[-1]].children.append(own)
+    last = nodes[accepted[-1]]
+    for text in detail.token_texts[len(detail.accepted) :]:
+        last.children.append(_Node(_label(text), True, own=True))
+        last = last.children[-1]
     for node in nodes:
         node.children.sort(key=lambda child: not child.accepted)
     return nodes[0]
@@ -155,7 +157,7 @@ def _label(text: str) -> str:
 
 def _rows(node: _Node) -> Iterator[Text]:
     style = f"bold {GUESSED}" if node.accepted else REJECTED
-    if node.accepted and not any(child.accepted for child in node.children):
+    if node.own or (node.accepted and not any(child.accepted for child in node.children)):
         style = f"bold {OWN}"
     label = Text(node.label, style)
     if not node.children:

@@ -72,7 +72,7 @@ class Statistics:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens that a round committed, on average; plain decoding has 1."""
+        """Tokens that a round committed, on average; plain decoding has 1, or some at a time."""
         return self.num_tokens / self.num_rounds if self.num_rounds else 0.0
 
     @property

@@ -13,7 +13,7 @@ class SpeculationOptions:
     """How one request wants to be speculated on; none of it changes a token.
 
     Attributes:
-        enabled: False decodes one token a round.
+        enabled: False decodes plainly, a pass of the target for each token.
         max_nodes: most guessed tokens a round; None leaves it to the cluster.
         max_depth: deepest guess; None leaves it to the cluster.
         widths: SpecInfer's <k1,...,km>; empty leaves the shape to the cluster.

@@ -70,7 +70,8 @@ class VerifyResult:
     Attributes:
         epoch: epoch of the session after the step.
         accepted: accepted nodes below the root, in order.
-        token_ids: tokens of the accepted nodes and then the tail; never empty.
+        token_ids: tokens of the accepted nodes and then the tail; of several plain passes the tail
+            of each. Never empty.
         logprobs: one entry a token when logprobs were asked for, else empty.
         num_cached_tokens: tokens of the session's prompt found in the prefix cache (first step).
         num_rows: rows that shared the pass.

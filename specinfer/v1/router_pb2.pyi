@@ -287,7 +287,7 @@ class SpeculationOptions(_message.Message):
     MAX_DEPTH_FIELD_NUMBER: _builtins.int
     WIDTHS_FIELD_NUMBER: _builtins.int
     disabled: _builtins.bool
-    """Decode one token a round."""
+    """Decode plainly: a pass of the target for each token."""
     max_nodes: _builtins.int
     """Most guessed tokens a round."""
     max_depth: _builtins.int

@@ -164,8 +164,9 @@ class VerifyStep(_message.Message):
     TREE_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
-    """Of a root alone: most tokens to decode before the answer, one pass each; 0 is one. The answer has
-    fewer where a text ends or the session is full.
+    """Of a root alone: most tokens to decode before the answer, one pass each, up to 16; 0 is one. The
+    answer has fewer where a text ends, the session is full or a pass failed. A step that is repeated
+    asks for as many as before.
     """
     @_builtins.property
     def tree(self) -> _tree_pb2.TokenTree:

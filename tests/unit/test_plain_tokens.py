@@ -9,13 +9,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from torch import Tensor
 
-from specinfer.errors import Cancelled, InvalidRequest
+from specinfer.errors import Cancelled, InternalError, InvalidRequest
 from specinfer.messages import RoundFacts, StepCost, VerifyResult
 from specinfer.sampling import SamplingParams
+from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
 from specinfer_engine.batch import SequenceRows
+from specinfer_router.calibration import Calibration
+from specinfer_router.deadlines import StepDeadline
 from specinfer_router.plain_pace import MOST_TOKENS, PlainPace
 from specinfer_router.policy import PlainSpeed
+from specinfer_router.round_history import RoundHistory
+from specinfer_router.seats import Checked, Guess
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.session import PendingStep
 from tests.kit.table_models import TableModel, TableRunner, random_drafter
@@ -145,6 +150,38 @@ def test_a_tree_that_comes_between_two_passes_takes_the_steps_place() -> None:
     assert [result.token_ids for result in results] == [right_tokens(3)]
 
 
+class SpoiledRunner(TableRunner):
+    """Makes a NaN in the fourth pass with a root alone."""
+
+    def forward(self, rows: Sequence[SequenceRows]) -> list[Tensor]:
+        """As the table's, but for that pass."""
+        logits = super().forward(rows)
+        if self.num_rows[-4:] == [1, 1, 1, 1]:
+            logits[-1][:] = float("nan")
+        return logits
+
+
+def test_a_pass_that_fails_leaves_the_tokens_before_it() -> None:
+    engine, _, _ = table_engine(make_runner=SpoiledRunner)
+    with running(engine):
+        engine.open("a", 0, PROMPT[:1], GREEDY, 1).result(TIMEOUT)
+        first = ask(engine, 0, PROMPT[0], 8)
+        assert len(first.token_ids) == 3
+        spoiled = engine.step("a", 1, TokenTree.root_only(first.token_ids[-1]))
+        assert isinstance(spoiled.exception(TIMEOUT), InternalError)
+
+
+def test_a_step_that_asks_for_another_number_is_another_step() -> None:
+    engine, _, _ = table_engine()
+    engine.open("a", 0, PROMPT, GREEDY, len(PROMPT))
+    root = TokenTree.root_only(PROMPT[-1])
+    steps = [engine.step("a", 0, root, num_tokens=count) for count in (4, 4, 2)]
+    with running(engine):
+        assert isinstance(steps[0].exception(TIMEOUT), Cancelled)
+        assert isinstance(steps[1].exception(TIMEOUT), Cancelled)
+        assert steps[2].result(TIMEOUT).token_ids == right_tokens(2)
+
+
 def test_negative_control_a_step_that_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PendingStep, "begin_again", lambda step: None)
     _, results = interrupted("open")
@@ -208,3 +245,30 @@ def test_what_plain_decoding_takes_is_told_by_the_token() -> None:
     for _ in range(200):
         speed.observe(facts, 8)
     assert speed.seconds == pytest.approx(0.01, rel=0.01)
+
+
+def test_a_round_of_several_passes_may_take_as_long_as_they_do() -> None:
+    costs = StepCurve([StepCost(1, 8, 0.1)])
+    fixed = StepDeadline(fixed_seconds=0.2)
+    assert fixed.wait(costs, num_rows=1, num_steps=8).seconds == pytest.approx(1.6)
+    derived = StepDeadline()
+    one, eight = (derived.wait(costs, num_rows=1, num_steps=count).seconds for count in (1, 8))
+    work = one - derived.floor_seconds
+    assert eight == pytest.approx(derived.floor_seconds + 8 * work)
+
+
+def test_the_costs_of_a_row_are_learned_from_single_passes_alone() -> None:
+    def believed(num_tokens: int) -> float:
+        calibration = Calibration(StepCurve([StepCost(1, 8, 0.01), StepCost(64, 8, 0.1)]))
+        history = RoundHistory(calibration, temperature=0.0, context_len=8)
+        tokens = (1,) * num_tokens
+        for epoch in range(12):
+            result = VerifyResult(
+                epoch=epoch + 1, accepted=(), token_ids=tokens, num_rows=1, compute_seconds=0.8
+            )
+            guess = Guess(TokenTree.root_only(1), "budget", 0.0)
+            history.observe(guess, Checked(result, 0.8), context_len=8)
+        return calibration.costs.at(1, 8)
+
+    assert believed(8) == pytest.approx(0.01), "what shared each of the passes is not known"
+    assert believed(1) > 0.01

@@ -83,7 +83,7 @@ def test_without_a_bound_the_younger_one_waits_for_the_end_of_the_other() -> Non
 
 
 def test_many_that_do_not_fit_together_all_end_with_their_own_tokens() -> None:
-    jobs = [job_of(seed, 10 + seed) for seed in range(5)]
+    jobs = [job_of(seed, 60 + seed) for seed in range(5)]
     expected = [solo(job) for job in jobs]
     engine = crowded_engine(starve_seconds=0.01)
     with running(engine):

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,8 @@ class Apart:
                 }
             finally:
                 assert process.stdin is not None
-                process.stdin.close()
+                with suppress(BrokenPipeError):  # it may have died meanwhile
+                    process.stdin.close()
                 try:
                     process.wait(END_SECONDS)
                 except subprocess.TimeoutExpired:

@@ -86,8 +86,8 @@ _ACCEPTANCE = (
     lines(
         "Mean tokens a round",
         Unit.TOKENS,
-        "1 is plain decoding. Compare with the mean nodes of a tree below: they are what a token "
-        "more costs the target.",
+        "Plain decoding has 1, or up to 8 that come at a time with speculation off or no drafter. "
+        "Compare with the mean nodes of a tree below: they are what a token more costs the target.",
         "AcceptanceFell",
         Query(shared.TOKENS_A_ROUND, "tokens a round"),
     ),

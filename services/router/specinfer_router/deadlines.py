@@ -67,6 +67,7 @@ class StepDeadline:
         num_rows: int,
         num_prefill: int = 0,
         num_waiting: int = 1,
+        num_steps: int = 1,
         num_misses: int = 0,
         with_grammar: bool = False,
     ) -> RoundWait:
@@ -77,13 +78,15 @@ class StepDeadline:
             num_rows: nodes of the tree, root included.
             num_prefill: tokens to be computed before them.
             num_waiting: sessions that may be served first, ours included.
+            num_steps: passes that the round takes, one after the other.
             num_misses: waits for the same round that were over already.
             with_grammar: whether the worker has to compile a grammar first.
         """
         if self.fixed_seconds:
-            return RoundWait(self.fixed_seconds, last=True)
+            return RoundWait(num_steps * self.fixed_seconds, last=True)
         sessions = max(1, num_waiting)
         cost = _num_passes(num_rows, sessions) * costs.at(max(num_rows, FULL_PASS_ROWS))
+        cost *= num_steps
         cost += sessions * num_prefill * costs.at(PREFILL_ROWS) / PREFILL_ROWS
         seconds = self.floor_seconds + self.factor * cost
         seconds += self.grammar_seconds if with_grammar else 0.0

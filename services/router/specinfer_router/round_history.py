@@ -77,14 +77,15 @@ class RoundHistory:
         self.context_len = context_len
         self._num_rounds += 1
         result = checked.result
-        # The first pass reads the prompt, and nobody knows how much of it.
-        if self._num_rounds > 1 and result.compute_seconds > 0:
+        # The first pass reads the prompt, and nobody knows how much of it; nor what shared each of
+        # several passes.
+        alone = len(result.token_ids) == len(result.accepted) + 1
+        if self._num_rounds > 1 and alone and result.compute_seconds > 0:
             away = checked.seconds - result.compute_seconds - result.queue_seconds
-            num_passes = len(result.token_ids) - len(result.accepted)
             self._calibration.observe_pass(
                 result.num_rows,
                 context_len,
-                result.compute_seconds / num_passes,
+                result.compute_seconds,
                 share=min(1.0, len(guess.tree) / max(1, result.num_rows)),
                 overhead_seconds=away,
             )

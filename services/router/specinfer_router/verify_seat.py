@@ -110,7 +110,7 @@ class VerifySeat:
         self._link: VerifyLink | None = None
         self._generation = 0
         self._curve = StepCurve(())
-        self._usual: tuple[tuple[int, int], RoundWait] | None = None
+        self._usual: tuple[tuple[int, int, int], RoundWait] | None = None
         self._num_misses = 0
 
     @property
@@ -168,6 +168,8 @@ class VerifySeat:
             except (Unavailable, NotFound, StaleEpoch, ResourceExhausted, InternalError) as error:
                 failed, lost = self._link, error
                 attempt += 1
+            # Whatever the reason, less is more likely to come in time.
+            num_tokens = 1
             log.warning("round %d failed: %s", epoch, loggable(lost))
             current_span().event("round failed", {"error.type": lost.reason})
             if attempt == self._max_tries:
@@ -313,7 +315,8 @@ class VerifySeat:
         """As `_allowed`, which mostly says what it said of the last round."""
         if opened or self._num_misses:
             return self._allowed(link, opened, asked)
-        work = work_of(len(asked.tree), max(link.num_seats, link.load.num_waiting))
+        waiting = max(link.num_seats, link.load.num_waiting)
+        work = *work_of(len(asked.tree), waiting), asked.num_tokens
         if self._usual is None or self._usual[0] != work:
             self._usual = work, self._allowed(link, opened, asked)
         return self._usual[1]
@@ -324,6 +327,7 @@ class VerifySeat:
             num_rows=len(asked.tree),
             num_prefill=len(asked.token_ids) if opened else 0,
             num_waiting=max(link.num_seats, link.load.num_waiting),
+            num_steps=asked.num_tokens,
             num_misses=self._num_misses,
             with_grammar=opened and self._grammar is not None,
         )

@@ -251,10 +251,15 @@ class VerifyEngine:
 
     def _answer(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
-            if outcome.error is not None:
-                self._close(outcome.session.session_id, outcome.error)
+            session, step = outcome.session, outcome.session.pending
+            if outcome.error is not None and step is not None and step.partial is not None:
+                # What came before it is good; who goes on from there is told.
+                step.num_tokens = 1
+                self._end_pass(session, step.partial)
+            elif outcome.error is not None:
+                self._close(session.session_id, outcome.error)
             elif outcome.result is not None:
-                self._end_pass(outcome.session, outcome.result)
+                self._end_pass(session, outcome.result)
 
     def _end_pass(self, session: Session, result: VerifyResult) -> None:
         """Answer a step, or let it go on with the next plain token."""
@@ -262,7 +267,7 @@ class VerifyEngine:
         assert step is not None
         over = result.token_ids[-1] in self._end_token_ids
         if step.num_tokens > 1 and not over and len(session.state) < self.limits.max_model_len:
-            step.go_on(result)
+            step.go_on(result, self._clock())
         elif step.futures:
             session.told(result, len(step.tree), self._clock())
             for future in step.futures:
@@ -283,11 +288,8 @@ class VerifyEngine:
         known = self._scheduler.sessions.get(session_id)
         if known is not None:
             known.take_back()
-        if known is not None and known.repeats(
-            epoch, token_ids, sampling, num_prompt_tokens, num_logprobs, grammar
-        ):
-            return
-        if known is not None:
+            if known.repeats(epoch, token_ids, sampling, num_prompt_tokens, num_logprobs, grammar):
+                return
             self._close(session_id, Cancelled("the session was opened again"))
         elif self._draining:
             raise Unavailable("this worker is draining")
@@ -349,7 +351,7 @@ class VerifyEngine:
             future.set_result(session.last_result)
             return
         check_epoch(session_id, session.epoch, epoch)
-        if session.pending is not None and session.pending.given == tree:
+        if session.pending is not None and session.pending.repeats(item):
             session.pending.futures.append(future)
             return
         session.take_back()

@@ -71,7 +71,7 @@ class RootsAhead:
 
     def _ready(self, session: Session) -> bool:
         return (
-            session.num_plain >= PLAIN_STEPS
+            session.num_plain_steps >= PLAIN_STEPS
             and session.pending is None
             and session.ahead is None
             and session.grammar is None

@@ -119,7 +119,7 @@ class Scheduler:
 
     def _waiting_trees(self) -> list[Session]:
         ready = [s for s in self.sessions.values() if s.pending and not s.num_missing]
-        return sorted(ready, key=_arrival)
+        return sorted(ready, key=_ready)
 
     def _waiting_prefills(self) -> list[Session]:
         return [
@@ -205,5 +205,5 @@ def _num_rows(plan: dict[str, ScheduledRows]) -> int:
     return sum(item.num_rows for item in plan.values())
 
 
-def _arrival(session: Session) -> float:
-    return session.pending.arrival if session.pending else 0.0
+def _ready(session: Session) -> float:
+    return session.pending.ready if session.pending else 0.0

@@ -47,13 +47,15 @@ class PendingStep:
 
     Attributes:
         given: the tree as it came, to know a repeated item by.
-        tree: what is left of it within the model's length and the pool.
+        tree: what is left of it within the model's length and the pool; after a plain pass of
+            several the root that it led to.
         kept: for each node of `tree`, its index in `given`.
         arrival: when the item came, in seconds of the engine's clock.
         futures: who waits; a repeated item adds one.
         num_tokens: tokens that are still to be decoded before the answer, one a pass.
         compute_seconds: time in passes that carried the session since it came.
-        token_ids, logprobs: decoded since then.
+        partial: what came of its passes so far, or None.
+        ready: since when it waits for its next pass.
     """
 
     given: TokenTree
@@ -63,25 +65,42 @@ class PendingStep:
     futures: list[Future[VerifyResult]]
     num_tokens: int = 1
     compute_seconds: float = 0.0
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
+    partial: VerifyResult | None = None
+    ready: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ready = self.arrival
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Decoded since it came, and told nobody."""
+        return () if self.partial is None else self.partial.token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Theirs."""
+        return () if self.partial is None else self.partial.logprobs
+
+    def repeats(self, item: StepItem) -> bool:
+        """Whether an item asks for the same."""
+        return item.tree == self.given and item.num_tokens == self.num_tokens + len(self.token_ids)
 
     @classmethod
     def unasked(cls, root: TokenTree, now: float) -> PendingStep:
         """A step that nobody waits for."""
         return cls(root, root, (0,), now, [])
 
-    def go_on(self, result: VerifyResult) -> None:
+    def go_on(self, result: VerifyResult, now: float) -> None:
         """Take the token of a plain pass in, and wait for the next pass, from that token."""
         self.num_tokens -= 1
         self.compute_seconds = result.compute_seconds
-        self.token_ids, self.logprobs = result.token_ids, result.logprobs
+        self.partial, self.ready = result, now
         self.tree = TokenTree.root_only(result.token_ids[-1])
 
     def begin_again(self) -> None:
         """From the root that was given."""
         self.num_tokens += len(self.token_ids)
-        self.tree, self.token_ids, self.logprobs = self.given, (), ()
+        self.tree, self.partial = self.given, None
 
 
 @dataclass
@@ -150,7 +169,7 @@ class Session:
         stream: the stream that opened it last, or None.
         answered: whether a step was answered since it holds blocks.
         absence: how long it is away between its steps.
-        num_plain: steps in a row that asked for the root alone.
+        num_plain_steps: steps in a row that asked for the root alone.
         ahead: the result of such a step that was not asked for yet, whose token `state` has
             already, or None.
     """
@@ -172,7 +191,7 @@ class Session:
     stream: object | None = None
     answered: bool = False
     absence: Absence = field(default_factory=Absence)
-    num_plain: int = 0
+    num_plain_steps: int = 0
     ahead: VerifyResult | None = None
 
     @property
@@ -194,7 +213,7 @@ class Session:
         """Its step, of so many rows, is answered."""
         self.epoch, self.last_result, self.last_active = result.epoch, result, now
         self.pending, self.answered = None, True
-        self.num_plain = self.num_plain + 1 if num_rows == 1 else 0
+        self.num_plain_steps = self.num_plain_steps + 1 if num_rows == 1 else 0
         self.absence.leave(now, num_rows)
 
     def take_ahead(self, epoch: int, tree: TokenTree) -> VerifyResult | None:

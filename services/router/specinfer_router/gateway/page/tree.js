@@ -20,7 +20,7 @@ export function visibleText(text) {
   return shown.length > MAX_LABEL ? `${shown.slice(0, MAX_LABEL - 1)}…` : shown;
 }
 
-/** Nodes to draw, the tail last: {text, parent, depth, kind}, parents before children. */
+/** Nodes to draw, the target's own tokens last: {text, parent, depth, kind}, parents before children. */
 export function nodesOf(round) {
   const { texts, parents, accepted } = round.tree;
   const kept = new Set(accepted);
@@ -31,10 +31,11 @@ export function nodesOf(round) {
     depth: depths[index],
     kind: index === 0 ? "root" : kept.has(index) ? "accepted" : "rejected",
   }));
-  const last = accepted.length ? Math.min(accepted.at(-1), nodes.length - 1) : 0;
-  const tail = round.tokens.at(-1);
-  if (tail && !tail.accepted) {
-    nodes.push({ text: tail.text, parent: last, depth: nodes[last].depth + 1, kind: "tail" });
+  let last = accepted.length ? Math.min(accepted.at(-1), nodes.length - 1) : 0;
+  // Without guesses several may come at a time, one below the other.
+  for (const own of round.tokens.filter((token) => !token.accepted)) {
+    nodes.push({ text: own.text, parent: last, depth: nodes[last].depth + 1, kind: "tail" });
+    last = nodes.length - 1;
   }
   return nodes;
 }
