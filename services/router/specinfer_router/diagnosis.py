@@ -78,7 +78,7 @@ def _tier(tier: str, workers: Sequence[WorkerStatus]) -> Finding:
         )
     if num_ready == 0:
         return Finding(
-            "draft workers", WARNING, detail, "start one; until then every round brings one token"
+            "draft workers", WARNING, detail, "start one; until then nothing is guessed"
         )
     if num_ready < len(known):
         return Finding(f"{tier} workers", WARNING, detail, "see the log of those that are missing")
