@@ -193,6 +193,25 @@ def test_what_a_row_does_not_see_cannot_reach_it(
     assert got[[1, 4, 5]].isnan().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [9, 10, 33, 34], ids=lambda window: f"window {window}")
+def test_what_lies_right_behind_a_window_cannot_reach_a_row(
+    backend: Backend, dtype: torch.dtype, window: int
+) -> None:
+    """Windows begin at odd places and at even ones; the row above still sees the key."""
+    geometry, context, rows = Geometry(dtype=dtype), 40, 4
+    nodes = random_nodes(context + rows, geometry, seed=0)
+    session = Session(nodes[:context], nodes[context:], chain(rows))
+    attention = with_backend(backend)
+    expected = attend([session], geometry, attention, sliding_window=window)[0]
+    for tensor in (session.context.key, session.context.value):
+        tensor[context + 1 - window] = math.nan
+    got = attend([session], geometry, attention, sliding_window=window)[0]
+    assert same_bits(got[1:], expected[1:])
+    assert got[0].isnan().all()
+
+
 def test_strided_query_and_no_rows() -> None:
     geometry = Geometry()
     nodes = random_nodes(10, geometry, seed=0)

@@ -2,8 +2,9 @@
 //
 // A word holds two neighbours: of a query or key two dimensions, of values and weights two keys. A
 // score is one chain of vdpbf16ps over the pairs of dimensions, a result one over the pairs of keys,
-// counted from the block's first place; rows and vectors side by side change no chain. A key that a
-// row does not see is a zero, so what stands in its place cannot reach the row.
+// counted from the block's first place; rows and vectors side by side change no chain. Of a pair that
+// a row sees half of, the other value is made zero; pairs that it does not see are left out, and the
+// scores of places that it does not see count nowhere. So what stands there cannot reach the row.
 #pragma once
 
 #include "linear.h"
