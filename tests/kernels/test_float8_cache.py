@@ -1,5 +1,6 @@
 """Keys and values in one byte: what is written, what attention reads, and that bits stay a row's
-own. On a CPU plain torch serves them; Triton through its interpreter where it is there."""
+own. On a CPU plain torch writes them and the native kernel attends over a widened copy; Triton runs
+through its interpreter where it is there."""
 
 from __future__ import annotations
 
