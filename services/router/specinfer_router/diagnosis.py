@@ -77,9 +77,7 @@ def _tier(tier: str, workers: Sequence[WorkerStatus]) -> Finding:
             "verify workers", FAILED, detail, "start one; nothing is served without the target"
         )
     if num_ready == 0:
-        return Finding(
-            "draft workers", WARNING, detail, "start one; until then nothing is guessed"
-        )
+        return Finding("draft workers", WARNING, detail, "start one; until then nothing is guessed")
     if num_ready < len(known):
         return Finding(f"{tier} workers", WARNING, detail, "see the log of those that are missing")
     if num_ready == 1 and tier == "verify":

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 # A text may end within them, by a stop string that the target does not know, and be thrown away.
 MOST_TOKENS = 8
-# Where guesses are tried again after so many rounds, these are not to last long.
-FEW_TOKENS = 4
 
 
 class PlainPace:
@@ -29,8 +27,8 @@ class PlainPace:
         """Take in a round without guesses: how long its tokens took, waits and the way included."""
         self._token_seconds = seconds / num_tokens
 
-    def num_tokens(self, left: int, most: int = MOST_TOKENS) -> int:
+    def num_tokens(self, left: int) -> int:
         """How many the next such round asks for, of so many that are wanted; one at least."""
         if not self._token_seconds:
             return 1
-        return max(1, min(left, most, int(self._seconds / self._token_seconds)))
+        return max(1, min(left, MOST_TOKENS, int(self._seconds / self._token_seconds)))

@@ -28,7 +28,7 @@ from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import CLIENT, Span
 from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
-from specinfer_router.plain_pace import FEW_TOKENS, MOST_TOKENS, PlainPace
+from specinfer_router.plain_pace import PlainPace
 from specinfer_router.policy import TreeShapePolicy, clip, within
 from specinfer_router.prediction import Prediction
 from specinfer_router.round_history import RoundLoad
@@ -266,13 +266,15 @@ class Session:
         )
 
     def _num_plain(self, guess: Guess) -> int:
-        """Tokens to decode in one round: several where the next rounds have no guesses either."""
-        reason, options = guess.root_only_reason, self._options
-        if reason not in ("budget", "no_drafter") or self._prediction is not None:
+        """Tokens to decode in one round: several where no later round will have guesses either.
+
+        A policy that guesses nothing for now counts rounds until it tries again: those stay small.
+        """
+        options = self._options
+        off = not options.enabled or options.max_nodes == 0
+        if self._prediction is not None or not (off or guess.root_only_reason == "no_drafter"):
             return 1
-        lasting = reason == "no_drafter" or not options.enabled or options.max_nodes == 0
-        left = min(self._max_depth + 1, self._room)
-        return self._pace.num_tokens(left, MOST_TOKENS if lasting else FEW_TOKENS)
+        return self._pace.num_tokens(min(self._max_depth + 1, self._room))
 
     def _take(self, guess: Guess, checked: Checked) -> Kept:
         """Take a verified round in, as far as it belongs to the completion."""
