@@ -267,7 +267,7 @@ class Session:
 
     def _num_plain(self, guess: Guess) -> int:
         """Tokens to decode in one round: several where no later round will have guesses either."""
-        # A policy that guesses nothing for now counts rounds until it tries again: those stay small.
+        # A policy that guesses nothing for now counts rounds until it tries again: they stay small.
         options = self._options
         off = not options.enabled or options.max_nodes == 0
         if self._prediction is not None or not (off or guess.root_only_reason == "no_drafter"):
