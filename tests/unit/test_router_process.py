@@ -20,7 +20,7 @@ from specinfer.admin import AdminClient
 from specinfer.client import AsyncClient
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
-from specinfer.server import fastest_loop
+from specinfer_router.__main__ import fastest_loop
 from specinfer_router.goodput import AdaptiveShape
 from specinfer_router.policy import StaticShape
 from specinfer_router.settings import RouterSettings
@@ -86,7 +86,7 @@ def test_shapes_policies_and_deadlines_come_from_settings() -> None:
     plain = RouterSettings(verify=("127.0.0.1:1",))
     assert isinstance(plain.shape_policy(costs), AdaptiveShape)
     static = RouterSettings(verify=("127.0.0.1:1",), policy="static")
-    assert static.shape_policy(costs) == StaticShape(ShapeQuery(max_nodes=16, max_depth=16))
+    assert static.shape_policy(costs) == StaticShape(ShapeQuery(max_nodes=12, max_depth=12))
     assert plain.limits(costs).seats.propose_seconds == pytest.approx(0.2)
     assert plain.limits(()).seats.propose_seconds == 0.1
     chosen = RouterSettings(verify=("127.0.0.1:1",), widths="3,2", propose_deadline=0.7)
