@@ -82,16 +82,11 @@ class RouterSettings:
     session_seconds: float = setting(3600.0, "how long a session is kept after its last change")
     max_sessions: int = setting(10_000, "most sessions kept in memory")
     policy: str = setting("adaptive", "adaptive: by goodput; static: one shape for all rounds")
-<<<<<<< HEAD
-    draft_nodes: int = setting(16, "most guessed tokens a round; 0 turns speculation off")
-    draft_depth: int = setting(16, "deepest guess")
+    draft_nodes: int = setting(12, "most guessed tokens a round; 0 turns speculation off")
+    draft_depth: int = setting(12, "deepest guess")
     plain_seconds: float = setting(
         0.08, "without guesses, tokens that take so long come together; 0: one by one"
     )
-=======
-    draft_nodes: int = setting(12, "most guessed tokens a round; 0 turns speculation off")
-    draft_depth: int = setting(12, "deepest guess")
->>>>>>> parent of 1357bc4 (Let a round have sixteen guesses: never worse, and a little better where all are right)
     widths: str = setting("", "children for each node of a level, such as 3,2,1; empty: best-first")
     max_tree_nodes: int = setting(64, "largest tree that a request may ask for, root included")
     propose_deadline: float = setting(
