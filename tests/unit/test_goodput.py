@@ -14,7 +14,13 @@ from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
 from specinfer_router import goodput
 from specinfer_router.calibration import Acceptance, Calibration, Snapshot
-from specinfer_router.goodput import PROBE_ROUNDS, AdaptiveShape, shift_acceptance, sizes
+from specinfer_router.goodput import (
+    PROBE_ROUNDS,
+    AdaptiveShape,
+    RoundCosts,
+    shift_acceptance,
+    sizes,
+)
 from specinfer_router.sequoia import TokenTable, expected_tokens
 from tests.kit.simulated_rounds import Simulation, World
 
@@ -325,3 +331,17 @@ def test_a_crowd_looks_at_costs_once_in_a_round_of_all(monkeypatch: pytest.Monke
         assert 1 <= num_looks <= most
     # A few sessions are each other's costs less: every round of theirs looks.
     assert num_looks == 64
+
+
+def test_a_crowds_plain_tokens_share_what_comes_with_a_round() -> None:
+    calibration = Calibration(FLAT)
+    for _ in range(200):
+        calibration.observe_pass(16, 0, FLAT.at(16), share=1.0, overhead_seconds=0.02)
+    alone, together = (
+        RoundCosts(calibration, sessions, 0, 0.0, 0.0, 0.0, plain_seconds=10.0).plain()
+        for sessions in (8, 16)
+    )
+    overhead = calibration.overhead_seconds.value
+    assert overhead > 0.01
+    assert alone == pytest.approx(FLAT.at(8) + overhead, rel=0.05)
+    assert together == pytest.approx(FLAT.at(16) + overhead / 8, rel=0.05)

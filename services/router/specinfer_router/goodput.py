@@ -21,6 +21,7 @@ from specinfer_router.calibration import (
     Calibration,
     DrafterRecord,
 )
+from specinfer_router.plain_pace import tokens_within
 from specinfer_router.policy import requested
 from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
@@ -64,6 +65,7 @@ class RoundCosts:
         context_len: keys that each row sees.
         draft_fixed, draft_level: of a propose, and of each level of its tree.
         known_level: of a level, by the drafter's own measurement; 0 when it is not known.
+        plain_seconds: for how long a crowd's plain tokens come together.
     """
 
     calibration: Calibration
@@ -72,19 +74,36 @@ class RoundCosts:
     draft_fixed: float
     draft_level: float
     known_level: float
+    plain_seconds: float = 0.0
 
     @classmethod
-    def of(cls, calibration: Calibration, record: DrafterRecord, num: int, context: int) -> Self:
+    def of(
+        cls,
+        calibration: Calibration,
+        record: DrafterRecord,
+        num: int,
+        context: int,
+        plain_seconds: float = 0.0,
+    ) -> Self:
         """For `num` sessions at once of `context` tokens each, drafted for together."""
         slowness = record.slowness(num)
         fixed, level = (slowness * seconds for seconds in record.cost.parts())
-        return cls(calibration, num, context, fixed, level, slowness * record.cost.known_level)
+        known = slowness * record.cost.known_level
+        return cls(calibration, num, context, fixed, level, known, plain_seconds)
 
     def verify(self, num_nodes: int) -> float:
         """A pass that carries `num_nodes` guesses a session, and what comes with every round."""
         known = self.calibration
         seconds = known.costs.at(self.num_sessions * (num_nodes + 1), self.context_len)
         return seconds + known.overhead_seconds.value
+
+    def plain(self) -> float:
+        """A plain token; where several come together, they share what comes with a round."""
+        alone = self.verify(0)
+        if self.num_sessions <= CROWD:
+            return alone
+        together = tokens_within(self.plain_seconds, alone)
+        return alone - self.calibration.overhead_seconds.value * (1.0 - 1.0 / together)
 
     def draft(self, depth: int) -> float:
         """A propose of `depth` levels."""
@@ -139,9 +158,15 @@ class AdaptiveShape:
     probe that rarely from the beginning.
     """
 
-    def __init__(self, default: ShapeQuery, calibration: Calibration) -> None:
-        """Choose trees no larger and no deeper than `default`, where a request does not say."""
+    def __init__(
+        self, default: ShapeQuery, calibration: Calibration, plain_seconds: float = 0.0
+    ) -> None:
+        """Choose trees no larger and no deeper than `default`, where a request does not say.
+
+        A crowd's plain tokens come together for `plain_seconds`.
+        """
         self._default = default
+        self._plain_seconds = plain_seconds
         self._calibration = calibration
         # Sessions at once when that was last known, and those that began since and still are.
         self._num_sessions = 0
@@ -244,8 +269,9 @@ class AdaptiveShape:
         return found
 
     def _costs(self, record: DrafterRecord, history: RoundHistory) -> RoundCosts:
+        load, context_len = history.load, history.context_len
         return RoundCosts.of(
-            self._calibration, record, history.load.num_sessions, history.context_len
+            self._calibration, record, load.num_sessions, context_len, self._plain_seconds
         )
 
     def _table(self, acceptance: Acceptance, shift: int, asked: ShapeQuery) -> TokenTable:
@@ -295,7 +321,7 @@ def _is_probe(record: DrafterRecord, choice: Choice, num_sessions: int) -> bool:
 
 def best_choice(tokens: TokenTable, costs: RoundCosts) -> Choice:
     """The tree of highest goodput among the table's depths and some sizes, the root's excluded."""
-    plain = costs.verify(0)
+    plain = costs.plain()
     best_goodput, best_nodes, best_depth = 0.0, 1, 1
     for num_nodes in sizes(len(tokens[0]) - 1):
         verify = costs.verify(num_nodes)

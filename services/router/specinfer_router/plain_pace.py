@@ -31,4 +31,9 @@ class PlainPace:
         """How many the next such round asks for, of so many that are wanted; one at least."""
         if not self._token_seconds:
             return 1
-        return max(1, min(left, MOST_TOKENS, int(self._seconds / self._token_seconds)))
+        return max(1, min(left, tokens_within(self._seconds, self._token_seconds)))
+
+
+def tokens_within(seconds: float, token_seconds: float) -> int:
+    """How many tokens of so many seconds each come together; one at least."""
+    return max(1, min(MOST_TOKENS, int(seconds / token_seconds)))

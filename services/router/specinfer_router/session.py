@@ -267,10 +267,11 @@ class Session:
 
     def _num_plain(self, guess: Guess) -> int:
         """Tokens to decode in one round: several where no later round will have guesses either."""
-        # A policy that guesses nothing for now counts rounds until it tries again: they stay small.
-        options = self._options
-        off = not options.enabled or options.max_nodes == 0
-        if self._prediction is not None or not (off or guess.root_only_reason == "no_drafter"):
+        options, reason = self._options, guess.root_only_reason
+        lasting = not options.enabled or options.max_nodes == 0 or reason == "no_drafter"
+        # A policy that guesses nothing counts rounds until it tries again; a crowd has many.
+        lasting = lasting or (reason == "budget" and self._verifier.num_sharing > FEW)
+        if self._prediction is not None or not lasting:
             return 1
         return self._pace.num_tokens(min(self._max_depth + 1, self._room))
 

@@ -200,7 +200,8 @@ class RouterSettings:
     ) -> TreeShapePolicy:
         """The policy, given what the target's steps cost and whom to ask for a drafter's."""
         if self.policy == "adaptive":
-            return AdaptiveShape(self.shape(), Calibration(StepCurve(costs), draft_costs))
+            calibration = Calibration(StepCurve(costs), draft_costs)
+            return AdaptiveShape(self.shape(), calibration, self.plain_seconds)
         return StaticShape(self.shape())
 
     def limits(self, costs: tuple[StepCost, ...]) -> RouterLimits:
