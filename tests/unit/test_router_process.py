@@ -20,7 +20,7 @@ from specinfer.admin import AdminClient
 from specinfer.client import AsyncClient
 from specinfer.errors import InvalidRequest
 from specinfer.messages import ShapeQuery, StepCost
-from specinfer_router.__main__ import fastest_loop
+from specinfer.server import fastest_loop
 from specinfer_router.goodput import AdaptiveShape
 from specinfer_router.policy import StaticShape
 from specinfer_router.settings import RouterSettings
