@@ -11,6 +11,7 @@ from specinfer.sampling import SamplingParams, StopConditions
 from specinfer.tree import TokenTree
 from specinfer_bench.local import router_over, run_request, running
 from specinfer_bench.measure import Sample
+from specinfer_draft.drafters import whole_trees
 from specinfer_draft.drafters.search import TreeSearch
 from specinfer_draft.drafters.static_growth import Levels
 from specinfer_draft.settings import Settings as DraftSettings
@@ -67,6 +68,8 @@ async def test_whole_trees_change_no_token_and_are_what_is_verified(
     plain = await samples(pair, speculation=False)
     by_level = await samples(pair, speculation=True)
     monkeypatch.setattr(served, "capture_for", lambda *arguments: Recorder())
+    # As if recordings took no time: the deadlines here are short.
+    monkeypatch.setattr(whole_trees, "RECORD_SECONDS", 0.0)
     grown = list[TokenTree]()
     take_tree = TreeSearch.take_tree
 
