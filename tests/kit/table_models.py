@@ -107,6 +107,14 @@ def tree_laws(
     return lambda node: model.logits([*before, *tree.path_token_ids(node)])
 
 
+def greedy_output(prompt: Sequence[int], num_tokens: int, vocab_size: int) -> tuple[int, ...]:
+    """What the table model says greedily after a prompt."""
+    tokens, model = list(prompt), TableModel(vocab_size)
+    for _ in range(num_tokens):
+        tokens.append(int(model.logits(tokens).argmax()))
+    return tuple(tokens[len(prompt) :])
+
+
 def draft_nothing(token_ids: Sequence[int]) -> TokenTree:
     """Plain decoding."""
     return TokenTree.root_only(token_ids[-1])

@@ -57,14 +57,14 @@ def table_engine(
     bounds = {"max_model_len": 200, "max_rows": 64, "min_prefill_rows": 8, "max_tree_nodes": 32}
     runner = make_runner(TableModel(vocab_size), num_blocks, block_size)
     blocks = BlockManager(num_blocks, block_size)
-    chosen = Limits(vocab_size=vocab_size, **(bounds | limits))  # type: ignore[arg-type]
+    ends = frozenset(end_token_ids)
+    chosen = Limits(vocab_size=vocab_size, end_token_ids=ends, **(bounds | limits))  # type: ignore[arg-type]
     engine = VerifyEngine(
         runner,
         blocks,
         chosen,
         walk_on_device=walk_on_device,
         clock=clock,
-        end_token_ids=end_token_ids,
     )
     if roots_ahead:
         engine.run_ahead(StepCurve(()))

@@ -23,7 +23,7 @@ from specinfer_router.round_history import RoundHistory
 from specinfer_router.seats import Checked, Guess
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.session import PendingStep
-from tests.kit.table_models import TableModel, TableRunner, random_drafter
+from tests.kit.table_models import TableRunner, greedy_output, random_drafter
 from tests.kit.verify_driver import TIMEOUT, Job, decode, running, table_engine
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -41,11 +41,7 @@ def counted() -> Iterator[tuple[VerifyEngine, TableRunner]]:
 
 def right_tokens(num_tokens: int) -> tuple[int, ...]:
     """Output of the greedy table model."""
-    tokens: list[int] = [*PROMPT]
-    model = TableModel(VOCAB)
-    for _ in range(num_tokens):
-        tokens.append(int(model.logits(tokens).argmax()))
-    return tuple(tokens[len(PROMPT) :])
+    return greedy_output(PROMPT, num_tokens, VOCAB)
 
 
 def ask(engine: VerifyEngine, epoch: int, root: int, num_tokens: int) -> VerifyResult:

@@ -19,7 +19,7 @@ from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.roots_ahead import cheap_rows
 from specinfer_verify.session import Session
 from tests.kit.fake_workers import info_of
-from tests.kit.table_models import Draft, TableModel, TableRunner, random_drafter
+from tests.kit.table_models import Draft, TableRunner, greedy_output, random_drafter
 from tests.kit.verify_driver import (
     TIMEOUT,
     Job,
@@ -58,11 +58,7 @@ def decode_plainly(engine: VerifyEngine, num_rounds: int) -> list[int]:
 
 def right_tokens(num_tokens: int) -> list[int]:
     """Prompt and output of the greedy table model."""
-    tokens: list[int] = [*PROMPT]
-    model = TableModel(VOCAB)
-    for _ in range(num_tokens):
-        tokens.append(int(model.logits(tokens).argmax()))
-    return tokens
+    return [*PROMPT, *greedy_output(PROMPT, num_tokens, VOCAB)]
 
 
 def until_ahead(runner: TableRunner, num_asked: int, num_ahead: int = 1) -> None:

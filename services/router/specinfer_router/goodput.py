@@ -22,7 +22,7 @@ from specinfer_router.calibration import (
     DrafterRecord,
 )
 from specinfer_router.plain_pace import tokens_within
-from specinfer_router.policy import requested
+from specinfer_router.policy import CROWD, requested
 from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
 
@@ -46,8 +46,6 @@ STEPS_AN_OCTAVE = 6
 SHIFT_STEP = 0.5
 # Less than this share of a pass decides nothing, and is noise where a cost is learnt from answers.
 LEAST_SHARE = 1 / 64
-# With more sessions than this in a pass one decision is made for all of them.
-CROWD = 8
 # Steps of contexts and draft seconds that make the same choice for them.
 STEPS_OF_A_CROWD = 6
 # Rounds of every session after which speculation that began was no vain start.

@@ -29,7 +29,7 @@ from specinfer.telemetry import CLIENT, Span
 from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.plain_pace import PlainPace
-from specinfer_router.policy import TreeShapePolicy, clip, within
+from specinfer_router.policy import CROWD, TreeShapePolicy, clip, within
 from specinfer_router.prediction import Prediction
 from specinfer_router.round_history import RoundLoad
 from specinfer_router.round_tally import RoundTally
@@ -37,8 +37,6 @@ from specinfer_router.seats import Checked, DraftSeat, Guess, VerifySeat
 from specinfer_router.store import ABANDONED, CANCELLED, ERROR, SessionRecord, SessionStore
 from specinfer_router.tracing import SessionTrace
 
-# With more sessions there is always another one to be served while a frame waits.
-FEW = 8
 LEAVING = "this router is shutting down; another one goes on with the stream"
 
 
@@ -177,7 +175,8 @@ class Session:
             kept = self._take(guess, checked)
             if not kept.finish_reason and not self._leaving():
                 self._asked = self._ask(trace, self.epoch + 1)
-                if self._verifier.num_sharing <= FEW:
+                # In a crowd there is always another one to be served while a frame waits.
+                if self._verifier.num_sharing <= CROWD:
                     # A turn of the loop: the frame leaves before what a drafter need not wait for.
                     await asyncio.sleep(0)
             self._history.observe(guess, checked, context_len=len(self._token_ids), load=asked.load)
@@ -270,7 +269,7 @@ class Session:
         options, reason = self._options, guess.root_only_reason
         lasting = not options.enabled or options.max_nodes == 0 or reason == "no_drafter"
         # A policy that guesses nothing counts rounds until it tries again; a crowd has many.
-        lasting = lasting or (reason == "budget" and self._verifier.num_sharing > FEW)
+        lasting = lasting or (reason == "budget" and self._verifier.num_sharing > CROWD)
         if self._prediction is not None or not lasting:
             return 1
         return self._pace.num_tokens(min(self._max_depth + 1, self._room))

@@ -35,6 +35,7 @@ class Limits:
         silent_seconds: how long a session without a step keeps its place when all are taken.
         session_idle_seconds: how long a session may be silent before it is closed.
         max_slots: slots of the KV pool; `within_pool` fills it in.
+        end_token_ids: tokens that end a text: unasked nothing is decoded below them.
 
     Raises:
         InvalidRequest: when the bounds contradict each other.
@@ -51,6 +52,7 @@ class Limits:
     silent_seconds: float = 10.0
     session_idle_seconds: float = 600.0
     max_slots: int = 0
+    end_token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_tree_nodes <= self.max_rows <= MAX_TREE_NODES:
@@ -71,6 +73,10 @@ class Limits:
         """The same limits, with the longest session cut to what the pool can ever hold."""
         max_slots = blocks.num_blocks * blocks.block_size
         return replace(self, max_slots=max_slots, max_model_len=min(self.max_model_len, max_slots))
+
+    def end_at(self, token_ids: Sequence[int]) -> bool:
+        """Whether nothing is to be decoded below these tokens without being asked for."""
+        return len(token_ids) >= self.max_model_len or token_ids[-1] in self.end_token_ids
 
     def check_sessions(self, num_sessions: int) -> None:
         """Raise ResourceExhausted when there is no place for one more session."""

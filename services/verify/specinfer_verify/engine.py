@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from specinfer.errors import Cancelled, LeaseLost, NotFound, SpecinferError, Unavailable
@@ -47,7 +47,6 @@ class VerifyEngine:
         runner: the model and its KV pool.
         blocks: the pool's bookkeeping; num_blocks and block_size are the runner's.
         limits: what a session may be.
-        end_token_ids: tokens that end a text: plain decoding stops there to be asked again.
         walk_on_device: whether sessions are walked together where their logits lie, for a GPU.
         clock: seconds, for queue times and idle sessions.
         on_failure: called on the engine's thread when a pass has failed.
@@ -59,14 +58,12 @@ class VerifyEngine:
         blocks: BlockManager,
         limits: Limits,
         *,
-        end_token_ids: Collection[int] = (),
         walk_on_device: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
         self.limits = limits.within_pool(blocks)
         self._runner = runner
-        self._end_token_ids = frozenset(end_token_ids)
         self._walks = DeviceWalks(walk_on_device)
         self._blocks = blocks
         self._clock = clock
@@ -85,7 +82,7 @@ class VerifyEngine:
         self._empty = threading.Event()
         self._empty.set()
         self._gathering = Gathering(self.limits.max_rows)
-        self._roots_ahead = RootsAhead()
+        self._roots_ahead = RootsAhead(self.limits)
         self._thread = EngineThread(
             "verify-engine",
             self.run_pass,
@@ -114,9 +111,7 @@ class VerifyEngine:
 
     def run_ahead(self, costs: StepCurve) -> None:
         """Compute roots before they are asked for where that is cheap; call it before `start`."""
-        max_rows = cheap_rows(costs, self.limits.max_rows)
-        max_len = self.limits.max_model_len
-        self._roots_ahead = RootsAhead(max_rows, max_len, self._end_token_ids)
+        self._roots_ahead = RootsAhead(self.limits, cheap_rows(costs, self.limits.max_rows))
 
     @property
     def num_preemptions(self) -> int:
@@ -265,8 +260,7 @@ class VerifyEngine:
         """Answer a step, or let it go on with the next plain token."""
         step = session.pending
         assert step is not None
-        over = result.token_ids[-1] in self._end_token_ids
-        if step.num_tokens > 1 and not over and len(session.state) < self.limits.max_model_len:
+        if step.num_tokens > 1 and not self.limits.end_at(session.state.token_ids):
             step.go_on(result, self._clock())
         elif step.futures:
             session.told(result, len(step.tree), self._clock())

@@ -12,11 +12,12 @@ much. This module knows nothing of tensors, futures or what a pass computes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from specinfer.messages import VerifyResult
 from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
+from specinfer_verify.checks import Limits
 from specinfer_verify.session import Session
 
 # Steps in a row without guesses after which the next one is expected to have none either.
@@ -33,18 +34,14 @@ class RootsAhead:
         num_used: those of them that were asked for.
 
     Args:
+        limits: of the engine.
         max_rows: most rows of a pass that has such roots; 0 never computes one.
-        max_model_len: longest session in tokens.
-        end_token_ids: tokens that end a text: nothing is asked for below them.
     """
 
-    def __init__(
-        self, max_rows: int = 0, max_model_len: int = 0, end_token_ids: Collection[int] = ()
-    ) -> None:
+    def __init__(self, limits: Limits, max_rows: int = 0) -> None:
         self.num_computed = self.num_used = 0
+        self._limits = limits
         self._max_rows = max_rows
-        self._max_model_len = max_model_len
-        self._end_token_ids = frozenset(end_token_ids)
 
     def chosen(self, sessions: Collection[Session]) -> list[Session]:
         """Sessions whose roots join the next pass; all that could or nobody.
@@ -76,13 +73,11 @@ class RootsAhead:
             and session.ahead is None
             and session.grammar is None
             and session.num_missing == 0
-            and len(session.state) < self._max_model_len
-            and session.state.token_ids[-1] not in self._end_token_ids
+            and not self._limits.end_at(session.state.token_ids)
         )
 
 
 def cheap_rows(costs: StepCurve, max_rows: int) -> int:
     """The most rows up to which a pass costs about as much as one of a single row."""
     most = CHEAP * costs.at(1)
-    rows: Sequence[int] = range(1, max_rows + 1)
-    return max((count for count in rows if costs.at(count) <= most), default=1)
+    return max(count for count in range(1, max_rows + 1) if costs.at(count) <= most)

@@ -64,7 +64,6 @@ def build_worker(settings: Settings, on_failure: Callable[[], None] | None = Non
         runner,
         blocks,
         limits,
-        end_token_ids=loaded.eos_token_ids,
         walk_on_device=on_gpu,
         on_failure=on_failure,
     )
@@ -108,4 +107,5 @@ def _limits(settings: Settings, loaded: LoadedModel) -> Limits:
         starve_seconds=settings.starve_seconds,
         silent_seconds=settings.silent_seconds,
         session_idle_seconds=settings.session_idle_seconds,
+        end_token_ids=frozenset(loaded.eos_token_ids),
     )
