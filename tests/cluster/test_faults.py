@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 
 import pytest
 import redis.asyncio
@@ -36,6 +36,9 @@ LONG: GenerateOptions = {
     "speculation": SpeculationOptions(widths=(2, 1, 1)),
 }
 OTHER: GenerateOptions = {**LONG, "token_ids": [7, 80, 33], "seed": 12}
+# Without guesses a round brings several tokens, each from a pass of its own.
+PLAIN: GenerateOptions = {**LONG, "speculation": SpeculationOptions(enabled=False)}
+OTHER_PLAIN: GenerateOptions = {**OTHER, "speculation": SpeculationOptions(enabled=False)}
 
 
 # Many streams at once, each with a seed of its own.
@@ -103,18 +106,21 @@ async def test_killing_the_drafter_costs_guesses_and_no_token(cluster: RunningCl
 
 
 async def test_killing_a_verifier_costs_time_and_no_token(cluster: RunningCluster) -> None:
-    async with AsyncClient(cluster.router) as client:
+    async with AsyncClient(cluster.router) as client, AsyncExitStack() as open_streams:
         unbroken = [await client.generate(**options) for options in (LONG, OTHER)]
-        # The second goes to the worker with fewer sessions: each of the two has one.
-        async with client.stream(**LONG) as one, client.stream(**OTHER) as other:
-            await first_tokens(one)
-            await first_tokens(other)
-            with suspended([child(cluster, "verify 2")]):
-                child(cluster, "verify 1").process.kill()
-                await wait_for(client, lambda told: told.num_verifiers == 1)
-            broken = await asyncio.gather(rest_of(one), rest_of(other))
-        assert [run.token_ids for run in broken] == [run.token_ids for run in unbroken]
-        assert [run.text for run in broken] == [run.text for run in unbroken]
+        streams = []
+        # Each goes to the worker with fewer sessions: of each pair each of the two has one.
+        for options in (PLAIN, OTHER_PLAIN, LONG, OTHER):
+            streams.append(await open_streams.enter_async_context(client.stream(**options)))
+            await first_tokens(streams[-1])
+        with suspended([child(cluster, "verify 2")]):
+            child(cluster, "verify 1").process.kill()
+            await wait_for(client, lambda told: told.num_verifiers == 1)
+        broken = await asyncio.gather(*map(rest_of, streams))
+        assert [run.token_ids for run in broken] == [run.token_ids for run in unbroken * 2]
+        assert [run.text for run in broken] == [run.text for run in unbroken * 2]
+        for plain in broken[:2]:
+            assert plain.speculation.num_rounds < len(plain.token_ids) / 2
         assert (await client.generate(**LONG)).token_ids == unbroken[0].token_ids
 
 

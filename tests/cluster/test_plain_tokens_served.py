@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from specinfer.messages import GenerateRequest, SpeculationOptions
+from specinfer.messages import GenerateRequest, Grammar, SpeculationOptions
 from specinfer_router.access import Caller
 from specinfer_router.opening import SeatLimits
 from specinfer_router.router import Router, RouterLimits
@@ -18,6 +19,7 @@ from tests.kit.router import Generated, collected, request_of
 
 PROMPT = tuple(range(20, 60))
 OFF = SpeculationOptions(enabled=False)
+LINES = "([a-z]{3}-[0-9]{2},){3}"
 # However slow the machine, tokens come within it.
 AT_ONCE, ONE_BY_ONE = 1000.0, 0.0
 
@@ -42,7 +44,8 @@ def runs(tiny_pair: tuple[Path, Path]) -> list[list[Generated]]:
     plain = request_of(token_ids=PROMPT, max_tokens=43, speculation=OFF)
     guessed = request_of(token_ids=PROMPT, max_tokens=43)
     sampled = replace(plain, num_logprobs=2)
-    return asyncio.run(both_ways(tiny_pair, plain, guessed, sampled))
+    structured = replace(plain, grammar=Grammar("regex", LINES))
+    return asyncio.run(both_ways(tiny_pair, plain, guessed, sampled, structured))
 
 
 def test_the_tokens_are_those_that_come_one_by_one(runs: list[list[Generated]]) -> None:
@@ -53,7 +56,7 @@ def test_the_tokens_are_those_that_come_one_by_one(runs: list[list[Generated]]) 
 
 
 def test_they_come_in_groups_that_end_where_the_request_does(runs: list[list[Generated]]) -> None:
-    (together, _, _), (alone, _, _) = runs
+    together, alone = (run[0] for run in runs)
     sizes = [len(event.token_ids) for event in together.rounds]
     # The first round reads the prompt; nobody knows yet how long a token takes.
     assert sizes == [1, 8, 8, 8, 8, 8, 2]
@@ -66,6 +69,17 @@ def test_every_token_has_its_logprobs(runs: list[list[Generated]]) -> None:
     found = [logprob for event in together.rounds for logprob in event.logprobs]
     assert found == [logprob for event in alone.rounds for logprob in event.logprobs]
     assert len(found) == 43
+
+
+def test_a_grammar_holds_and_ends_within_a_group(runs: list[list[Generated]]) -> None:
+    together, alone = (run[3] for run in runs)
+    assert re.fullmatch(LINES, together.text)
+    assert together.token_ids == alone.token_ids
+    sizes = [len(event.token_ids) for event in together.rounds]
+    assert sizes[:3] == [1, 8, 8]
+    assert 1 < sizes[-1] < 8, "the grammar ends in the middle of a group, and so does the group"
+    assert together.finished.reason == alone.finished.reason == "stop"
+    assert together.finished.usage == alone.finished.usage
 
 
 async def test_a_stop_string_within_a_group_ends_the_text_there(

@@ -71,16 +71,21 @@ def table_engine(
     return engine, runner, blocks
 
 
-def decode(engine: VerifyEngine, session_id: str, job: Job) -> list[int]:
+def decode(engine: VerifyEngine, session_id: str, job: Job, *, together: int = 1) -> list[int]:
     """The first `num_tokens` output tokens of a job, round after round."""
-    tokens, _ = decode_rounds(engine, session_id, job)
+    tokens, _ = decode_rounds(engine, session_id, job, together=together)
     return tokens
 
 
 def decode_rounds(
-    engine: VerifyEngine, session_id: str, job: Job, num_logprobs: int | None = None
+    engine: VerifyEngine,
+    session_id: str,
+    job: Job,
+    num_logprobs: int | None = None,
+    *,
+    together: int = 1,
 ) -> tuple[list[int], list[VerifyResult]]:
-    """Output tokens and the results of all rounds."""
+    """Output tokens and the results of all rounds; those without guesses ask for `together`."""
     tokens = list(job.prompt)
     results: list[VerifyResult] = []
     grammar = None if job.grammar is None else job.grammar.start()
@@ -88,7 +93,10 @@ def decode_rounds(
         session_id, 0, tokens, job.sampling, len(tokens), num_logprobs, grammar=grammar
     )
     while len(tokens) < len(job.prompt) + job.num_tokens:
-        results.append(engine.step(session_id, len(results), job.draft(tokens)).result(TIMEOUT))
+        tree = job.draft(tokens)
+        most = together if len(tree) == 1 else 1
+        step = engine.step(session_id, len(results), tree, num_tokens=most)
+        results.append(step.result(TIMEOUT))
         tokens += results[-1].token_ids
     opened.result(TIMEOUT)
     engine.close(session_id).result(TIMEOUT)

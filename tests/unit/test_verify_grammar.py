@@ -27,7 +27,15 @@ from tests.kit.grammars import (
     regex_state,
 )
 from tests.kit.table_models import TableModel, draft_nothing, random_drafter
-from tests.kit.verify_driver import TIMEOUT, Job, decode, decode_all, running, table_engine
+from tests.kit.verify_driver import (
+    TIMEOUT,
+    Job,
+    decode,
+    decode_all,
+    decode_rounds,
+    running,
+    table_engine,
+)
 from tests.unit.test_verify_engine_equality import SAMPLINGS
 
 VOCAB = len(LETTERS)
@@ -56,10 +64,11 @@ def divergences(pattern: str = PATTERNS[0], num_seeds: int = 8) -> int:
             try:
                 plain = decode(engine, f"plain{seed}", job)
                 tokens = decode(engine, f"tree{seed}", drafted(job, plain, seed))
+                together = decode(engine, f"group{seed}", job, together=5)
             except SpecinferError:
                 found += 1
                 continue
-            found += tokens != plain or not matches_to_the_end(pattern, tokens)
+            found += not tokens == together == plain or not matches_to_the_end(pattern, tokens)
     return found
 
 
@@ -74,6 +83,28 @@ def test_speculation_changes_no_token_within_a_grammar(name: str) -> None:
             for trees in range(3):
                 assert decode(engine, "tree", drafted(job, plain, 7 * seed + trees)) == plain
         assert blocks.num_free_blocks == blocks.num_blocks
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_plain_tokens_that_come_together_are_those_that_come_one_by_one(name: str) -> None:
+    engine, _, blocks = table_engine(VOCAB, end_token_ids=END_TOKEN_IDS)
+    with running(engine):
+        for seed, pattern in enumerate(PATTERNS):
+            job = job_of(pattern, SAMPLINGS[name], seed=seed)
+            plain = up_to_the_end(decode(engine, "plain", job))
+            assert matches_to_the_end(pattern, plain), plain
+            text = replace(job, num_tokens=len(plain))
+            for together in (2, 3, 8, 16):
+                _, results = decode_rounds(engine, "groups", text, together=together)
+                groups = [result.token_ids for result in results]
+                assert [token for group in groups for token in group] == plain, "and not one more"
+                assert all(len(group) == together for group in groups[:-1])
+        assert blocks.num_free_blocks == blocks.num_blocks
+
+
+def up_to_the_end(tokens: Sequence[int]) -> list[int]:
+    """Tokens up to their first end token."""
+    return [*tokens[: next(n for n, token in enumerate(tokens, 1) if token in END_TOKEN_IDS)]]
 
 
 def test_sessions_with_and_without_grammars_share_passes() -> None:
@@ -211,7 +242,19 @@ def after_the_cuts(
     return constrain(row, session.grammar, output)
 
 
-@pytest.mark.parametrize("planted", [at_the_root_alone, without_the_path, after_the_cuts])
+def without_the_group(
+    session: Session, row: torch.Tensor, past: Past, path: Sequence[int]
+) -> torch.Tensor:
+    """Planted: plain tokens that nobody was told yet do not move the grammar on."""
+    assert session.grammar is not None
+    told = past.output[: len(past.output) - session.num_unanswered]
+    row = constrain(row, session.grammar, [*told, *path])
+    return process_logits(row, session.sampling, past.prompt, [*past.output, *path])
+
+
+@pytest.mark.parametrize(
+    "planted", [at_the_root_alone, without_the_path, after_the_cuts, without_the_group]
+)
 def test_a_planted_bug_is_seen(
     planted: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
