@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,8 +12,15 @@ from pathlib import Path
 import pytest
 
 from specinfer.errors import Unavailable
-from specinfer_bench.peers.__main__ import DEMO, bench_parser, load_peers, make_pair, make_tasks
-from specinfer_bench.peers.interleave import WARM_UP_TOKENS, Outcome, run_all
+from specinfer_bench.peers.__main__ import (
+    DEMO,
+    bench_parser,
+    load_peers,
+    make_pair,
+    make_tasks,
+    run_comparison,
+)
+from specinfer_bench.peers.interleave import WARM_UP_TOKENS, Outcome, joined, run_all
 from specinfer_bench.peers.llama_cpp import LlamaCpp, read_answer, read_tree_report, running_driver
 from specinfer_bench.peers.others import Vllm
 from specinfer_bench.peers.peer import Answer, Arm, Pair, Task
@@ -94,6 +102,45 @@ def test_an_arm_that_fails_halfway_is_dropped_and_the_others_go_on() -> None:
     assert list(outcome.answers) == ["good"]
     assert outcome.failed == {"bad": "Unavailable: the process has ended"}
     assert runs == 3
+
+
+def test_an_arm_that_fails_after_one_load_is_left_out_of_all() -> None:
+    former = Outcome({"good": [[answer(5)]], "bad": [[answer(5)]], "gone": [[answer(5)]]}, {})
+    later = Outcome({"good": [[answer(6)]], "new": [[answer(6)]]}, {"bad": "it broke"})
+    assert joined(None, former) == former
+    both = joined(former, later)
+    assert both == Outcome({"good": [[answer(5)], [answer(6)]]}, {"bad": "it broke"})
+
+
+def test_plain_decoding_is_compared_over_several_loads_there_and_back(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    loaded: list[str] = []
+
+    class Engine(FakePeer):
+        @contextmanager
+        def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
+            loaded.append(self.name)
+            seconds = len(loaded) / 2
+            yield {
+                self.name: Arm(lambda task: answer(5, seconds=seconds), plain=True),
+                f"{self.name}, guessing": Arm(lambda task: answer(5)),
+            }
+
+    words = ["--model", str(DEMO / "target"), "--num-prompts", "1", "--repeats", "1"]
+    words += ["--loads", "3", "--temperatures", "0", "--output", str(tmp_path / "plain.json")]
+    arguments = bench_parser("peers", "What it does.").parse_args(words)
+    run_comparison("peers", [Engine("ours"), Engine("other")], arguments, "ours", "ours")
+    # The last to be loaded may find less memory in one piece, so that is each one in turn.
+    assert loaded == ["other", "ours", "ours", "other", "other", "ours"]
+    table = capsys.readouterr().out
+    assert "each engine loaded 3 times" in table
+    assert "| arm | tokens/s | first token, ms | over ours | same output |" in table
+    assert "guessing" not in table
+    report = json.loads((tmp_path / "plain.json").read_text())["reports"][0]
+    # Seconds 1, 1.5 and 3 of ours beside 0.5, 2 and 2.5 of the other one.
+    assert report["arms"]["other"]["over_plain"]["median"] == pytest.approx(1.2)
+    assert report["num_repeats"] == 3
 
 
 def test_outputs_are_compared_to_the_first_other_token_and_end_tokens_do_not_count() -> None:

@@ -25,7 +25,7 @@ from specinfer_bench.machine import machine_facts
 from specinfer_bench.options import GROWN_PRESETS
 from specinfer_bench.peers.apart import Apart
 from specinfer_bench.peers.hugging_face import Transformers
-from specinfer_bench.peers.interleave import run_all
+from specinfer_bench.peers.interleave import Outcome, joined, run_all
 from specinfer_bench.peers.llama_cpp import LlamaCpp
 from specinfer_bench.peers.open_vino import OpenVino
 from specinfer_bench.peers.others import Sglang, Vllm
@@ -63,7 +63,8 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     add("--prompts", type=Path, default=DEMO / "prompts.jsonl", help="JSON lines with a prompt")
     add("--num-prompts", type=int, default=8, help="how many of them")
     add("--max-tokens", type=int, default=64, help="most tokens for a prompt")
-    add("--repeats", type=int, default=2, help="runs of every prompt in every arm")
+    add("--repeats", type=int, default=2, help="runs of every prompt in every arm, each load")
+    add("--loads", type=int, default=1, help="how often every engine is loaded, for all of it")
     add("--seed", type=int, default=1, help="of the first prompt; each has its own")
     add(
         "--temperatures",
@@ -153,43 +154,46 @@ def run_comparison(
     """Load, run every temperature, write the results and print the table.
 
     The file is written after each temperature, so that a run that is cut short leaves what it has.
+    Where `ours` is `baseline`, only what decodes without guesses runs.
 
     Raises:
         InvalidRequest: when models or prompts are none.
         ValueError: when `baseline` or `ours`, arms of our own, gave no numbers.
     """
     pair = make_pair(arguments)
-    reports: list[dict[str, object]] = []
-    result: dict[str, object] = {"reports": reports}
-    with ExitStack() as stack:
-        arms, result["skipped"] = load_peers(peers, pair, stack)
-        for temperature in arguments.temperatures:
-            say(f"temperature {temperature:g}")
-            reports.append(_compare(arguments, arms, pair, temperature, (baseline, ours)))
-            result["setup"] = setup_facts(module, arguments, pair)
-            write_result(result, arguments.output)
+    outcomes: dict[float, Outcome] = {}
+    reports: dict[float, dict[str, object]] = {}
+    result: dict[str, object] = {}
+    for load in range(arguments.loads):
+        with ExitStack() as stack:
+            arms, skipped = load_peers(peers if load % 2 == 0 else peers[::-1], pair, stack)
+            if ours == baseline:
+                arms = {name: arm for name, arm in arms.items() if arm.plain}
+            for temperature in arguments.temperatures:
+                say(f"load {load + 1} of {arguments.loads}, temperature {temperature:g}")
+                outcome = _run(arguments, arms, pair, temperature)
+                outcomes[temperature] = joined(outcomes.get(temperature), outcome)
+                reports[temperature] = build_report(
+                    outcomes[temperature],
+                    arms,
+                    temperature=temperature,
+                    eos_token_ids=pair.eos_token_ids,
+                    baseline=baseline,
+                    ours=ours,
+                ).as_dict()
+                result["reports"], result["skipped"] = list(reports.values()), skipped
+                result["setup"] = setup_facts(module, arguments, pair)
+                write_result(result, arguments.output)
     print(peers_table(result))
 
 
-def _compare(
-    arguments: argparse.Namespace,
-    arms: Mapping[str, Arm],
-    pair: Pair,
-    temperature: float,
-    own: tuple[str, str],
-) -> dict[str, object]:
-    """The report of one temperature, as plain data."""
+def _run(
+    arguments: argparse.Namespace, arms: Mapping[str, Arm], pair: Pair, temperature: float
+) -> Outcome:
+    """What all arms that run at a temperature give."""
     chosen = {name: arm for name, arm in arms.items() if not (temperature and arm.greedy_only)}
     tasks = make_tasks(arguments, pair, temperature)
-    report = build_report(
-        run_all(chosen, tasks[-1], tasks[: arguments.num_prompts], arguments.repeats),
-        arms,
-        temperature=temperature,
-        eos_token_ids=pair.eos_token_ids,
-        baseline=own[0],
-        ours=own[1],
-    )
-    return report.as_dict()
+    return run_all(chosen, tasks[-1], tasks[: arguments.num_prompts], arguments.repeats)
 
 
 def setup_facts(module: str, arguments: argparse.Namespace, pair: Pair) -> dict[str, object]:
@@ -202,6 +206,7 @@ def setup_facts(module: str, arguments: argparse.Namespace, pair: Pair) -> dict[
         "threads": pair.threads,
         "num_prompts": arguments.num_prompts,
         "max_tokens": arguments.max_tokens,
+        "num_loads": arguments.loads,
         "machine": machine_facts(),
         "load_average": os.getloadavg()[1],
     }
@@ -223,9 +228,10 @@ def main() -> None:
     """Compare, write the results and print the table."""
     parser = bench_parser(MODULE, __doc__)
     parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="engines to leave")
+    parser.add_argument("--plain", action="store_true", help="only decoding without guesses")
     arguments = parser.parse_args()
     kept = [peer for peer in PEERS if peer.name not in arguments.skip]
-    run_comparison(MODULE, kept, arguments, PLAIN, SPECULATIVE)
+    run_comparison(MODULE, kept, arguments, PLAIN, PLAIN if arguments.plain else SPECULATIVE)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,19 @@ class Outcome:
     failed: Mapping[str, str]
 
 
+def joined(former: Outcome | None, outcome: Outcome) -> Outcome:
+    """What the arms gave before and now; an arm that failed once is left out."""
+    if former is None:
+        return outcome
+    failed = {**former.failed, **outcome.failed}
+    answers = {
+        name: [*former.answers[name], *answers]
+        for name, answers in outcome.answers.items()
+        if name in former.answers and name not in failed
+    }
+    return Outcome(answers, failed)
+
+
 def run_all(
     arms: Mapping[str, Arm],
     warm_up: Task,

@@ -8,11 +8,13 @@ prompt and tells its own times, loading left out. The KV cache is float16, llama
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from specinfer.errors import Unavailable
 from specinfer_bench.peers.build_llama_cpp import DRIVER, TREE, built_folder
@@ -46,6 +48,7 @@ class LlamaCpp:
             Unavailable: when the driver does not come up.
         """
         target, draft = (cached_gguf(folder, pair.cache) for folder in (pair.target, pair.draft))
+        forget_pages(target)
         models = ["-m", str(target), "-md", str(draft), "-t", str(pair.threads)]
         models += ["-td", str(pair.threads), "-c", str(_CONTEXT)]
         folder = built_folder()
@@ -58,6 +61,16 @@ class LlamaCpp:
                 partial(_run_tree, [str(folder / TREE), *models]), greedy_only=True
             )
             yield arms
+
+
+def forget_pages(file: Path) -> None:
+    """Ask the system to read a file from its disk again.
+
+    llama.cpp computes on the pages of the file itself. Those that an earlier load left in memory
+    would be the same ones again, as fast or as slow to read as before.
+    """
+    with file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Driver:

@@ -18,8 +18,10 @@ def peers_table(result: Mapping[str, Any]) -> str:
     setup = result["setup"]
     lines: list[str] = []
     for report in result["reports"]:
-        lines += [f"**{setup['model']}, {setup['dtype']}, {_temperature(report)}**", ""]
-        lines += [_head(report), "|---|---|---|---|---|---|"]
+        facts = [setup["model"], setup["dtype"], _temperature(report), *_loads(setup)]
+        lines += [f"**{', '.join(facts)}**", ""]
+        head = _head(report)
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [_row(name, arm, report) for name, arm in report["arms"].items()]
         lines.append("")
         lines += [f"* {name}: failed: {_one_line(why)}" for name, why in report["failed"].items()]
@@ -27,10 +29,11 @@ def peers_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _head(report: Mapping[str, Any]) -> str:
-    cells = ["arm", "tokens/s", "first token, ms"]
-    cells += [f"over {report['baseline']}", f"{report['ours']} is faster by", "same output"]
-    return f"| {' | '.join(cells)} |"
+def _head(report: Mapping[str, Any]) -> list[str]:
+    cells = ["arm", "tokens/s", "first token, ms", f"over {report['baseline']}"]
+    if report["ours"] != report["baseline"]:
+        cells.append(f"{report['ours']} is faster by")
+    return [*cells, "same output"]
 
 
 def _row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -40,9 +43,10 @@ def _row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
         f"{arm['tokens_per_second']:.1f}",
         "" if first is None else f"{first:.0f}",
         "" if name == report["baseline"] else _spread(arm["over_plain"]),
-        "" if name == report["ours"] else _spread(arm["ours_over_it"]),
-        _agreement(arm, report),
     ]
+    if report["ours"] != report["baseline"]:
+        cells.append("" if name == report["ours"] else _spread(arm["ours_over_it"]))
+    cells.append(_agreement(arm, report))
     return f"| {' | '.join(cells)} |"
 
 
@@ -56,6 +60,11 @@ def _agreement(arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     agreement = f"{arm['num_same']} of {report['num_tasks']}"
     places = sorted(arm["first_differences"].values())
     return agreement + (f", from token {places[0]} on" if places else "")
+
+
+def _loads(setup: Mapping[str, Any]) -> list[str]:
+    number = setup.get("num_loads", 1)
+    return [f"each engine loaded {number} times"] if number > 1 else []
 
 
 def _temperature(report: Mapping[str, Any]) -> str:

@@ -199,6 +199,7 @@ SECTIONS: Mapping[str, Callable[[Results, str], str]] = {
     "open": _open,
     "rates": _rates,
     "agreement": _agreement,
+    "plain": _arms_of("plain-"),
     "peers": _arms_of("peers-"),
     "ablations": _arms_of("ablations"),
     "router": _numbers_of("router-"),

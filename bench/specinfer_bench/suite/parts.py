@@ -55,6 +55,9 @@ _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
 _OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 45 --max-tokens 32"
 _PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32"
+# What is near enough to take the same memory for the whole difference: several loads each.
+_PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 1 --loads 4"
+_SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
 _ABLATIONS = (
     "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --temperatures 0.8"
@@ -71,6 +74,13 @@ PARTS = (
         "speed by number of sessions",
         (*_SWEEP.split(), *"--max-tokens 24 --max-seconds 120".split()),
         limit_seconds=240.0,
+    ),
+    Part(
+        "plain-200m",
+        "plain decoding beside llama.cpp's, 200m",
+        (*_PLAIN.split(), "--skip", *_SLOWER),
+        limit_seconds=150.0,
+        needs="bench/specinfer_bench/peers/__main__.py",
     ),
     Part(
         "peers-200m",
