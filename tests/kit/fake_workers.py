@@ -195,6 +195,7 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
         max_step_nodes: larger trees are refused, whatever the info says.
         lie: what to do wrong in results: "tokens", "epoch", "path" or "".
         lose_at: step, counted from 1, from which on somebody else owns every session.
+        most_plain_tokens: most tokens that one step without guesses brings, if it asks for them.
     """
 
     eos_at: int = 10**9
@@ -202,6 +203,7 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
     max_step_nodes: int = 10**9
     lie: str = ""
     lose_at: int = 10**9
+    most_plain_tokens: int = 1
     num_steps: int = 0
     num_rows: list[int] = field(default_factory=list)
     chat_template: str = CHAT_TEMPLATE
@@ -280,18 +282,21 @@ class FakeVerifier(FakeWorker, verify_pb2_grpc.VerifyServiceServicer):
             raise InvalidTree("not a tree of this session")
         if len(session.token_ids) - 1 + tree.max_depth >= self.info.max_model_len:
             raise InvalidTree("a tree past the model's length")
-        session.last = self._walk(session, tree)
+        num_tokens = min(max(1, item.step.num_tokens), self.most_plain_tokens)
+        session.last = self._walk(session, tree, num_tokens)
         session.token_ids.extend(session.last.token_ids)
         session.epoch += 1
         return session.last
 
-    def _walk(self, session: FakeSession, tree: TokenTree) -> VerifyResult:
+    def _walk(self, session: FakeSession, tree: TokenTree, num_tokens: int) -> VerifyResult:
         node = 0
         path: list[int] = []
         tokens: list[int] = []
         while True:
             token = self._target([*session.token_ids, *tokens], session)
             tokens.append(token)
+            if len(tree) == 1 and len(tokens) < num_tokens and token != EOS:
+                continue
             if token not in tree.children[node]:
                 break
             node = tree.children[node][token]

@@ -20,19 +20,6 @@ def test_who_watches_is_told_in_the_same_turn() -> None:
     assert answer.arrived > 0
 
 
-def test_who_forgot_is_not_told() -> None:
-    answer, told = Answer[int](), []
-
-    def tell() -> None:
-        told.append(1)
-
-    answer.watch(tell)
-    answer.forget(tell)
-    answer.forget(tell)
-    answer.succeed(7)
-    assert told == []
-
-
 async def test_an_error_is_raised_as_often_as_it_is_asked_for() -> None:
     answer = Answer[int]()
     asyncio.get_running_loop().call_soon(answer.fail, Unavailable("gone"))

@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from specinfer.errors import ResourceExhausted, Unavailable
-from specinfer.messages import TokensEvent
+from specinfer.messages import SpeculationOptions, TokensEvent
 from specinfer_router.breaker import BreakerLimits
 from specinfer_router.links import LinkLimits
 from specinfer_router.opening import SeatLimits
@@ -114,6 +114,19 @@ async def test_a_round_whose_verifier_died_is_run_again_elsewhere(step: int) -> 
         result = await bench.generate(request_of(max_tokens=60))
         assert result.token_ids == continuation(PROMPT, 60, seed=3)
         assert (dying.num_steps, other.num_steps > 0) == (step, True)
+
+
+async def test_of_a_group_that_died_with_its_verifier_no_token_is_lost_or_repeated() -> None:
+    dying = FakeVerifier(info_of("a"), break_steps=frozenset({3}), most_plain_tokens=16)
+    other = FakeVerifier(info_of("b"), most_plain_tokens=16)
+    limits = RouterLimits(max_tree_nodes=32, seats=SeatLimits(plain_seconds=1000.0))
+    off = SpeculationOptions(enabled=False)
+    async with running_router(verifiers=[dying, other], limits=limits) as bench:
+        result = await bench.generate(request_of(speculation=off))
+        assert result.token_ids == continuation(PROMPT, 40, seed=3)
+        # What died had drawn eight tokens that nobody saw; the next attempt asks for less.
+        assert [len(event.token_ids) for event in result.rounds] == [1, 8, 1, 8, 8, 8, 6]
+        assert (dying.num_steps, other.num_steps) == (3, 5)
 
 
 async def test_a_verifier_restarted_in_mid_stream_goes_on_with_the_same_tokens() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from specinfer.errors import StaleEpoch
 from specinfer.messages import Finished, ShapeQuery, SpeculationOptions, Started, TokensEvent
+from specinfer.sampling import StopConditions
 from specinfer.step_curve import StepCurve
 from specinfer_router import goodput
 from specinfer_router.calibration import Acceptance, Calibration
 from specinfer_router.goodput import AdaptiveShape
 from specinfer_router.opening import SeatLimits
-from specinfer_router.policy import StaticShape
+from specinfer_router.policy import PlainSpeed, StaticShape, TreeShapePolicy
 from specinfer_router.router import RouterLimits
 from specinfer_router.sequoia import TokenTable, expected_tokens
 from tests.kit.fake_drafter import FakeDrafter
@@ -31,6 +33,56 @@ async def test_without_speculation_every_round_brings_one_token() -> None:
         assert bench.drafters[0].frames == []
         assert plain.finished.reason == "length"
         assert plain.finished.speculation.root_only_reasons == (("disabled", 40),)
+
+
+# However slow the machine, tokens come within it; eight at most.
+TOGETHER = RouterLimits(
+    max_tree_nodes=32, seats=SeatLimits(propose_seconds=2.0, plain_seconds=1000.0)
+)
+
+
+def adaptive(max_nodes: int, max_depth: int) -> AdaptiveShape:
+    """A policy that knows no costs yet, and no larger trees."""
+    return AdaptiveShape(ShapeQuery(max_nodes, max_depth), Calibration(StepCurve(())))
+
+
+@pytest.mark.parametrize(
+    ("policy", "speculation"),
+    [
+        (StaticShape(ShapeQuery(max_nodes=8, max_depth=5)), OFF),
+        (StaticShape(ShapeQuery(max_nodes=8, max_depth=5)), SpeculationOptions(max_nodes=0)),
+        (StaticShape(ShapeQuery(max_nodes=0, max_depth=5)), SpeculationOptions()),
+        (adaptive(max_nodes=0, max_depth=5), SpeculationOptions()),
+        (adaptive(max_nodes=8, max_depth=0), SpeculationOptions()),
+    ],
+)
+async def test_where_nothing_is_ever_guessed_tokens_come_together(
+    policy: TreeShapePolicy, speculation: SpeculationOptions
+) -> None:
+    verifier = FakeVerifier(info_of("verify"), most_plain_tokens=16)
+    async with running_router(verifiers=[verifier], policy=policy, limits=TOGETHER) as bench:
+        plain = await bench.generate(request_of(speculation=speculation))
+        assert plain.token_ids == continuation(PROMPT, 40, seed=3)
+        assert [len(event.token_ids) for event in plain.rounds] == [1, 8, 8, 8, 8, 7]
+
+
+async def test_a_text_may_end_anywhere_within_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    observed: list[int] = []
+    monkeypatch.setattr(PlainSpeed, "observe", lambda _, facts, num: observed.append(num))
+    right = continuation(PROMPT, 40, seed=3)
+    verifier = FakeVerifier(info_of("verify"), most_plain_tokens=16)
+    async with running_router(verifiers=[verifier], limits=TOGETHER) as bench:
+        for length in range(9, 19):
+            by_length = request_of(max_tokens=length, speculation=OFF)
+            assert right.index(right[length - 1]) == length - 1, "it ends nowhere before"
+            stop = StopConditions(max_tokens=40, stop_token_ids=(right[length - 1],))
+            for request, reason in ((by_length, "length"), (replace(by_length, stop=stop), "stop")):
+                plain = await bench.generate(request)
+                assert plain.token_ids == right[:length]
+                assert plain.finished.reason == reason
+                sizes = [len(event.token_ids) for event in plain.rounds]
+                assert sizes == [1, *[8] * ((length - 2) // 8), (length - 2) % 8 + 1]
+    assert set(observed) == {8}, "of a last group some tokens may have been dropped"
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -64,11 +64,6 @@ class Answer(Generic[_Value]):
         else:
             self._watchers.append(tell)
 
-    def forget(self, tell: Callable[[], None]) -> None:
-        """Do not call `tell` any more."""
-        if tell in self._watchers:
-            self._watchers.remove(tell)
-
     def __await__(self) -> Generator[Any, None, _Value]:
         """Wait for as long as it takes."""
         if not self.done:

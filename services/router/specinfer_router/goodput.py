@@ -22,7 +22,7 @@ from specinfer_router.calibration import (
     DrafterRecord,
 )
 from specinfer_router.plain_pace import tokens_within
-from specinfer_router.policy import CROWD, requested
+from specinfer_router.policy import CROWD, is_root_alone, requested
 from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
 
@@ -191,7 +191,7 @@ class AdaptiveShape:
         sharing = self._sharing(history, num_sessions)
         asked = requested(options, self._default)
         history.load = RoundLoad(sharing, sharing)
-        if asked.widths or asked.max_nodes == 0 or asked.max_depth == 0:
+        if asked.widths or is_root_alone(asked):
             return asked
         record, crowded = history.record, sharing > CROWD
         if num_sessions:
@@ -208,6 +208,10 @@ class AdaptiveShape:
             return replace(asked, max_nodes=0)
         history.load = RoundLoad(sharing, 1)
         return replace(asked, max_nodes=1, max_depth=1)
+
+    def never_guesses(self, options: SpeculationOptions) -> bool:
+        """Whether the request and the cluster leave no room for a guess."""
+        return is_root_alone(requested(options, self._default))
 
     def _sharing(self, history: RoundHistory, num_sessions: int) -> int:
         """Sessions at once, this one included; a guess where it has no place yet and is told 0.

@@ -36,6 +36,10 @@ class TreeShapePolicy(Protocol):
         """The shape to ask for when `num_sessions` share the verify worker; 0: not known yet."""
         ...
 
+    def never_guesses(self, options: SpeculationOptions) -> bool:
+        """Whether no round of such a request will have guesses, whatever is learned."""
+        ...
+
 
 @dataclass(frozen=True)
 class StaticShape:
@@ -56,6 +60,10 @@ class StaticShape:
         """The same shape in every round."""
         return requested(options, self.default)
 
+    def never_guesses(self, options: SpeculationOptions) -> bool:
+        """Whether that shape is the root alone."""
+        return is_root_alone(requested(options, self.default))
+
 
 class PlainSpeed:
     """What one token costs without guesses: a moving average over rounds of the root alone.
@@ -73,7 +81,7 @@ class PlainSpeed:
         return self._seconds
 
     def observe(self, facts: RoundFacts, num_tokens: int) -> None:
-        """Take in a round of so many tokens, not a session's first, which computes the prompt."""
+        """Take in a round that decoded so many tokens, all kept, and no prompt."""
         if facts.num_draft_tokens or not num_tokens:
             return
         seconds = facts.verify_seconds + facts.queue_seconds + facts.router_seconds
@@ -95,6 +103,11 @@ def requested(options: SpeculationOptions, default: ShapeQuery) -> ShapeQuery:
     if options.max_depth is not None:
         shape = replace(shape, max_depth=options.max_depth)
     return shape
+
+
+def is_root_alone(shape: ShapeQuery) -> bool:
+    """Whether a shape has no room for a guess."""
+    return shape.max_nodes == 0 or shape.max_depth == 0
 
 
 def within(options: SpeculationOptions, max_tree_nodes: int) -> SpeculationOptions:

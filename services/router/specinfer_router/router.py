@@ -385,8 +385,10 @@ class Router:
                         times.finished(event.usage)
                         yield replace(event, timings=entry.timings)
                         return
-                    # A session's first round computes the prompt.
-                    if not times.event(entry.seconds, len(event.token_ids)):
+                    # A session's first round computes the prompt; its last one perhaps tokens
+                    # behind a stop that the target does not know, which were dropped.
+                    first = times.event(entry.seconds, len(event.token_ids))
+                    if not first and session.finished is None:
                         self._plain.observe(event.round, len(event.token_ids))
                     ticket.spend(len(event.token_ids))
                     yield event

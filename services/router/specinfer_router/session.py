@@ -117,6 +117,7 @@ class Session:
         self._history = policy.history(record.terms.sampling.temperature, len(record.token_ids))
         self._tally = RoundTally()
         self._pace = PlainPace(limits.plain_seconds)
+        self._never_guesses = policy.never_guesses(self._options)
         self._asked: AskedRound | None = None
         self._prediction: Prediction | None = None
         if record.terms.prediction and self._options.enabled:
@@ -266,8 +267,8 @@ class Session:
 
     def _num_plain(self, guess: Guess) -> int:
         """Tokens to decode in one round: several where no later round will have guesses either."""
-        options, reason = self._options, guess.root_only_reason
-        lasting = not options.enabled or options.max_nodes == 0 or reason == "no_drafter"
+        reason = guess.root_only_reason
+        lasting = self._never_guesses or reason == "no_drafter"
         # A policy that guesses nothing counts rounds until it tries again; a crowd has many.
         lasting = lasting or (reason == "budget" and self._verifier.num_sharing > CROWD)
         if self._prediction is not None or not lasting:
