@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -34,6 +35,14 @@ from tests.kit.waiting import until
 GREEDY = SamplingParams(temperature=0.0)
 VOCAB = 5
 PROMPT: tuple[int, ...] = (1, 2, 3)
+
+
+class Ahead(NamedTuple):
+    """Session "a" four plain steps on, its next root computed; its tokens so far."""
+
+    engine: VerifyEngine
+    runner: TableRunner
+    tokens: list[int]
 
 
 @pytest.fixture
@@ -67,6 +76,14 @@ def until_ahead(runner: TableRunner, num_asked: int, num_ahead: int = 1) -> None
     asyncio.run(until(lambda: sum(runner.num_rows) == rows, f"{rows} rows computed"))
 
 
+@pytest.fixture
+def ahead(counted: tuple[VerifyEngine, TableRunner]) -> Ahead:
+    engine, runner = counted
+    tokens = decode_plainly(engine, 4)
+    until_ahead(runner, 4)
+    return Ahead(engine, runner, tokens)
+
+
 def test_after_two_plain_steps_the_next_root_is_there_before_it_is_asked_for(
     counted: tuple[VerifyEngine, TableRunner],
 ) -> None:
@@ -97,12 +114,8 @@ def test_those_that_were_asked_for_are_counted() -> None:
     assert found["specinfer_roots_ahead_used_total"] == 1
 
 
-def test_a_tree_that_comes_takes_the_unasked_step_back(
-    counted: tuple[VerifyEngine, TableRunner],
-) -> None:
-    engine, runner = counted
-    tokens = decode_plainly(engine, 4)
-    until_ahead(runner, 4)
+def test_a_tree_that_comes_takes_the_unasked_step_back(ahead: Ahead) -> None:
+    engine, runner, tokens = ahead
     right = right_tokens(10)
     result = ask(engine, 4, *right[len(tokens) - 1 : len(tokens) + 4])
     assert result.accepted == (1, 2, 3, 4)
@@ -110,29 +123,21 @@ def test_a_tree_that_comes_takes_the_unasked_step_back(
     assert runner.num_rows[-1] == 5, "after guesses none is expected"
 
 
-def test_a_repeated_step_gets_its_own_answer_and_not_the_next_one(
-    counted: tuple[VerifyEngine, TableRunner],
-) -> None:
-    engine, runner = counted
-    tokens = decode_plainly(engine, 4)
-    until_ahead(runner, 4)
+def test_a_repeated_step_gets_its_own_answer_and_not_the_next_one(ahead: Ahead) -> None:
+    engine, _, tokens = ahead
     again = ask(engine, 3, tokens[-2])
     assert (again.epoch, again.token_ids) == (4, (tokens[-1],))
     assert tokens + list(ask(engine, 4, tokens[-1]).token_ids) == right_tokens(5)
 
 
-def test_opening_again_forgets_the_unasked_step(counted: tuple[VerifyEngine, TableRunner]) -> None:
-    engine, runner = counted
-    tokens = decode_plainly(engine, 4)
-    until_ahead(runner, 4)
+def test_opening_again_forgets_the_unasked_step(ahead: Ahead) -> None:
+    engine, _, tokens = ahead
     engine.open("a", 4, tokens, GREEDY, len(PROMPT)).result(TIMEOUT)
     assert tokens + list(ask(engine, 4, tokens[-1]).token_ids) == right_tokens(5)
 
 
-def test_a_wrong_root_is_refused_as_ever(counted: tuple[VerifyEngine, TableRunner]) -> None:
-    engine, runner = counted
-    tokens = decode_plainly(engine, 4)
-    until_ahead(runner, 4)
+def test_a_wrong_root_is_refused_as_ever(ahead: Ahead) -> None:
+    engine, _, tokens = ahead
     wrong = engine.step("a", 4, TokenTree.root_only((tokens[-1] + 1) % VOCAB))
     assert isinstance(wrong.exception(TIMEOUT), InvalidTree)
     assert tokens + list(ask(engine, 4, tokens[-1]).token_ids) == right_tokens(5)
@@ -213,15 +218,13 @@ def test_logprobs_are_those_of_a_step_that_was_asked_for() -> None:
 
 
 def test_negative_control_a_step_that_is_not_taken_back(
-    counted: tuple[VerifyEngine, TableRunner], monkeypatch: pytest.MonkeyPatch
+    ahead: Ahead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forget(session: Session) -> None:
         session.ahead = None
 
     monkeypatch.setattr(Session, "take_back", forget)
-    engine, runner = counted
-    tokens = decode_plainly(engine, 4)
-    until_ahead(runner, 4)
+    engine, _, tokens = ahead
     guesses = engine.step("a", 4, TokenTree.chain(right_tokens(8)[len(tokens) - 1 :]))
     wrong = guesses.exception(TIMEOUT) or guesses.result().token_ids != tuple(right_tokens(9)[7:])
     assert wrong
