@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -14,82 +12,19 @@ import pytest
 
 from specinfer.errors import (
     InternalError,
-    InvalidRequest,
     Mismatch,
     NotFound,
     ResourceExhausted,
     Unavailable,
 )
-from specinfer.sampling import SamplingParams
-from specinfer.tree import TokenTree
 from specinfer.v1 import verify_pb2
-from specinfer_router.answer import Answer
 from specinfer_router.cluster import Cluster
 from specinfer_router.links import LinkLimits
-from specinfer_router.worker_links import VerifyLink
 from tests.conftest import free_port
 from tests.kit.fake_drafter import FakeDrafter
 from tests.kit.fake_workers import TOKENIZER_JSON, FakeVerifier, info_of, next_token
+from tests.kit.links import linked, open_on, step_on
 from tests.kit.router import FAST_LINKS
-
-
-def quiet() -> None:
-    """A callback that does nothing."""
-
-
-@asynccontextmanager
-async def linked(
-    limits: LinkLimits = FAST_LINKS, *, worker: FakeVerifier | None = None, **changes: Any
-) -> AsyncIterator[tuple[FakeVerifier, VerifyLink]]:
-    worker = worker or FakeVerifier(info_of("verify"), **changes)
-    await worker.start()
-    link = VerifyLink(worker.address, check=lambda info: None, on_ready=quiet, limits=limits)
-    link.start()
-    await link.attempted.wait()
-    try:
-        yield worker, link
-    finally:
-        await link.close()
-        await worker.stop()
-
-
-def open_on(link: VerifyLink, session_id: str, num_tokens: int = 3) -> Answer[None]:
-    return link.open(session_id, 0, range(1, num_tokens + 1), num_tokens, SamplingParams(), None)
-
-
-def step_on(link: VerifyLink, session_id: str, root: int = 3) -> Answer[Any]:
-    return link.step(session_id, 0, TokenTree.root_only(root))
-
-
-async def test_items_of_one_turn_leave_in_one_frame() -> None:
-    async with linked() as (worker, link):
-        answers = []
-        for number in range(20):
-            answers += [open_on(link, f"s{number}"), step_on(link, f"s{number}")]
-        await asyncio.gather(*answers)
-        assert [len(frame) for frame in worker.frames] == [40]
-        assert worker.frames[0][:3] == [("open", "s0"), ("step", "s0"), ("open", "s1")]
-
-
-async def test_items_that_come_while_a_frame_is_out_share_the_next() -> None:
-    async with linked() as (worker, link):
-        worker.gate.clear()
-        first = open_on(link, "a")
-        await worker.wait_for("open", 1)
-        later = [step_on(link, "a"), open_on(link, "b"), step_on(link, "b")]
-        worker.gate.set()
-        await asyncio.gather(first, *later)
-        assert [len(frame) for frame in worker.frames] == [1, 3]
-
-
-async def test_frames_are_bounded_in_items_and_bytes() -> None:
-    async with linked(LinkLimits(max_frame_items=4, max_frame_bytes=500)) as (worker, link):
-        await asyncio.gather(*(open_on(link, f"s{number}") for number in range(10)))
-        assert [len(frame) for frame in worker.frames] == [4, 4, 2]
-        await asyncio.gather(*(open_on(link, f"t{number}", 120) for number in range(4)))
-        assert all(len(frame) <= 3 for frame in worker.frames[3:])
-        with pytest.raises(InvalidRequest, match="frame"):
-            open_on(link, "large", 400)
 
 
 async def test_waiting_items_are_bounded() -> None:

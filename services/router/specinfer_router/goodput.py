@@ -21,8 +21,9 @@ from specinfer_router.calibration import (
     Calibration,
     DrafterRecord,
 )
+from specinfer_router.crowd import CROWD
 from specinfer_router.plain_pace import tokens_within
-from specinfer_router.policy import CROWD, is_root_alone, requested
+from specinfer_router.policy import is_root_alone, requested
 from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
 

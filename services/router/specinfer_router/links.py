@@ -1,10 +1,11 @@
 """One long-lived stream to each worker: frames of items out, one result for each item back.
 
-Items queued in the same turn of the event loop leave in one frame. Each is written out once: a
-message of one item is queued as its bytes, and such bytes in a row are the message of all items
-(protobuf's repeated fields add up). A malformed result fails its own
-item; a broken stream fails all that wait, and the link connects again by itself, with growing and
-jittered pauses. This module knows nothing of rounds, retries or which worker is chosen.
+Items queued in the same turn of the event loop leave in one frame; in a crowd so do those of the
+next few turns, for a frame costs as much as dozens of items. Each is written out once: a message
+of one item is queued as its bytes, and such bytes in a row are the message of all items (protobuf's
+repeated fields add up). A malformed result fails its own item; a broken stream fails all that wait,
+and the link connects again by itself, with growing and jittered pauses. This module knows nothing
+of rounds, retries or which worker is chosen.
 """
 
 from __future__ import annotations
@@ -36,9 +37,12 @@ from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
 from specinfer.tasks import end_task
 from specinfer_router.answer import Answer
 from specinfer_router.breaker import Breaker, BreakerLimits
+from specinfer_router.crowd import CROWD
 from specinfer_router.hedging import MovingQuantile
 
 log = logging.getLogger(__name__)
+
+MAX_TURNS = 4
 
 FrameT = TypeVar("FrameT", bound=Message)
 _Result = TypeVar("_Result")
@@ -52,6 +56,7 @@ class LinkLimits:
         max_frame_items: most items in one frame.
         max_frame_bytes: most bytes in one frame; a larger item is refused.
         max_pending: most items without a result.
+        patience_seconds: how long an item that nobody waits for stays for others to go with.
         connect_timeout: seconds for one attempt to connect.
         min_backoff: seconds before the first new attempt.
         max_backoff: most seconds between attempts.
@@ -61,6 +66,7 @@ class LinkLimits:
     max_frame_items: int = 256
     max_frame_bytes: int = 4 * 1024 * 1024
     max_pending: int = 4096
+    patience_seconds: float = 0.002
     connect_timeout: float = 5.0
     min_backoff: float = 0.05
     max_backoff: float = 2.0
@@ -192,11 +198,18 @@ class WorkerLink(ABC, Generic[FrameT]):
         return self._next_item_id - 1
 
     def _send(
-        self, frame: FrameT, item_id: int, session_id: str, convert: Callable[[Any], _Result]
+        self,
+        frame: FrameT,
+        item_id: int,
+        session_id: str,
+        convert: Callable[[Any], _Result],
+        *,
+        patient: bool = False,
     ) -> Answer[_Result]:
         """Queue a frame of one item, to leave in the next one; its result is the answer to come.
 
-        An item that fails is answered by a typed error.
+        An item that fails is answered by a typed error. One that is `patient` waits some time for
+        company, in its place in the order.
 
         Raises:
             Unavailable: there is no connection.
@@ -219,7 +232,11 @@ class WorkerLink(ABC, Generic[FrameT]):
         answer: Answer[_Result] = Answer()
         self._pending[item_id] = _Pending(session_id, answer, convert)
         self._outbox.append(written)
-        self._wake.set()
+        if patient:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._limits.patience_seconds, self._wake.set)
+        else:
+            self._wake.set()
         return answer
 
     async def _run(self) -> None:
@@ -305,10 +322,20 @@ class WorkerLink(ABC, Generic[FrameT]):
             await self._wake.wait()
             self._wake.clear()
             while self._outbox:
+                if self.num_seats > CROWD:
+                    await self._fill()
                 try:
                     await call.write(b"".join(self._take_items()))
                 except asyncio.InvalidStateError as error:
                     raise Unavailable(f"the stream to {self.address} broke") from error
+
+    async def _fill(self) -> None:
+        """Turns of the loop for as long as each brings more items for the next frame."""
+        for _ in range(MAX_TURNS):
+            num_items = len(self._outbox)
+            await asyncio.sleep(0)
+            if num_items in (len(self._outbox), self._limits.max_frame_items):
+                return
 
     def _take_items(self) -> list[bytes]:
         """Items for one frame, in order, within its bounds; at least one."""

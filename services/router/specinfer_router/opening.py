@@ -9,9 +9,10 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from specinfer.errors import Mismatch
+from specinfer.errors import Mismatch, SpecinferError
 from specinfer.grammar import GrammarChecker
 from specinfer.messages import GenerateRequest, Started
 from specinfer.metrics import RouterMetrics
@@ -24,7 +25,7 @@ from specinfer_router.policy import TreeShapePolicy
 from specinfer_router.replay import Replay
 from specinfer_router.seats import DraftSeat, VerifySeat
 from specinfer_router.session import Session, SessionLimits, beyond_the_end
-from specinfer_router.store import SessionRecord, SessionStore, SessionTerms
+from specinfer_router.store import ABANDONED, SessionRecord, SessionStore, SessionTerms
 from specinfer_router.store.interface import RESUMABLE
 from specinfer_router.tokenizer import ServedTokenizer
 
@@ -261,3 +262,27 @@ class SessionOpener:
             step_seconds=self._limits.step_seconds,
             failover_seconds=self._limits.failover_seconds,
         )
+
+
+@dataclass(frozen=True)
+class GivenUpUnlessRun:
+    """Around what runs a session: one whose loop never began is left for others to resume.
+
+    Attributes:
+        store: where it lives.
+        record: as it was when it was opened.
+        session: its loop.
+    """
+
+    store: SessionStore
+    record: SessionRecord
+    session: Session
+
+    async def __aenter__(self) -> None:
+        """Nothing is done yet."""
+
+    async def __aexit__(self, *raised: object) -> None:
+        """Give it up where nobody ran it."""
+        if not self.session.begun and not self.record.finish_reason:
+            with suppress(SpecinferError):
+                await self.store.finish(self.record.session_id, ABANDONED, owner=self.record.owner)

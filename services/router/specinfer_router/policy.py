@@ -18,8 +18,6 @@ from specinfer.step_curve import StepCurve
 from specinfer_router.calibration import Calibration
 from specinfer_router.round_history import RoundHistory
 
-# More sessions than this at one worker are decided for as one, and hardly wait for each other.
-CROWD = 8
 PLAIN_WEIGHT = 0.05
 
 

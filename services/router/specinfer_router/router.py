@@ -29,10 +29,10 @@ from specinfer_router.checks import check_request_id
 from specinfer_router.cluster import Cluster
 from specinfer_router.counting import show_cluster, show_router
 from specinfer_router.following import Followers, FollowLimits, finished
-from specinfer_router.opening import SeatLimits, SessionOpener
+from specinfer_router.opening import GivenUpUnlessRun, SeatLimits, SessionOpener
 from specinfer_router.policy import PlainSpeed, TreeShapePolicy
 from specinfer_router.request_log import RequestLog, RequestLogEntry
-from specinfer_router.session import LEAVING, Session, beyond_the_end, given_up_unless_run
+from specinfer_router.session import LEAVING, Session, beyond_the_end
 from specinfer_router.store import CANCELLED, SessionRecord, SessionStore
 from specinfer_router.stream import OpenStreams
 from specinfer_router.tokenizer import ServedTokenizer
@@ -321,7 +321,7 @@ class Router:
             ticket.spend(len(record.token_ids))
             leaving = self._leaving(caller, unattended=unattended)
             session = await self._opener.open(record, leaving)
-            async with given_up_unless_run(self.store, record, session):
+            async with GivenUpUnlessRun(self.store, record, session):
                 started = self._opener.started(record)
                 entry.add(started)
                 yield started
@@ -347,7 +347,7 @@ class Router:
             leaving = self._leaving(caller, unattended=record.terms.unattended)
             offset = request.offset
             session, replay = self._opener.reopen(record, offset, leaving, whole=whole)
-            async with given_up_unless_run(self.store, record, session):
+            async with GivenUpUnlessRun(self.store, record, session):
                 started = self._opener.started(record, request.request_id)
                 entry.add(started)
                 yield started

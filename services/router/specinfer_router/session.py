@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,8 +28,9 @@ from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import CLIENT, Span
 from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
+from specinfer_router.crowd import CROWD
 from specinfer_router.plain_pace import PlainPace
-from specinfer_router.policy import CROWD, TreeShapePolicy, clip, within
+from specinfer_router.policy import TreeShapePolicy, clip, within
 from specinfer_router.prediction import Prediction
 from specinfer_router.round_history import RoundLoad
 from specinfer_router.round_tally import RoundTally
@@ -385,16 +386,3 @@ def beyond_the_end(offset: int, num_tokens: int) -> InvalidRequest:
 def _least(*bounds: int | None) -> int:
     """The smallest of the bounds that are set."""
     return min(bound for bound in bounds if bound is not None)
-
-
-@asynccontextmanager
-async def given_up_unless_run(
-    store: SessionStore, record: SessionRecord, session: Session
-) -> AsyncGenerator[None, None]:
-    """A session whose loop never began is left for others to resume, not as running."""
-    try:
-        yield
-    finally:
-        if not session.begun and not record.finish_reason:
-            with suppress(SpecinferError):
-                await store.finish(record.session_id, ABANDONED, owner=record.owner)

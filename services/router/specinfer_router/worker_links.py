@@ -125,7 +125,7 @@ class DraftLink(WorkerLink[draft_pb2.DraftRequest]):
             owner=owner,
             close=draft_pb2.CloseDraft(),
         )
-        return self._send(frame, item_id, session_id, _nothing)
+        return self._send(frame, item_id, session_id, _nothing, patient=True)
 
     async def _fetch_info(self, seconds: float) -> WorkerInfo:
         stub = draft_pb2_grpc.DraftServiceStub(self._channel)
@@ -212,7 +212,7 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
             owner=owner,
             close=verify_pb2.CloseVerify(),
         )
-        return self._send(frame, item_id, session_id, _nothing)
+        return self._send(frame, item_id, session_id, _nothing, patient=True)
 
     async def fetch_tokenizer(self, seconds: float = 60.0) -> TokenizerFiles:
         """The target's tokenizer; raises the worker's error, or ResourceExhausted if it is huge."""
