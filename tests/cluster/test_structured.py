@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ from specinfer_bench.structured import (
     what_is_wrong,
 )
 from specinfer_cli.cluster import ClusterSettings, RunningCluster, running_cluster
-from tests.cluster.test_faults import child, first_tokens, rest_of, suspended, wait_for
+from tests.cluster.test_faults import two_verifiers, with_a_verifier_killed
 
 # Clusters of their own take a while on a busy machine.
 pytestmark = pytest.mark.timeout(300)
@@ -108,17 +106,11 @@ async def test_killing_a_verifier_in_the_middle_costs_no_token(
         "speculation": SpeculationOptions(widths=(2, 1, 1)),
     }
     second: GenerateOptions = {**first, "seed": 2}
-    with running_cluster(dataclasses.replace(tiny_settings, num_verifiers=2)) as running:
+    with running_cluster(two_verifiers(tiny_settings)) as running:
         async with AsyncClient(running.router) as client:
             unbroken = [await client.generate(**options) for options in (first, second)]
-            async with client.stream(**first) as one, client.stream(**second) as other:
-                await first_tokens(one)
-                await first_tokens(other)
-                with suspended([child(running, "verify 2")]):
-                    child(running, "verify 1").process.kill()
-                    await wait_for(client, lambda told: told.num_verifiers == 1)
-                broken = await asyncio.gather(rest_of(one), rest_of(other))
-    assert [run.token_ids for run in broken] == [run.token_ids for run in unbroken]
+            broken = await with_a_verifier_killed(running, client, (first, second))
+    assert [run.token_ids for run in broken] == [run.token_ids for run in unbroken * 2]
     for run in unbroken:
         assert re.fullmatch("([a-z]{3}-[0-9]{2},){30}", run.text)
         assert run.speculation.num_accepted_tokens > 0

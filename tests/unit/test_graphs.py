@@ -19,7 +19,6 @@ from specinfer.worker_settings import WorkerSettings
 from specinfer_engine import graphs
 from specinfer_engine.batch import SequenceRows, build_batch
 from specinfer_engine.graphs import (
-    MOST_GRAPHS,
     ROW_BUCKETS,
     ScratchBlocks,
     StepInputs,
@@ -170,7 +169,6 @@ def test_only_so_many_passes_are_recorded(loaded: LoadedModel) -> None:
         *(True, True, False, True, False, True)
     ]
     assert recorder.num_recorded == recording.num_graphs == 2
-    assert MOST_GRAPHS < 1000
 
 
 def test_what_cannot_be_recorded_runs_plainly_and_is_told_once(

@@ -205,7 +205,6 @@ def test_only_so_many_are_recorded(loaded: LoadedModel) -> None:
         assert rounds(bench, [SAMPLED] * 3, shapes)[0] == expected
     assert bench.growths is not None
     assert bench.growths.num_recorded == 2
-    assert static_growth.MOST_GROWTHS < 1000
 
 
 @pytest.mark.parametrize(
