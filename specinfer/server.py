@@ -223,6 +223,10 @@ def fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Ends a call that raised one of our errors with its status; anything else is INTERNAL."""
 
+    def __init__(self) -> None:
+        # By method, and only of methods that a servicer has.
+        self._wrapped: dict[str, Any] = {}
+
     async def intercept_service(
         self,
         continuation: Callable[
@@ -235,13 +239,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         method = handler_call_details.method
-        if handler.unary_unary is not None:
-            return _rebuild(handler, unary_unary=_wrap_unary(handler.unary_unary, method))
-        if handler.unary_stream is not None:
-            return _rebuild(handler, unary_stream=_wrap_stream(handler.unary_stream, method))
-        if handler.stream_stream is not None:
-            return _rebuild(handler, stream_stream=_wrap_stream(handler.stream_stream, method))
-        return handler
+        if method not in self._wrapped:
+            self._wrapped[method] = _wrap(handler, method)
+        wrapped: grpc.RpcMethodHandler[_Request, _Response] = self._wrapped[method]
+        return wrapped
+
+
+def _wrap(
+    handler: grpc.RpcMethodHandler[_Request, _Response], method: str
+) -> grpc.RpcMethodHandler[_Request, _Response]:
+    if handler.unary_unary is not None:
+        return _rebuild(handler, unary_unary=_wrap_unary(handler.unary_unary, method))
+    if handler.unary_stream is not None:
+        return _rebuild(handler, unary_stream=_wrap_stream(handler.unary_stream, method))
+    if handler.stream_stream is not None:
+        return _rebuild(handler, stream_stream=_wrap_stream(handler.stream_stream, method))
+    return handler
 
 
 def _rebuild(

@@ -6,8 +6,8 @@ module knows nothing of sessions or workers.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
 
@@ -119,8 +119,8 @@ class RouterMetrics:
         self._queue_seconds.observe(queue_seconds)
         self._key_requests.of(key_id or NO_KEY).inc()
 
-    @asynccontextmanager
-    async def stream(self, kind: str) -> AsyncIterator[None]:
+    @contextmanager
+    def stream(self, kind: str) -> Iterator[None]:
         """Count a stream as running: "generate", "resume" or "follow"."""
         self._streams.of(kind).inc()
         try:

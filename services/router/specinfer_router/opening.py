@@ -106,12 +106,17 @@ class SessionOpener:
         max_tokens = completion_room(
             len(prompt_ids), request.stop.max_tokens, self._cluster.max_session_tokens
         )
-        seed = secrets.randbits(63) if request.random_seed else request.sampling.seed
+        sampling, stop = request.sampling, request.stop
+        # What is as it was given need not be made and checked again.
+        if request.random_seed:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        if stop.max_tokens != max_tokens:
+            stop = replace(stop, max_tokens=max_tokens)
         terms = SessionTerms(
             model_hash=target.model_hash,
             num_prompt_tokens=len(prompt_ids),
-            sampling=replace(request.sampling, seed=seed),
-            stop=replace(request.stop, max_tokens=max_tokens),
+            sampling=sampling,
+            stop=stop,
             request_id=request.request_id,
             key_id=key_id,
             num_logprobs=request.num_logprobs,

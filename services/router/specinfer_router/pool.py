@@ -132,6 +132,11 @@ class WorkerPool(Generic[_Link]):
             Unavailable: none was ready within `seconds`.
             Mismatch: nor will one be: every one there is serves another model than this router.
         """
+        if self.num_ready < 2:
+            # There is nobody to choose between, and mostly nothing to wait for.
+            link = self.choose(avoid, affinity_key=affinity_key)
+            if link is not None:
+                return link
         try:
             async with asyncio.timeout(seconds):
                 held = await self._held(token_ids)

@@ -6,8 +6,8 @@ What the gRPC servicer and the gateway both call. This module knows nothing of p
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -193,14 +193,17 @@ class Router:
             SpecinferError: with the request's id; any of the error tree but ClientClosed.
         """
         check_request_id(request.request_id)
-        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        if not request.request_id:
+            request = replace(request, request_id=uuid.uuid4().hex)
         entry = self._requests.begin(request.request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=request.detail)
         source = self._generated(request, caller, entry, unattended=unattended)
-        async with self._served(source, entry, span, "generate") as events:
-            async for event in events:
-                entry.told(event)
-                yield event
+        source = traced(source, span, entry.request_id)
+        with self._served(entry, span, "generate"):
+            async with aclosing(self._streams.read(source)) as events:
+                async for event in events:
+                    entry.told(event)
+                    yield event
 
     async def resume(
         self,
@@ -231,10 +234,12 @@ class Router:
         entry = self._requests.begin(request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=record.terms.detail)
         source = self._resumed(record, request, caller, entry, whole, orphaned_only)
-        async with self._served(source, entry, span, "resume") as events:
-            async for event in events:
-                entry.told(event)
-                yield event
+        source = traced(source, span, entry.request_id)
+        with self._served(entry, span, "resume"):
+            async with aclosing(self._streams.read(source)) as events:
+                async for event in events:
+                    entry.told(event)
+                    yield event
 
     async def follow(
         self, session_id: str, offset: int = 0, caller: Caller = ANYBODY
@@ -253,10 +258,11 @@ class Router:
         if offset > len(record.output_ids):
             raise beyond_the_end(offset, len(record.output_ids))
         along = self._followers.follow(record, self._opener.completion, offset, caller)
-        async with self._metrics.stream("follow"), aclosing(along) as events:
+        with self._metrics.stream("follow"):
             yield self._opener.started(record)
-            async for event in events:
-                yield event
+            async with aclosing(along) as events:
+                async for event in events:
+                    yield event
 
     async def cancel(self, session_id: str, caller: Caller = ANYBODY) -> None:
         """End a session for good, wherever it runs; its reader sees it end within a round.
@@ -277,19 +283,12 @@ class Router:
             raise NotFound(f"no session {session_id}, or it has expired", field="session_id")
         return record
 
-    @asynccontextmanager
-    async def _served(
-        self,
-        source: AsyncGenerator[GenerateEvent, None],
-        entry: RequestLogEntry,
-        span: Span,
-        kind: str,
-    ) -> AsyncGenerator[AsyncGenerator[GenerateEvent, None], None]:
-        """The events of `source` through a bounded buffer, with one log entry and one outcome."""
+    @contextmanager
+    def _served(self, entry: RequestLogEntry, span: Span, kind: str) -> Iterator[None]:
+        """Around a stream that is read: one log entry and one outcome, whatever it ends with."""
         try:
-            source = traced(source, span, entry.request_id)
-            async with self._metrics.stream(kind), aclosing(self._streams.read(source)) as events:
-                yield events
+            with self._metrics.stream(kind):
+                yield
         except SpecinferError as error:
             error.request_id = error.request_id or entry.request_id
             entry.failed(error)

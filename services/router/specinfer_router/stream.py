@@ -53,8 +53,9 @@ class OpenStreams:
             pump.result()
         finally:
             self._pumps.discard(pump)
-            pump.cancel()
-            await asyncio.wait((pump,))
+            if not pump.done():
+                pump.cancel()
+                await asyncio.wait((pump,))
 
     def cut(self, error: SpecinferError) -> None:
         """End every stream with this error, after the events that wait for their reader."""
