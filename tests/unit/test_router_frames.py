@@ -35,16 +35,20 @@ async def test_items_that_come_while_a_frame_is_out_share_the_next() -> None:
         assert [len(frame) for frame in worker.frames] == [1, 3]
 
 
-@pytest.mark.parametrize(("num_seats", "frames"), [(CROWD + 1, [3]), (CROWD, [1, 2])])
+@pytest.mark.parametrize(
+    ("num_seats", "turns", "frames"),
+    [(CROWD + 1, [1, 1, 1], [3]), (CROWD, [1, 1, 1], [1, 2]), (CROWD + 1, [8, 1], [8, 1])],
+    ids=["crowd", "few", "full"],
+)
 async def test_in_a_crowd_items_of_a_few_turns_leave_in_one_frame(
-    num_seats: int, frames: list[int]
+    num_seats: int, turns: list[int], frames: list[int]
 ) -> None:
     async with linked() as (worker, link):
         await open_on(link, "first")
         link.num_seats = num_seats
         answers = []
-        for number in range(3):
-            answers.append(open_on(link, f"s{number}"))
+        for turn, num_items in enumerate(turns):
+            answers += [open_on(link, f"{turn}-{number}") for number in range(num_items)]
             await asyncio.sleep(0)
         await asyncio.gather(*answers)
         assert [len(frame) for frame in worker.frames[1:]] == frames

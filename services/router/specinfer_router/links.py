@@ -1,11 +1,11 @@
 """One long-lived stream to each worker: frames of items out, one result for each item back.
 
-Items queued in the same turn of the event loop leave in one frame; in a crowd so do those of the
-next few turns, for a frame costs as much as dozens of items. Each is written out once: a message
-of one item is queued as its bytes, and such bytes in a row are the message of all items (protobuf's
-repeated fields add up). A malformed result fails its own item; a broken stream fails all that wait,
-and the link connects again by itself, with growing and jittered pauses. This module knows nothing
-of rounds, retries or which worker is chosen.
+Items queued in the same turn of the event loop leave in one frame, for a frame costs as much as
+dozens of items; in a crowd so do those of a few turns, while they are few. Each is written out
+once: a message of one item is queued as its bytes, and such bytes in a row are the message of all
+items (protobuf's repeated fields add up). A malformed result fails its own item; a broken stream
+fails all that wait, and the link connects again by itself, with growing and jittered pauses. This
+module knows nothing of rounds, retries or which worker is chosen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from specinfer_router.hedging import MovingQuantile
 
 log = logging.getLogger(__name__)
 
-MAX_TURNS = 4
+# A frame of so many items is worth its cost, for which others may wait a few turns of the loop.
+FULL_FRAME, MAX_TURNS = 8, 4
 
 FrameT = TypeVar("FrameT", bound=Message)
 _Result = TypeVar("_Result")
@@ -330,12 +331,13 @@ class WorkerLink(ABC, Generic[FrameT]):
                     raise Unavailable(f"the stream to {self.address} broke") from error
 
     async def _fill(self) -> None:
-        """Turns of the loop for as long as each brings more items for the next frame."""
+        """Turns of the loop for as long as the next frame is small and each brings more for it."""
+        num_items = 0
         for _ in range(MAX_TURNS):
+            if len(self._outbox) >= FULL_FRAME or len(self._outbox) == num_items:
+                return
             num_items = len(self._outbox)
             await asyncio.sleep(0)
-            if num_items in (len(self._outbox), self._limits.max_frame_items):
-                return
 
     def _take_items(self) -> list[bytes]:
         """Items for one frame, in order, within its bounds; at least one."""
