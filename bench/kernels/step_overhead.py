@@ -3,7 +3,7 @@
     python bench/kernels/step_overhead.py [--rounds N] [--threads N] [--model narrow] [--json FILE]
 
 `step` lays out a batch and runs it through a whole fused decoder, head included: all of a pass but
-sampling. `layers` is the one call of the layers alone, `ops` the same layers op by op, as they ran
+sampling. `decoder` is the one call of the decoder alone, `ops` the same op by op, as everything ran
 before there was one call; `numbers` does nothing but lay the batch out. The `narrow` model has 24
 layers that compute next to nothing, so all of its step is overhead. The floor is the larger of
 reading every weight once, measured on those very weights, and of their products at the rate of a
@@ -29,12 +29,12 @@ from specinfer_engine.fused import FusedDecoder
 from specinfer_engine.rowwise import RotaryTable
 from specinfer_kernels import (
     DecoderLayer,
+    DecoderRows,
     DecoderStack,
     LayerCaches,
     PackedLinear,
-    RotaryPlaces,
     RowNorm,
-    decoder_layers,
+    decoder_logits,
     pack_linear,
 )
 
@@ -77,22 +77,14 @@ class Model:
 
     shape: Shape
     stack: DecoderStack
-    head: PackedLinear
-    embedding: Tensor
-    rotary: RotaryTable
-
-    @property
-    def decoder(self) -> FusedDecoder:
-        norm = RowNorm(torch.ones(self.shape.width, dtype=self.embedding.dtype), 1e-5)
-        return FusedDecoder(self.embedding, self.stack, norm, self.head, self.rotary)
 
     @property
     def products(self) -> list[PackedLinear]:
         layers = self.stack.layers
-        return [*(item for layer in layers for item in layer.products), self.head]
+        return [*(item for layer in layers for item in layer.products), self.stack.head]
 
 
-def make_model(shape: Shape, dtype: torch.dtype) -> Model:
+def make_model(shape: Shape, dtype: torch.dtype, max_length: int = MAX_LENGTH) -> Model:
     query = shape.num_heads * HEAD_DIM
     mixed = query + 2 * shape.num_kv_heads * HEAD_DIM
 
@@ -114,8 +106,10 @@ def make_model(shape: Shape, dtype: torch.dtype) -> Model:
         for _ in range(shape.num_layers)
     )
     embedding = torch.randn(shape.vocab_size, shape.width).to(dtype)
-    stack = DecoderStack(layers, shape.num_heads, shape.num_kv_heads, HEAD_DIM)
-    return Model(shape, stack, pack_linear(embedding), embedding, RotaryTable(Angles(), MAX_LENGTH))
+    cosines, sines = RotaryTable(Angles(), max_length).tables(embedding)
+    heads = (shape.num_heads, shape.num_kv_heads, HEAD_DIM)
+    head = pack_linear(embedding)
+    return Model(shape, DecoderStack(embedding, cosines, sines, layers, norm, head, *heads))
 
 
 def make_rows(num_sequences: int, num_rows: int) -> list[SequenceRows]:
@@ -131,7 +125,7 @@ def make_rows(num_sequences: int, num_rows: int) -> list[SequenceRows]:
 
 def make_caches(model: Model, num_sequences: int) -> LayerCaches:
     blocks = (num_sequences * 8, BLOCK_SIZE, model.shape.num_kv_heads, HEAD_DIM)
-    pool = torch.zeros(model.shape.num_layers, 2, *blocks).to(model.embedding.dtype)
+    pool = torch.zeros(model.shape.num_layers, 2, *blocks).to(model.stack.dtype)
     return LayerCaches(tuple((layer[0], layer[1]) for layer in pool))
 
 
@@ -144,24 +138,23 @@ def read_weights(model: Model) -> None:
 
 def run_pass(model: Model, num_sequences: int, num_rows: int, rounds: int) -> dict[str, object]:
     """One line: the step, its parts, and its floor."""
-    dtype, decoder = model.embedding.dtype, model.decoder
+    dtype, decoder = model.stack.dtype, FusedDecoder(model.stack)
     caches, rows = make_caches(model, num_sequences), make_rows(num_sequences, num_rows)
     batch = build_batch(rows, BLOCK_SIZE)
-    places = RotaryPlaces(
-        batch.position_ids[0], batch.slot_mapping, *model.rotary.tables(model.embedding)
+    laid_out = DecoderRows(
+        batch.token_ids, batch.positions, batch.slot_mapping, batch.logit_index, batch.layout
     )
-    hidden = torch.randn(batch.num_rows, model.shape.width).to(dtype)
     square = torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype)
 
     def step() -> Tensor:
-        laid_out = build_batch(rows, BLOCK_SIZE)
-        return decoder(laid_out, PagedPass(laid_out.layout, laid_out.slot_mapping, caches))
+        batch = build_batch(rows, BLOCK_SIZE)
+        return decoder(batch, PagedPass(batch.layout, batch.slot_mapping, caches))
 
-    layers = partial(decoder_layers, hidden, model.stack, places, batch.layout, caches)
+    alone = partial(decoder_logits, laid_out, model.stack, caches)
     candidates: dict[str, Callable[[], object]] = {
         "step": step,
-        "layers": layers,
-        "ops": partial(layers, backend="reference"),
+        "decoder": alone,
+        "ops": partial(alone, backend="reference"),
         "numbers": partial(build_batch, rows, BLOCK_SIZE),
         "read": partial(read_weights, model),
         "peak": partial(functional.linear, square, square),

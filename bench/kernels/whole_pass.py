@@ -21,7 +21,6 @@ from step_overhead import (
     HEAD_DIM,
     PEAK_SIZE,
     SHAPES,
-    Angles,
     Model,
     floors,
     make_model,
@@ -35,8 +34,7 @@ from results import add_json_option, save, summary_of
 from specinfer_engine.attention import PagedPass
 from specinfer_engine.batch import SequenceRows, build_batch
 from specinfer_engine.fused import FusedDecoder
-from specinfer_engine.rowwise import RotaryTable
-from specinfer_kernels import LayerCaches, RowNorm
+from specinfer_kernels import LayerCaches
 
 DTYPE = torch.bfloat16
 
@@ -44,9 +42,7 @@ DTYPE = torch.bfloat16
 def make_pass(model: Model, num_rows: int, context: int) -> Callable[[], Tensor]:
     """The pass of `num_rows` rows behind `context` keys, as a function."""
     shape, blocks = model.shape, -(-(context + num_rows) // BLOCK_SIZE)
-    norm = RowNorm(torch.ones(shape.width, dtype=DTYPE), 1e-5)
-    rotary = RotaryTable(Angles(), context + num_rows)
-    decoder = FusedDecoder(model.embedding, model.stack, norm, model.head, rotary)
+    decoder = FusedDecoder(model.stack)
     block = (BLOCK_SIZE, shape.num_kv_heads, HEAD_DIM)
     pool = torch.randn(shape.num_layers, 2, blocks, *block).to(DTYPE)
     caches = LayerCaches(tuple((layer[0], layer[1]) for layer in pool))
@@ -95,9 +91,11 @@ def main() -> None:
     arguments = parse_arguments("whole pass", add_options)
     lines = []
     with torch.inference_mode():
-        model = make_model(SHAPES[arguments.model], DTYPE)
-        for context in map(int, arguments.contexts.split(",")):
-            for num_rows in map(int, arguments.rows.split(",")):
+        contexts, counts = arguments.contexts.split(","), arguments.rows.split(",")
+        max_length = max(map(int, contexts)) + max(map(int, counts))
+        model = make_model(SHAPES[arguments.model], DTYPE, max_length)
+        for context in map(int, contexts):
+            for num_rows in map(int, counts):
                 lines.append(run_line(model, num_rows, context, arguments.rounds))
     save(arguments, lines)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ from specinfer.tree import WORD_BITS, TokenTree
 from specinfer_kernels import AttentionLayout
 
 _WORD_BYTES = WORD_BITS // 8
+_ALIGNMENT = 16
 
 Integers = npt.NDArray[np.int64]
 
@@ -77,16 +80,16 @@ class ForwardBatch:
     """One pass as tensors, all on one device.
 
     Attributes:
-        input_ids: int64 [1, num_rows].
-        position_ids: int64 [1, num_rows].
+        token_ids: int64 [num_rows].
+        positions: int64 [num_rows].
         slot_mapping: int64 [num_rows], place in the pool of each row's key and value.
         layout: what the attention kernel reads.
         logit_index: int64 [num_logits], rows of the pass whose logits are wanted.
         logit_counts: how many of them belong to each sequence.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
+    token_ids: Tensor
+    positions: Tensor
     slot_mapping: Tensor
     layout: AttentionLayout
     logit_index: Tensor
@@ -95,7 +98,12 @@ class ForwardBatch:
     @property
     def num_rows(self) -> int:
         """Rows in the pass."""
-        return self.input_ids.shape[1]
+        return self.token_ids.shape[0]
+
+
+def aligned(count: int) -> int:
+    """Elements to leave for `count` of a buffer: some kernels read whole vectors."""
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
 def build_batch(
@@ -121,24 +129,48 @@ def build_batch(
         slots += _slots(part.block_table, context + part.first_node, count, block_size)
         wanted += [start + row for row in part.logit_rows]
         offsets.append(start + count)
-    # Few large tensors in place of many small ones: a pass of a small model is mostly overhead.
-    places = torch.tensor((token_ids, positions, slots), dtype=torch.int64, device=device)
-    layout = AttentionLayout(
-        row_offsets=torch.tensor(offsets, dtype=torch.int32, device=device),
-        context_lens=torch.tensor(
-            [part.context_len for part in rows], dtype=torch.int32, device=device
-        ),
-        block_tables=_block_tables(rows).to(device),
-        ancestors=_ancestor_words(rows, counts).to(device),
-    )
+    # Few large arrays in place of many small tensors: a pass of a small model is mostly overhead.
+    pieces = _pieces(np.int64, (token_ids, positions, slots, wanted), device)
     return ForwardBatch(
-        input_ids=places[0:1],
-        position_ids=places[1:2],
-        slot_mapping=places[2],
-        layout=layout,
-        logit_index=torch.tensor(wanted, dtype=torch.int64, device=device),
+        token_ids=pieces[0],
+        positions=pieces[1],
+        slot_mapping=pieces[2],
+        layout=_layout(rows, offsets, device),
+        logit_index=pieces[3],
         logit_counts=tuple(len(part.logit_rows) for part in rows),
     )
+
+
+def _layout(
+    rows: Sequence[SequenceRows], offsets: list[int], device: torch.device | str
+) -> AttentionLayout:
+    tables = np.zeros((len(rows), max(len(part.block_table) for part in rows)), np.int32)
+    for table, part in zip(tables, rows, strict=True):
+        table[: len(part.block_table)] = part.block_table
+    numbers = (offsets, [part.context_len for part in rows], tables.reshape(-1))
+    row_offsets, context_lens, block_tables = _pieces(np.int32, numbers, device)
+    return AttentionLayout(
+        row_offsets=row_offsets,
+        context_lens=context_lens,
+        block_tables=block_tables.view(tables.shape),
+        ancestors=torch.from_numpy(_ancestor_words(rows)).to(device),
+    )
+
+
+def _pieces(
+    dtype: type[np.integer[Any]],
+    lists: Sequence[Sequence[int] | npt.NDArray[np.int32]],
+    device: torch.device | str,
+) -> list[Tensor]:
+    """Lists of numbers as tensors of one buffer, which takes one copy to a device."""
+    starts = list(accumulate((aligned(len(numbers)) for numbers in lists), initial=0))
+    buffer = np.zeros(starts[-1], dtype)
+    for start, numbers in zip(starts, lists, strict=False):
+        buffer[start : start + len(numbers)] = numbers
+    whole = torch.from_numpy(buffer).to(device)
+    return [
+        whole[start : start + len(numbers)] for start, numbers in zip(starts, lists, strict=False)
+    ]
 
 
 def _slots(table: tuple[int, ...], start: int, count: int, block_size: int) -> list[int]:
@@ -151,34 +183,27 @@ def _slots(table: tuple[int, ...], start: int, count: int, block_size: int) -> l
     ]
 
 
-def _block_tables(rows: Sequence[SequenceRows]) -> Tensor:
-    """The block tables, filled up with block 0: int32 [num_sequences, most blocks]."""
-    # torch.tensor takes three times as long for the thousands of blocks of many long sessions.
-    tables = np.zeros((len(rows), max(len(part.block_table) for part in rows)), np.int32)
-    for table, part in zip(tables, rows, strict=True):
-        table[: len(part.block_table)] = part.block_table
-    return torch.from_numpy(tables)
-
-
-def _ancestor_words(rows: Sequence[SequenceRows], counts: Sequence[int]) -> Tensor:
+def _ancestor_words(rows: Sequence[SequenceRows]) -> Integers:
     """Ancestor sets of all rows in 64-bit words, [num_rows, num_words]."""
-    reach = max(part.first_node + count for part, count in zip(rows, counts, strict=True))
+    reach = max(part.first_node + len(part.token_ids) for part in rows)
     num_words = -(-reach // WORD_BITS)
     if reach < WORD_BITS:  # the sign bit stays free
         sets: list[int] = []
-        for part, count in zip(rows, counts, strict=True):
+        for part in rows:
             first = part.first_node + 1
-            sets += part.ancestors or [(1 << seen) - 1 for seen in range(first, first + count)]
-        return torch.tensor(sets, dtype=torch.int64).unsqueeze(1)
+            last = first + len(part.token_ids)
+            sets += part.ancestors or [(1 << seen) - 1 for seen in range(first, last)]
+        return np.array(sets, np.int64).reshape(-1, 1)
     width = num_words * _WORD_BYTES
     parts = []
-    for part, count in zip(rows, counts, strict=True):
+    for part in rows:
+        count = len(part.token_ids)
         if part.ancestors:
             raw = b"".join(bits.to_bytes(width, "little") for bits in part.ancestors)
             parts.append(np.frombuffer(raw, np.int64).reshape(count, num_words))
         else:
             parts.append(_chain_words(part.first_node, count, num_words))
-    return torch.from_numpy(np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 def _chain_words(first_node: int, count: int, num_words: int) -> Integers:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -28,14 +27,13 @@ from specinfer_engine.batch import ForwardBatch
 from specinfer_engine.rowwise import RotaryTable
 from specinfer_kernels import (
     DecoderLayer,
+    DecoderRows,
     DecoderStack,
     HeadNorms,
     PackedLinear,
-    RotaryPlaces,
     RowNorm,
-    decoder_layers,
+    decoder_logits,
     pack_linear,
-    rms_norm,
 )
 
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -44,29 +42,19 @@ _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCau
 class FusedDecoder:
     """A model of the family as a function of a batch; made by `fuse`."""
 
-    def __init__(
-        self,
-        embedding: Tensor,
-        stack: DecoderStack,
-        norm: RowNorm,
-        head: PackedLinear,
-        rotary: RotaryTable,
-    ) -> None:
-        self._embedding = embedding
+    def __init__(self, stack: DecoderStack) -> None:
         self._stack = stack
-        self._norm = norm
-        self._head = head
-        self._rotary = rotary
 
     def __call__(self, batch: ForwardBatch, paged_pass: PagedPass) -> Tensor:
-        """One pass: logits [num_logits, vocab_size] in the model's format."""
-        places = RotaryPlaces(
-            batch.position_ids[0], paged_pass.slot_mapping, *self._rotary.tables(self._embedding)
+        """One pass: logits [num_logits, vocab_size], float32 or float64."""
+        rows = DecoderRows(
+            batch.token_ids,
+            batch.positions,
+            paged_pass.slot_mapping,
+            batch.logit_index,
+            paged_pass.layout,
         )
-        hidden = functional.embedding(batch.input_ids[0], self._embedding)
-        hidden = decoder_layers(hidden, self._stack, places, paged_pass.layout, paged_pass.caches)
-        wanted = hidden.index_select(0, batch.logit_index)
-        return self._head.forward(rms_norm(wanted, self._norm.weight, self._norm.epsilon))
+        return decoder_logits(rows, self._stack, paged_pass.caches)
 
 
 def fuse(
@@ -91,10 +79,19 @@ def fuse(
             layers.append(_layer(source.model.layers[index], call, int8))
             # Frees what was packed before the next layer is.
             source.model.layers[index] = nn.Identity()
-    rotary = RotaryTable(source.model.rotary_emb, max_model_len)
-    heads = (calls[0].num_heads, calls[0].num_kv_heads, calls[0].head_dim)
-    stack = DecoderStack(tuple(layers), *heads)
-    return FusedDecoder(embedding, stack, _norm(source.model.norm), head, rotary)
+        cosines, sines = RotaryTable(source.model.rotary_emb, max_model_len).tables(embedding)
+    stack = DecoderStack(
+        embedding=embedding,
+        cosines=cosines,
+        sines=sines,
+        layers=tuple(layers),
+        final_norm=_norm(source.model.norm),
+        head=head,
+        num_heads=calls[0].num_heads,
+        num_kv_heads=calls[0].num_kv_heads,
+        head_dim=calls[0].head_dim,
+    )
+    return FusedDecoder(stack)
 
 
 def _is_plain(source: Any) -> bool:

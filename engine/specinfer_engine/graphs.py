@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specinfer_engine.batch import ForwardBatch
+from specinfer_engine.batch import ForwardBatch, aligned
 from specinfer_engine.device_waits import RefuseWaits, WaitsForDevice
 from specinfer_kernels import AttentionLayout
 
@@ -33,8 +33,6 @@ _NARROWEST_TABLE = 64
 # A graph of a large model holds a few MiB of launches; their working memory they share.
 MOST_GRAPHS = 96
 _MOST_PADDING = max(right - left for left, right in pairwise(ROW_BUCKETS)) - 1
-# In elements: keeps every piece of a buffer where a kernel may read it in whole vectors.
-_ALIGNMENT = 16
 # Not a worker's: what it guards, the device with all its streams, is one for the whole process.
 _RECORDING = threading.Lock()
 
@@ -185,7 +183,7 @@ class StepInputs:
     def zeros(cls, sizes: StepSizes, device: torch.device | str) -> StepInputs:
         """Empty inputs on a device."""
         wide, narrow = (
-            torch.zeros(sum(_aligned(pieces)), dtype=dtype, device=device)
+            torch.zeros(sum(map(aligned, pieces)), dtype=dtype, device=device)
             for pieces, dtype in zip(_pieces(sizes), (torch.int64, torch.int32), strict=True)
         )
         return cls(wide, narrow, sizes)
@@ -202,8 +200,8 @@ class StepInputs:
             ancestors=ancestors.view(sizes.rows, sizes.words),
         )
         return ForwardBatch(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            token_ids=token_ids,
+            positions=positions,
             slot_mapping=slots,
             layout=layout,
             logit_index=logit_index,
@@ -220,12 +218,8 @@ def _pieces(sizes: StepSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
     )
 
 
-def _aligned(pieces: tuple[int, ...]) -> list[int]:
-    return [-(-count // _ALIGNMENT) * _ALIGNMENT for count in pieces]
-
-
 def _cut(buffer: Tensor, pieces: tuple[int, ...]) -> list[Tensor]:
-    starts = accumulate(_aligned(pieces), initial=0)
+    starts = accumulate(map(aligned, pieces), initial=0)
     return [buffer[start : start + count] for start, count in zip(starts, pieces, strict=False)]
 
 
@@ -238,9 +232,8 @@ def fill(inputs: StepInputs, batch: ForwardBatch, scratch: ScratchBlocks) -> Non
     target, sizes = inputs.batch(), inputs.sizes
     num_rows, num_sequences = batch.num_rows, batch.layout.context_lens.numel()
     padding = sizes.rows - num_rows
-    for name in ("input_ids", "position_ids"):
-        getattr(target, name)[0, :num_rows] = getattr(batch, name)[0]
-    target.slot_mapping[:num_rows] = batch.slot_mapping
+    for name in ("token_ids", "positions", "slot_mapping"):
+        getattr(target, name)[:num_rows] = getattr(batch, name)
     target.slot_mapping[num_rows:] = torch.arange(padding) + scratch.first * scratch.block_size
     target.logit_index[: batch.logit_index.numel()] = batch.logit_index
     layout, given = target.layout, batch.layout
@@ -345,8 +338,8 @@ def move_batch(batch: ForwardBatch, device: torch.device) -> ForwardBatch:
     layout = batch.layout
     return replace(
         batch,
-        input_ids=batch.input_ids.to(device),
-        position_ids=batch.position_ids.to(device),
+        token_ids=batch.token_ids.to(device),
+        positions=batch.positions.to(device),
         slot_mapping=batch.slot_mapping.to(device),
         layout=AttentionLayout(
             row_offsets=layout.row_offsets.to(device),

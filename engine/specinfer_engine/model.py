@@ -46,7 +46,7 @@ class LoadedModel:
     Attributes:
         model: the `transformers` model, its linear layers row-invariant, its attention paged; a
             fused decoder has taken its layers out.
-        decoder: one pass over a batch: logits [num_logits, vocab_size] in the model's format.
+        decoder: one pass over a batch: logits [num_logits, vocab_size] of any float format.
         name: name it is served under.
         num_layers, num_heads, num_kv_heads, head_dim: shape of its attention.
         vocab_size: number of logits, and the bound of token ids.
@@ -110,8 +110,8 @@ class StockDecoder:
         """One pass: logits [num_logits, vocab_size] in the model's format."""
         arguments: dict[str, Any] = {PASS_ARGUMENT: paged_pass}
         output = self._model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
+            input_ids=batch.token_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=batch.logit_index,
             **arguments,

@@ -70,7 +70,8 @@ class Runner:
         # Graphs take a batch from the host, padded and in two copies.
         device = self.loaded.device if self._graphs is None else "cpu"
         batch = build_batch(rows, self.block_size, device)
-        return list(torch.split(self.forward_batch(batch), list(batch.logit_counts)))
+        logits = self.forward_batch(batch)
+        return [logits] if len(rows) == 1 else list(logits.split(list(batch.logit_counts)))
 
     @torch.inference_mode()
     def forward_batch(self, batch: ForwardBatch) -> Tensor:

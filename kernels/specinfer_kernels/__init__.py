@@ -5,12 +5,13 @@ The package imports torch and nothing of ours; it knows no model, session or sch
 """
 
 from specinfer_kernels.backends import Backend, available_backends, backend_name
-from specinfer_kernels.decoder_layers import (
+from specinfer_kernels.decoder_logits import (
     DecoderLayer,
+    DecoderRows,
     DecoderStack,
     LayerCaches,
     RowNorm,
-    decoder_layers,
+    decoder_logits,
 )
 from specinfer_kernels.decoder_rows import (
     HeadNorms,
@@ -54,6 +55,7 @@ __all__ = [
     "Backend",
     "BackendUnavailableError",
     "DecoderLayer",
+    "DecoderRows",
     "DecoderStack",
     "HeadNorms",
     "KernelInputError",
@@ -69,7 +71,7 @@ __all__ = [
     "compact_kv",
     "copy_blocks",
     "counter_hash",
-    "decoder_layers",
+    "decoder_logits",
     "gumbel_noise",
     "pack_linear",
     "padded_rows",

@@ -27,6 +27,8 @@ _MESSAGES = {
     7: "the native kernel does not take this dtype",
     8: "positions names a position outside the tables",
     9: "the native kernel does not take heads this large",
+    10: "token_ids names a token outside the embedding",
+    11: "wanted names a row outside the pass",
 }
 _POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -69,7 +71,7 @@ def _load() -> ctypes.CDLL | str:
     library.specinfer_silu_multiply.argtypes = [_POINTER] + [_LONG] * 3 + [_POINTER] + [_LONG] * 2
     rotate = [_POINTER] * 10 + [_LONG] * 7 + [_DOUBLE] + [_LONG] * 2
     library.specinfer_rotate_and_write_kv.argtypes = rotate
-    library.specinfer_decoder_layers.argtypes = [_POINTER]
+    library.specinfer_decoder_logits.argtypes = [_POINTER]
     library.specinfer_gumbel_noise.argtypes = [_POINTER] * 2 + [_LONG] * 2 + [_POINTER, _LONG]
     library.specinfer_gumbel_noise.restype = None
     library.specinfer_sample_gumbel.argtypes = [_POINTER] + [_LONG] * 4 + [_POINTER] * 4 + [_LONG]

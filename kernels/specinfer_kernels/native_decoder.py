@@ -1,4 +1,4 @@
-"""The loop over a decoder's layers in C++, see decoder_layers.py and csrc/decoder.h.
+"""A whole decoder in C++, see decoder_logits.py and csrc/decoder.h.
 
 A stack's weights are told to the library once, a pool's caches once, a pass's rows at every call.
 Tensors are trusted to have the shapes that the op checked. Knows CPU tensors only.
@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from specinfer_kernels.decoder_rows import RotaryPlaces
 from specinfer_kernels.native import native_failure, native_library, raise_for
 from specinfer_kernels.native_rows import DTYPE_CODES
-from specinfer_kernels.tree_attention import AttentionLayout
 
 if TYPE_CHECKING:
-    from specinfer_kernels.decoder_layers import DecoderLayer, DecoderStack
+    from specinfer_kernels.decoder_logits import DecoderLayer, DecoderRows, DecoderStack
 
 _POINTER, _LONG, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _LARGEST_HEAD = 1024  # kMostHeadDim of csrc/rows.h
@@ -38,59 +35,71 @@ class _Layer(ctypes.Structure):
     )
 
 
+class NativeStack(ctypes.Structure):
+    """DecoderStack of csrc/decoder.h, field by field; the tensors are kept by the Python one."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("layers", "embedding", "cosines", "sines")),
+        *((name, _POINTER) for name in ("final_norm", "head")),
+        ("final_epsilon", _DOUBLE),
+        *((name, _LONG) for name in ("num_layers", "width", "vocab_size", "num_positions")),
+        *((name, _LONG) for name in ("num_heads", "num_kv_heads", "head_dim", "dtype")),
+    )
+    kept: Any
+    """The array of layers."""
+
+
+class NativeCaches(ctypes.Structure):
+    """DecoderCaches of csrc/decoder.h, field by field; whoever makes one keeps the tensors."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _LONG) for name in ("num_blocks", "block_size")),
+    )
+    kept: Any
+    """The arrays of pointers."""
+
+
 class _Arguments(ctypes.Structure):
     """DecoderArguments of csrc/decoder.h, field by field."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("layers", "key_caches", "value_caches", "hidden")),
-        *((name, _POINTER) for name in ("positions", "slots", "cosines", "sines")),
+        *((name, _POINTER) for name in ("stack", "caches")),
+        *((name, _POINTER) for name in ("token_ids", "positions", "slots", "wanted")),
         *((name, _POINTER) for name in ("row_offsets", "context_lens", "block_tables")),
-        ("ancestors", _POINTER),
-        *((name, _LONG) for name in ("num_layers", "num_rows", "width", "num_positions")),
-        *((name, _LONG) for name in ("num_sequences", "max_blocks", "num_words", "num_blocks")),
-        *((name, _LONG) for name in ("block_size", "num_heads", "num_kv_heads", "head_dim")),
-        *((name, _LONG) for name in ("dtype", "num_threads")),
+        *((name, _POINTER) for name in ("ancestors", "logits")),
+        *((name, _LONG) for name in ("num_rows", "num_wanted", "num_sequences")),
+        *((name, _LONG) for name in ("max_blocks", "num_words", "num_threads")),
     )
-
-
-@dataclass(frozen=True)
-class NativeStack:
-    """Layers as an array of the C struct, and their shape; a DecoderStack keeps the tensors."""
-
-    layers: Any
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype_code: int
-
-
-@dataclass(frozen=True)
-class CachePointers:
-    """Arrays of pointers to the caches of every layer, and the shape they share."""
-
-    keys: Any
-    values: Any
-    num_blocks: int
-    block_size: int
 
 
 def native_stack(stack: DecoderStack) -> NativeStack | None:
-    """The layers for `decoder_layers`, or None when the library does not run all of them."""
+    """The decoder for `decoder_logits`, or None when the library does not run all of it."""
     if native_failure() or stack.dtype not in DTYPE_CODES or stack.head_dim > _LARGEST_HEAD:
         return None
-    if any(item.native_weight is None for layer in stack.layers for item in layer.products):
+    head = stack.head.native_weight
+    products = [item.native_weight for layer in stack.layers for item in layer.products]
+    if head is None or None in products:
         return None
-    return NativeStack(
-        layers=(_Layer * len(stack.layers))(*map(_native_layer, stack.layers)),
-        num_layers=len(stack.layers),
-        width=stack.width,
-        num_heads=stack.num_heads,
-        num_kv_heads=stack.num_kv_heads,
-        head_dim=stack.head_dim,
-        dtype_code=DTYPE_CODES[stack.dtype],
+    layers = (_Layer * len(stack.layers))(*map(_native_layer, stack.layers))
+    found = NativeStack(
+        ctypes.addressof(layers),
+        stack.embedding.data_ptr(),
+        stack.cosines.data_ptr(),
+        stack.sines.data_ptr(),
+        stack.final_norm.weight.data_ptr(),
+        ctypes.addressof(head.struct),
+        stack.final_norm.epsilon,
+        len(stack.layers),
+        *stack.embedding.shape[::-1],
+        stack.cosines.shape[0],
+        stack.num_heads,
+        stack.num_kv_heads,
+        stack.head_dim,
+        DTYPE_CODES[stack.dtype],
     )
+    found.kept = layers
+    return found
 
 
 def _native_layer(layer: DecoderLayer) -> _Layer:
@@ -111,53 +120,43 @@ def _native_layer(layer: DecoderLayer) -> _Layer:
     )
 
 
-def cache_pointers(pairs: Sequence[tuple[Tensor, Tensor]]) -> CachePointers:
-    """Where the caches are; whoever asks keeps the tensors."""
+def native_caches(pairs: Sequence[tuple[Tensor, Tensor]]) -> NativeCaches:
+    """Where the caches are, and the shape they share."""
     keys, values = zip(*pairs, strict=True)
     array = _POINTER * len(keys)
-    return CachePointers(
+    kept = (
         array(*(cache.data_ptr() for cache in keys)),
         array(*(cache.data_ptr() for cache in values)),
-        *keys[0].shape[:2],
     )
+    found = NativeCaches(*map(ctypes.addressof, kept), *keys[0].shape[:2])
+    found.kept = kept
+    return found
 
 
-def decoder_layers(
-    hidden: Tensor,
-    stack: NativeStack,
-    places: RotaryPlaces,
-    layout: AttentionLayout,
-    caches: CachePointers,
+def decoder_logits(
+    rows: DecoderRows, stack: NativeStack, caches: NativeCaches, logits: Tensor
 ) -> None:
-    """As reference_decoder.decoder_layers, in place in `hidden`."""
+    """As reference_decoder.decoder_logits, into `logits`."""
+    layout, wanted = rows.layout, rows.wanted
+    ancestors, block_tables = layout.ancestors, layout.block_tables
     arguments = _Arguments(
-        ctypes.addressof(stack.layers),
-        ctypes.addressof(caches.keys),
-        ctypes.addressof(caches.values),
-        hidden.data_ptr(),
-        places.positions.data_ptr(),
-        places.slot_mapping.data_ptr(),
-        places.cosines.data_ptr(),
-        places.sines.data_ptr(),
+        ctypes.addressof(stack),
+        ctypes.addressof(caches),
+        rows.token_ids.data_ptr(),
+        rows.positions.data_ptr(),
+        rows.slot_mapping.data_ptr(),
+        wanted.data_ptr(),
         layout.row_offsets.data_ptr(),
         layout.context_lens.data_ptr(),
-        layout.block_tables.data_ptr(),
-        layout.ancestors.data_ptr(),
-        stack.num_layers,
-        hidden.shape[0],
-        stack.width,
-        places.cosines.shape[0],
-        layout.context_lens.shape[0],
-        layout.block_tables.shape[1],
-        layout.ancestors.shape[1],
-        caches.num_blocks,
-        caches.block_size,
-        stack.num_heads,
-        stack.num_kv_heads,
-        stack.head_dim,
-        stack.dtype_code,
+        block_tables.data_ptr(),
+        ancestors.data_ptr(),
+        logits.data_ptr(),
+        ancestors.shape[0],
+        wanted.shape[0],
+        *block_tables.shape,
+        ancestors.shape[1],
         torch.get_num_threads(),
     )
-    status = native_library().specinfer_decoder_layers(ctypes.byref(arguments))
+    status = native_library().specinfer_decoder_logits(ctypes.byref(arguments))
     if status:
         raise_for(status)

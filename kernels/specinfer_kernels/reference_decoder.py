@@ -1,4 +1,4 @@
-"""The definition of `decoder_layers`: the single ops, one after the other.
+"""The definition of `decoder_logits`: the single ops, one after the other.
 
 Also what runs wherever the C++ loop does not: on GPUs, in float64, with oneDNN's products. Each op
 takes the backend that it would take by itself. Knows tensors and the ops only.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,17 +24,29 @@ from specinfer_kernels.packed_linear import padded_rows
 from specinfer_kernels.tree_attention import AttentionLayout, tree_attention
 
 if TYPE_CHECKING:
-    from specinfer_kernels.decoder_layers import DecoderLayer, DecoderStack
+    from specinfer_kernels.decoder_logits import DecoderLayer, DecoderRows, DecoderStack
 
 
-def decoder_layers(
+def decoder_logits(
+    rows: DecoderRows, stack: DecoderStack, caches: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """As the op of this name; see there."""
+    places = RotaryPlaces(rows.positions, rows.slot_mapping, stack.cosines, stack.sines)
+    hidden = functional.embedding(rows.token_ids, stack.embedding)
+    hidden = _through_layers(hidden, stack, places, rows.layout, caches)
+    wanted = hidden.index_select(0, rows.wanted)
+    normed = rms_norm(wanted, stack.final_norm.weight, stack.final_norm.epsilon)
+    logits = stack.head.forward(normed)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _through_layers(
     hidden: Tensor,
     stack: DecoderStack,
     places: RotaryPlaces,
     layout: AttentionLayout,
     caches: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """As the op of this name; see there."""
     count = hidden.shape[0]
     # Where products want more rows, they are added once here; no row looks at the others.
     padding = padded_rows(count) - count if stack.layers[0].down.layout == "onednn" else 0

@@ -1,5 +1,5 @@
 """A whole decoder on the path of a GPU, through Triton's interpreter: tokens computed one by one,
-as a prompt, and in a tree beside another session have the same bits after every layer."""
+as a prompt, and in a tree beside another session have logits of the same bits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from specinfer_kernels import (
     AttentionLayout,
     DecoderLayer,
+    DecoderRows,
     DecoderStack,
     HeadNorms,
     LayerCaches,
-    RotaryPlaces,
     RowNorm,
-    decoder_layers,
+    decoder_logits,
     pack_linear,
 )
 from tests.kernels.cases import ancestor_masks, ancestor_words, chain, path_in_tree, same_bits
@@ -32,7 +32,7 @@ from specinfer_kernels.triton.runtime import is_interpreting
 pytestmark = pytest.mark.skipif(not is_interpreting(), reason="Triton compiles in this process")
 
 WIDTH, INNER, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 48, 80, 2, 1, 16
-NUM_BLOCKS, BLOCK_SIZE = 12, 4
+NUM_BLOCKS, BLOCK_SIZE, VOCABULARY = 12, 4, 64
 LENGTH, PREFILLED = 5, 2
 
 
@@ -68,20 +68,32 @@ def random_stack(dtype: torch.dtype) -> DecoderStack:
         )
         for _ in range(2)
     ]
-    return DecoderStack(tuple(layers), NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
+    angles = torch.arange(32)[:, None] * 0.5 ** torch.arange(HEAD_DIM // 2)
+    angles = torch.cat((angles, angles), 1)
+    return DecoderStack(
+        draw(VOCABULARY, WIDTH).to(dtype),
+        angles.cos().to(dtype),
+        angles.sin().to(dtype),
+        tuple(layers),
+        norm(),
+        linear(WIDTH, VOCABULARY),
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+    )
 
 
-def random_rows(count: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def random_tokens(count: int, seed: int) -> Tensor:
+    return torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One session's rows of a pass: its blocks, its context, the rows and their parents."""
+    """One session's rows of a pass: its blocks, its context, their tokens and parents."""
 
     table: tuple[int, ...]
     context: int
-    hidden: Tensor
+    token_ids: Tensor
     parents: list[int]
 
 
@@ -89,7 +101,7 @@ TABLE, OTHER_TABLE = (5, 2, 9, 0), (1, 11)
 
 
 def compute(stack: DecoderStack, caches: LayerCaches, parts: list[Part]) -> list[Tensor]:
-    """The rows of each part after all layers; keys and values are in the caches then."""
+    """The logits of each part's rows; keys and values are in the caches then."""
     words, positions, slots, offsets = [], [], [], [0]
     tables = torch.zeros(len(parts), len(TABLE), dtype=torch.int32)
     for index, part in enumerate(parts):
@@ -106,12 +118,14 @@ def compute(stack: DecoderStack, caches: LayerCaches, parts: list[Part]) -> list
         tables,
         torch.tensor(words),
     )
-    angles = torch.arange(32)[:, None] * 0.5 ** torch.arange(HEAD_DIM // 2)
-    angles = torch.cat((angles, angles), 1)
-    turns = angles.cos().to(stack.dtype), angles.sin().to(stack.dtype)
-    places = RotaryPlaces(torch.tensor(positions), torch.tensor(slots), *turns)
-    hidden = torch.cat([part.hidden for part in parts])
-    result = decoder_layers(hidden, stack, places, layout, caches)
+    rows = DecoderRows(
+        torch.cat([part.token_ids for part in parts]),
+        torch.tensor(positions),
+        torch.tensor(slots),
+        torch.arange(len(slots)),
+        layout,
+    )
+    result = decoder_logits(rows, stack, caches)
     return list(result.split([len(part.parents) for part in parts]))
 
 
@@ -123,21 +137,21 @@ def empty_caches(dtype: torch.dtype) -> LayerCaches:
 
 
 def forms(stack: DecoderStack) -> dict[str, Tensor]:
-    """The same tokens after all layers, [LENGTH, WIDTH], computed in three ways."""
+    """Logits of the same tokens, [LENGTH, VOCABULARY], computed in three ways."""
     dtype = stack.dtype
-    path = random_rows(LENGTH, dtype, seed=1)
+    path = random_tokens(LENGTH, seed=1)
     caches = empty_caches(dtype)
     alone = [
         compute(stack, caches, [Part(TABLE, index, path[index : index + 1], [-1])])[0]
         for index in range(LENGTH)
     ]
-    whole = compute(stack, empty_caches(dtype), [Part(TABLE, 0, path.clone(), chain(LENGTH))])[0]
+    whole = compute(stack, empty_caches(dtype), [Part(TABLE, 0, path, chain(LENGTH))])[0]
     caches = empty_caches(dtype)
     start = compute(stack, caches, [Part(TABLE, 0, path[:PREFILLED], chain(PREFILLED))])[0]
     parents, places = path_in_tree(LENGTH - PREFILLED, 3, seed=2)
-    nodes = random_rows(len(parents), dtype, seed=4)
+    nodes = random_tokens(len(parents), seed=4)
     nodes[places] = path[PREFILLED:]
-    other = Part(OTHER_TABLE, 0, random_rows(2, dtype, seed=5), chain(2))
+    other = Part(OTHER_TABLE, 0, random_tokens(2, seed=5), chain(2))
     tree = compute(stack, caches, [other, Part(TABLE, PREFILLED, nodes, parents)])[1]
     return {
         "one by one": torch.cat(alone),

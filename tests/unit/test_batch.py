@@ -26,8 +26,8 @@ def test_a_chunk_and_a_tree_share_a_pass() -> None:
     batch = build_batch([chunk, tree], block_size=4)
 
     assert batch.num_rows == 7
-    assert batch.input_ids.tolist() == [[1, 2, 3, 7, 8, 9, 5]]
-    assert batch.position_ids.tolist() == [[3, 4, 5, 1, 2, 2, 3]]
+    assert batch.token_ids.tolist() == [1, 2, 3, 7, 8, 9, 5]
+    assert batch.positions.tolist() == [3, 4, 5, 1, 2, 2, 3]
     assert batch.slot_mapping.tolist() == [19, 0, 1, 9, 10, 11, 4]
     assert batch.layout.row_offsets.tolist() == [0, 3, 7]
     assert batch.layout.context_lens.tolist() == [3, 1]
@@ -66,7 +66,7 @@ def test_a_drafter_grows_level_by_level() -> None:
         logit_rows=(1, 0),
     )
     batch = build_batch([level], block_size=4)
-    assert batch.position_ids.tolist() == [[8, 8]]
+    assert batch.positions.tolist() == [8, 8]
     assert batch.slot_mapping.tolist() == [9, 10]
     assert [seen(batch, 0), seen(batch, 1)] == [{0, 1, 3}, {0, 2, 4}]
     assert batch.logit_index.tolist() == [1, 0]
@@ -97,7 +97,7 @@ def test_a_chain_of_a_tree_is_a_chunk() -> None:
     as_chunk = SequenceRows.chain(tokens, 5, range(75), (69,))
     left, right = (build_batch([rows], block_size=1) for rows in (as_tree, as_chunk))
     assert torch.equal(left.layout.ancestors, right.layout.ancestors)
-    assert torch.equal(left.position_ids, right.position_ids)
+    assert torch.equal(left.positions, right.positions)
 
 
 @pytest.mark.parametrize(

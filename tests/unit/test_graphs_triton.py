@@ -49,7 +49,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     folder = write_tiny_llama(
         tmp_path, vocab_size=SMALLEST_VOCABULARY, hidden_size=32, num_layers=1, num_heads=2
     )
-    # Otherwise all layers are one native call, which asks for no backend.
+    # Otherwise the whole decoder is one native call, which asks for no backend.
     monkeypatch.setattr(native_decoder, "native_stack", lambda stack: None)
     loaded = load_model(folder, dtype="float32")
     take_triton(monkeypatch)

@@ -26,7 +26,7 @@ from transformers import (
 
 from specinfer.errors import InvalidCheckpoint
 from specinfer_engine.loader import load_model
-from specinfer_kernels import decoder_layers, tree_attention
+from specinfer_kernels import decoder_logits, tree_attention
 from tests.kit.architectures import architectures
 from tests.kit.tiny_models import CHAT_TEMPLATE, write_tiny, write_tiny_llama
 
@@ -217,7 +217,7 @@ def test_an_architecture_that_is_not_served_says_why(
     ("name", "op", "fused"),
     [
         ("specinfer_engine.attention.tree_attention", tree_attention, False),
-        ("specinfer_engine.fused.decoder_layers", decoder_layers, True),
+        ("specinfer_engine.fused.decoder_logits", decoder_logits, True),
     ],
 )
 def test_arithmetic_behind_our_back_is_refused(

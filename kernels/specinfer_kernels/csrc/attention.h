@@ -60,6 +60,8 @@ enum Status {
     kBadDtype = 7,
     kBadPosition = 8,
     kBadHead = 9,
+    kBadToken = 10,
+    kBadRow = 11,
 };
 
 constexpr int kBlock = 64;        // keys of one block; part of the definition of the result's bits

@@ -34,8 +34,8 @@ int specinfer_tree_attention(const AttentionArguments* a) {
     return without_exceptions([&] { return attend_to_trees(*a); });
 }
 
-// All layers of a decoder, in place in a->hidden.
-int specinfer_decoder_layers(const DecoderArguments* a) {
+// A whole decoder, from tokens to logits.
+int specinfer_decoder_logits(const DecoderArguments* a) {
     if (a->num_rows == 0) return kFine;
     return without_exceptions([&] { return DecoderPass(*a).run(); });
 }

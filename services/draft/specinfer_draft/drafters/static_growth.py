@@ -221,8 +221,8 @@ class Growth:
             ancestors=shape.layout.ancestors,
         )
         return ForwardBatch(
-            input_ids=tokens.long().unsqueeze(0),
-            position_ids=(contexts + depth - 1).expand_as(places).contiguous().view(1, -1),
+            token_ids=tokens.long(),
+            positions=(contexts + depth - 1).expand_as(places).contiguous().flatten(),
             slot_mapping=(blocks * self._block_size + places % self._block_size).flatten(),
             layout=layout,
             logit_index=shape.logit_index,

@@ -1,8 +1,9 @@
-"""All layers in one call: the bits of the single ops, a row's bits in any company, refusals."""
+"""A decoder in one call: the bits of the single ops, a row's bits in any company, refusals."""
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,20 +14,20 @@ from specinfer_kernels import (
     Backend,
     BackendUnavailableError,
     DecoderLayer,
+    DecoderRows,
     DecoderStack,
     HeadNorms,
     KernelInputError,
     LayerCaches,
     PackedLinear,
-    RotaryPlaces,
     RowNorm,
     available_backends,
-    decoder_layers,
+    decoder_logits,
     pack_linear,
 )
 from specinfer_kernels.packed_linear import layouts
 
-WIDTH, INNER, NUM_LAYERS = 44, 52, 3
+WIDTH, INNER, NUM_LAYERS, VOCABULARY = 44, 52, 3, 50
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 12
 NUM_BLOCKS, BLOCK_SIZE, NUM_POSITIONS = 40, 4, 96
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,24 +40,25 @@ native_only = pytest.mark.skipif(
 )
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Rows on scattered pages: [num_rows, WIDTH] and where they stand."""
+def random_linear(
+    inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool = False, int8: bool = False
+) -> PackedLinear:
+    weight = torch.randn(outputs, inputs).to(dtype) * inputs**-0.5
+    return pack_linear(weight, torch.randn(outputs).to(dtype) if bias else None, int8=int8)
 
-    hidden: Tensor
-    places: RotaryPlaces
-    layout: AttentionLayout
+
+def random_norm(dtype: torch.dtype) -> RowNorm:
+    return RowNorm(torch.rand(WIDTH).to(dtype) + 0.5, 1e-5)
 
 
 def random_layer(dtype: torch.dtype, *, qwen: bool = False, int8: bool = False) -> DecoderLayer:
     mixed = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
 
     def linear(inputs: int, outputs: int, bias: bool = False) -> PackedLinear:
-        weight = torch.randn(outputs, inputs).to(dtype) * inputs**-0.5
-        return pack_linear(weight, torch.randn(outputs).to(dtype) if bias else None, int8=int8)
+        return random_linear(inputs, outputs, dtype, bias=bias, int8=int8)
 
     def norm() -> RowNorm:
-        return RowNorm(torch.rand(WIDTH).to(dtype) + 0.5, 1e-5)
+        return random_norm(dtype)
 
     heads = torch.rand(2, HEAD_DIM).to(dtype) + 0.5
     return DecoderLayer(
@@ -79,7 +81,16 @@ def random_stack(dtype: torch.dtype, kind: str = "llama") -> DecoderStack:
     if kind == "windows":
         layers[1] = replace(layers[1], sliding_window=7)
         layers[2] = replace(layers[2], softcap=3.0)
-    return DecoderStack(tuple(layers), NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
+    return DecoderStack(
+        torch.randn(VOCABULARY, WIDTH).to(dtype),
+        *tables(dtype),
+        tuple(layers),
+        random_norm(dtype),
+        random_linear(WIDTH, VOCABULARY, dtype, int8=kind == "int8"),
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+    )
 
 
 def random_caches(dtype: torch.dtype) -> LayerCaches:
@@ -96,7 +107,7 @@ def tables(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return cosines, sines
 
 
-def random_pass(dtype: torch.dtype, sequences: tuple[tuple[int, int], ...] = SEQUENCES) -> Pass:
+def random_rows(sequences: tuple[tuple[int, int], ...] = SEQUENCES) -> DecoderRows:
     """Rows of several sequences; a sequence of six rows is a tree of two branches."""
     torch.manual_seed(7)
     blocks = torch.randperm(NUM_BLOCKS, dtype=torch.int32)
@@ -115,28 +126,30 @@ def random_pass(dtype: torch.dtype, sequences: tuple[tuple[int, int], ...] = SEQ
             place = context + row
             slots.append(int(block_tables[index, place // BLOCK_SIZE]) * BLOCK_SIZE + place % 4)
         offsets.append(offsets[-1] + count)
-    places = RotaryPlaces(torch.tensor(positions), torch.tensor(slots), *tables(dtype))
     layout = AttentionLayout(
         torch.tensor(offsets, dtype=torch.int32),
         torch.tensor([context for context, _ in sequences], dtype=torch.int32),
         block_tables,
         torch.tensor(ancestors),
     )
-    return Pass(torch.randn(len(positions), WIDTH).to(dtype), places, layout)
+    return DecoderRows(
+        torch.randint(VOCABULARY, (len(positions),)),
+        torch.tensor(positions),
+        torch.tensor(slots),
+        torch.arange(len(positions)),
+        layout,
+    )
 
 
 def run(
-    stack: DecoderStack, rows: Pass, backend: Backend | None = None
+    stack: DecoderStack, rows: DecoderRows, backend: Backend | None = None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The result, and the caches after the pass."""
+    """The logits, and the caches after the pass."""
     caches = random_caches(stack.dtype)
-    hidden = decoder_layers(
-        rows.hidden.clone(), stack, rows.places, rows.layout, caches, backend=backend
-    )
-    return hidden, list(caches.pairs)
+    return decoder_logits(rows, stack, caches, backend=backend), list(caches.pairs)
 
 
-def same(left: DecoderStack, right: DecoderStack, rows: Pass) -> bool:
+def same(left: DecoderStack, right: DecoderStack, rows: DecoderRows) -> bool:
     """Whether the C++ loop over `left` leaves every bit as the ops over `right` do."""
     ours, our_caches = run(left, rows, "native")
     theirs, their_caches = run(right, rows, "reference")
@@ -154,7 +167,11 @@ def test_one_call_has_the_bits_of_the_ops(
     dtype: torch.dtype, kind: str, sequences: tuple[tuple[int, int], ...]
 ) -> None:
     stack = random_stack(dtype, kind)
-    assert same(stack, stack, random_pass(dtype, sequences))
+    rows = random_rows(sequences)
+    assert same(stack, stack, rows)
+    some = replace(rows, wanted=rows.wanted.flip(0)[::3].contiguous())
+    assert same(stack, stack, some)
+    assert torch.equal(run(stack, some)[0], run(stack, rows)[0][some.wanted])
 
 
 @native_only
@@ -163,32 +180,36 @@ def test_layers_in_another_order_are_caught() -> None:
     stack = random_stack(torch.float32)
     first, second, third = stack.layers
     exchanged = replace(stack, layers=(second, first, third))
-    assert not same(exchanged, stack, random_pass(torch.float32))
+    assert not same(exchanged, stack, random_rows())
 
 
 def alone_and_together(
-    function: Callable[[DecoderStack, Pass], Tensor], dtype: torch.dtype
+    function: Callable[[DecoderStack, DecoderRows], Tensor], dtype: torch.dtype
 ) -> bool:
     """Whether each sequence gets, in a pass of its own, the bits that it has among the others."""
-    stack, rows = random_stack(dtype), random_pass(dtype)
+    stack, rows = random_stack(dtype), random_rows()
     together = function(stack, rows)
     torch.set_num_threads(3)
     alike = torch.equal(together, function(stack, rows))
     offsets = rows.layout.row_offsets.tolist()
     for index, (start, end) in enumerate(itertools.pairwise(offsets)):
         part = slice(start, end)
-        places = replace(
-            rows.places,
-            positions=rows.places.positions[part],
-            slot_mapping=rows.places.slot_mapping[part],
-        )
         layout = AttentionLayout(
             torch.tensor([0, end - start], dtype=torch.int32),
             rows.layout.context_lens[index : index + 1],
             rows.layout.block_tables[index : index + 1],
             rows.layout.ancestors[part],
         )
-        one = function(stack, Pass(rows.hidden[part], places, layout))
+        one = function(
+            stack,
+            DecoderRows(
+                rows.token_ids[part],
+                rows.positions[part],
+                rows.slot_mapping[part],
+                torch.arange(end - start),
+                layout,
+            ),
+        )
         alike = alike and torch.equal(one, together[part])
     return alike
 
@@ -201,78 +222,110 @@ def test_rows_have_their_own_bits(dtype: torch.dtype) -> None:
 def test_a_pass_that_mixes_rows_is_caught() -> None:
     """Negative control: rows that take something from the whole pass differ alone."""
 
-    def planted(stack: DecoderStack, rows: Pass) -> Tensor:
-        return run(stack, replace(rows, hidden=rows.hidden + rows.hidden.mean() * 1e-6))[0]
+    def planted(stack: DecoderStack, rows: DecoderRows) -> Tensor:
+        mixed = stack.embedding + stack.embedding[rows.token_ids].mean() * 1e-6
+        return run(replace(stack, embedding=mixed), rows)[0]
 
     assert not alone_and_together(planted, torch.float32)
 
 
-def test_no_rows() -> None:
-    rows = random_pass(torch.float32, ((8, 1),))
+def test_no_rows_and_none_wanted() -> None:
+    stack, rows = random_stack(torch.float32), random_rows(((8, 1),))
     none = torch.empty(0, dtype=torch.int64)
-    rows = Pass(
-        rows.hidden[:0],
-        replace(rows.places, positions=none, slot_mapping=none),
-        replace(
-            rows.layout,
-            ancestors=rows.layout.ancestors[:0],
-            row_offsets=torch.zeros(2, dtype=torch.int32),
-        ),
+    unwanted, after = run(stack, replace(rows, wanted=none))
+    assert unwanted.shape == (0, VOCABULARY)
+    for pair, expected in zip(after, run(stack, rows)[1], strict=True):
+        assert all(map(torch.equal, pair, expected))
+    layout = replace(
+        rows.layout,
+        ancestors=rows.layout.ancestors[:0],
+        row_offsets=torch.zeros(2, dtype=torch.int32),
     )
-    assert run(random_stack(torch.float32), rows)[0].shape == (0, WIDTH)
+    assert run(stack, DecoderRows(none, none, none, none, layout))[0].shape == (0, VOCABULARY)
 
 
 def test_float64_has_no_native_loop() -> None:
     stack = random_stack(torch.float64)
     assert stack.native is None
     with pytest.raises(BackendUnavailableError):
-        run(stack, random_pass(torch.float64), "native")
+        run(stack, random_rows(), "native")
 
 
 def test_caches_of_float8_are_for_the_single_ops() -> None:
-    stack, rows = random_stack(torch.float32), random_pass(torch.float32)
+    stack, rows = random_stack(torch.float32), random_rows()
     found = []
     for backend in (None, "reference"):
         caches = random_caches(torch.float8_e4m3fn)
-        arguments = (rows.hidden.clone(), stack, rows.places, rows.layout, caches)
-        found.append(decoder_layers(*arguments, backend=backend))
+        found.append(decoder_logits(rows, stack, caches, backend=backend))
     assert torch.equal(*found)
     assert not torch.equal(found[0], run(stack, rows)[0])
     with pytest.raises(BackendUnavailableError):
-        decoder_layers(*arguments, backend="native")
+        decoder_logits(rows, stack, caches, backend="native")
 
 
 @pytest.mark.parametrize("place", ["slot_mapping", "positions"])
 def test_refuses_places_outside(place: str) -> None:
-    rows = random_pass(torch.float32)
-    getattr(rows.places, place)[2] = NUM_BLOCKS * BLOCK_SIZE
+    rows = random_rows()
+    getattr(rows, place)[2] = NUM_BLOCKS * BLOCK_SIZE
     with pytest.raises(KernelInputError, match=place):
         run(random_stack(torch.float32), rows)
 
 
 def test_refuses_a_block_outside() -> None:
-    rows = random_pass(torch.float32)
+    rows = random_rows()
     rows.layout.block_tables[0, 0] = NUM_BLOCKS
     with pytest.raises(KernelInputError, match="block_tables"):
         run(random_stack(torch.float32), rows)
 
 
-def test_refuses_rows_that_do_not_fit() -> None:
-    stack, rows = random_stack(torch.float32), random_pass(torch.float32)
-    wide = torch.ones(rows.hidden.shape[0], 2 * WIDTH)
-    for hidden in (rows.hidden[1:], rows.hidden.double(), wide[:, :WIDTH], wide):
-        with pytest.raises(KernelInputError, match="hidden"):
-            decoder_layers(hidden, stack, rows.places, rows.layout, random_caches(torch.float32))
-    caches = random_caches(torch.float32)
+@pytest.mark.parametrize("name", ["token_ids", "wanted"])
+@pytest.mark.parametrize("outside", [-1, 1 << 40])
+def test_refuses_tokens_and_rows_outside(name: str, outside: int) -> None:
+    stack, rows = random_stack(torch.float32), random_rows()
+    getattr(rows, name)[2] = outside
+    # Where the ops run one by one it is torch that looks.
+    with pytest.raises((KernelInputError, IndexError), match=f"{name}|out of"):
+        run(stack, rows)
+    if stack.native is not None:
+        caches, untouched = random_caches(torch.float32), random_caches(torch.float32)
+        with pytest.raises(KernelInputError, match=name):
+            decoder_logits(rows, stack, caches)
+        for pair, expected in zip(caches.pairs, untouched.pairs, strict=True):
+            assert all(map(torch.equal, pair, expected))
+
+
+def test_refuses_rows_and_caches_that_do_not_fit() -> None:
+    rows = random_rows()
+    for name in ("token_ids", "positions", "slot_mapping"):
+        whole: Tensor = getattr(rows, name)
+        for tensor in (whole[1:], whole.int(), whole[None], whole.repeat(2)[::2]):
+            with pytest.raises(KernelInputError, match=name):
+                replace(rows, **{name: tensor})
+    with pytest.raises(KernelInputError, match="wanted"):
+        replace(rows, wanted=rows.wanted.int())
+    with pytest.raises(KernelInputError, match="device"):
+        replace(rows, wanted=rows.wanted.to("meta"))
+    caches, stack = random_caches(torch.float32), random_stack(torch.float32)
     for other in (LayerCaches(caches.pairs[:2]), random_caches(torch.bfloat16)):
         with pytest.raises(KernelInputError, match="caches"):
-            decoder_layers(rows.hidden, stack, rows.places, rows.layout, other)
+            decoder_logits(rows, stack, other)
 
 
-def test_refuses_layers_and_caches_that_do_not_fit() -> None:
+def test_refuses_layers_and_ends_that_do_not_fit() -> None:
     stack = random_stack(torch.float32)
     layer = stack.layers[0]
     narrow = RowNorm(torch.ones(WIDTH - 1), 1e-5)
+    wrong: tuple[tuple[str, Any], ...] = (
+        ("embedding", stack.embedding.double()),
+        ("embedding", stack.embedding.T),
+        ("cosines", stack.cosines[:, 2:]),
+        ("sines", stack.sines[1:]),
+        ("final_norm", narrow),
+        ("head", layer.output),
+    )
+    for name, value in wrong:
+        with pytest.raises(KernelInputError, match=name.removeprefix("final_")):
+            replace(stack, **{name: value})
     for layers in (
         (),
         (replace(layer, down=layer.output),),

@@ -1,9 +1,8 @@
-"""All layers of a Llama-like decoder as one op: rows go in as embeddings and come out transformed.
+"""A whole Llama-like decoder as one op: tokens go in and logits come out.
 
-The layers are described once, at load, and a pass brings its rows. On a CPU the whole loop over the
-layers is one call of C++ which runs the functions of the single ops, so that it has their bits and
-none of their overhead; anything else runs those ops one by one. Knows no model and no checkpoint:
-a layer is its weights.
+The decoder is described once, at load, and a pass brings its rows. On a CPU all of it is one call
+of C++ which runs the functions of the single ops, so that it has their bits and none of their
+overhead; anything else runs those ops one by one. Knows no model: a decoder is its weights.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from specinfer_kernels import native_decoder, native_rows, reference_decoder
 from specinfer_kernels.backends import Backend, choose_backend
-from specinfer_kernels.decoder_rows import HeadNorms, RotaryPlaces
+from specinfer_kernels.decoder_rows import HeadNorms
 from specinfer_kernels.errors import BackendUnavailableError, KernelInputError
 from specinfer_kernels.kv_cache import check_scales
 from specinfer_kernels.packed_linear import PackedLinear
@@ -65,12 +64,20 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class DecoderStack:
-    """The layers of a decoder, all with the same heads; made once, at load.
+    """A decoder, all layers with the same heads; made once, at load.
+
+    embedding: contiguous [vocab_size, width]. cosines, sines: [num_positions, head_dim], for the
+    rotary positions of every layer. final_norm, head: what makes logits of the last layer's rows.
 
     Raises KernelInputError when widths, dtypes or devices do not fit together.
     """
 
+    embedding: Tensor
+    cosines: Tensor
+    sines: Tensor
     layers: tuple[DecoderLayer, ...]
+    final_norm: RowNorm
+    head: PackedLinear
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -87,6 +94,7 @@ class DecoderStack:
             )
         for index, layer in enumerate(self.layers):
             self._check_layer(index, layer)
+        self._check_ends()
 
     @property
     def width(self) -> int:
@@ -100,7 +108,7 @@ class DecoderStack:
 
     @cached_property
     def native(self) -> native_decoder.NativeStack | None:
-        """The layers as the C++ library reads them; None when it cannot run all of them."""
+        """The decoder as the C++ library reads it; None when that cannot run all of it."""
         return native_decoder.native_stack(self)
 
     def _check_layer(self, index: int, layer: DecoderLayer) -> None:
@@ -111,21 +119,73 @@ class DecoderStack:
         found = tuple((item.in_features, item.out_features) for item in layer.products)
         if found != expected:
             raise KernelInputError(f"layer {index} has products {found}, expected {expected}")
-        weights = [(layer.attention_norm.weight, width), (layer.mlp_norm.weight, width)]
+        name = f"a norm of layer {index}"
+        for norm in (layer.attention_norm, layer.mlp_norm):
+            self._check_weight(name, norm.weight, (width,))
         if layer.head_norms is not None:
-            norms = layer.head_norms
-            weights += [(norms.query, self.head_dim), (norms.key, self.head_dim)]
-        for weight, size in weights:
-            if weight.shape != (size,) or weight.dtype != self.dtype or not weight.is_contiguous():
-                raise KernelInputError(
-                    f"a norm of layer {index} must be {self.dtype} [{size}], "
-                    f"got {weight.dtype} {list(weight.shape)}"
-                )
+            for weight in (layer.head_norms.query, layer.head_norms.key):
+                self._check_weight(name, weight, (self.head_dim,))
         if any(item.dtype != self.dtype for item in layer.products):
             raise KernelInputError(f"the products of layer {index} are not all of {self.dtype}")
         window, softcap = layer.sliding_window, layer.softcap
         if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
             raise KernelInputError(f"window and softcap of layer {index} must be positive")
+
+    def _check_ends(self) -> None:
+        self._check_weight("the last norm", self.final_norm.weight, (self.width,))
+        self._check_weight("embedding", self.embedding, (self.embedding.shape[0], self.width))
+        for name, table in (("cosines", self.cosines), ("sines", self.sines)):
+            self._check_weight(name, table, (self.cosines.shape[0], self.head_dim))
+        if self.head.in_features != self.width or self.head.dtype != self.dtype:
+            raise KernelInputError(
+                f"the head takes {self.head.dtype} [..., {self.head.in_features}], "
+                f"rows are {self.dtype} [..., {self.width}]"
+            )
+        if len({tensor.device for tensor in (self.embedding, self.cosines, self.sines)}) > 1:
+            raise KernelInputError("embedding, cosines and sines are on different devices")
+
+    def _check_weight(self, name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+        if weight.shape != shape or weight.dtype != self.dtype or not weight.is_contiguous():
+            raise KernelInputError(
+                f"{name} must be a contiguous {self.dtype} {list(shape)}, "
+                f"got {weight.dtype} {list(weight.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class DecoderRows:
+    """The rows of one pass. All on one device, the decoder's.
+
+    token_ids, positions: int64 [num_rows]. slot_mapping: int64 [num_rows], distinct slots of the
+    pool. wanted: int64 [num_wanted], rows whose logits are wanted, in any order. layout: of these
+    rows, for attention.
+
+    Shapes and dtypes are checked here: KernelInputError.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    wanted: Tensor
+    layout: AttentionLayout
+
+    def __post_init__(self) -> None:
+        num_rows = self.layout.ancestors.shape[0]
+        for name, size in (
+            ("token_ids", num_rows),
+            ("positions", num_rows),
+            ("slot_mapping", num_rows),
+            ("wanted", None),
+        ):
+            tensor: Tensor = getattr(self, name)
+            fits = tensor.dim() == 1 and size in (None, tensor.shape[0])
+            if not fits or tensor.dtype != torch.int64 or not tensor.is_contiguous():
+                raise KernelInputError(
+                    f"{name} must be int64 [{'any' if size is None else size}], "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
+                )
+            if tensor.device != self.layout.ancestors.device:
+                raise KernelInputError(f"{name} and the layout are on different devices")
 
 
 @dataclass(frozen=True)
@@ -147,62 +207,47 @@ class LayerCaches:
             raise KernelInputError("the caches must be contiguous")
 
     @cached_property
-    def pointers(self) -> native_decoder.CachePointers:
+    def native(self) -> native_decoder.NativeCaches:
         """Where the caches are, as the C++ library reads it."""
-        return native_decoder.cache_pointers(self.pairs)
+        return native_decoder.native_caches(self.pairs)
 
 
-def decoder_layers(
-    hidden: Tensor,
+def decoder_logits(
+    rows: DecoderRows,
     stack: DecoderStack,
-    places: RotaryPlaces,
-    layout: AttentionLayout,
     caches: LayerCaches,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Take rows through every layer, writing their keys and values on the way.
+    """Take rows through the decoder, writing their keys and values on the way.
 
-    hidden: contiguous [num_rows, width] of the stack's dtype, used up: what it holds afterwards is
-    not said. places, layout: of these rows. caches: one pair a layer, of the stack's dtype or of
-    float8_e4m3fn at scale 1, which the single ops serve. Returns the residual stream after the last
-    layer, [num_rows, width]; no norm is applied to it. Which rows share the pass changes no row's
-    bits on a CPU or where Triton serves, as with the ops that it is made of, whose bits it has.
+    caches: one pair a layer, of the stack's dtype or of float8_e4m3fn at scale 1, which the single
+    ops serve. Returns the logits of `rows.wanted`, float32 [num_wanted, vocab_size], values of the
+    stack's dtype; those of a float64 stack as float64.
+    Which rows share the pass changes no row's bits on a CPU or where Triton serves, as with the ops
+    that it is made of, whose bits it has.
 
     Raises KernelInputError on a wrong shape, dtype, device or range, BackendUnavailableError when
     `backend` is named and cannot serve.
     """
-    _check(hidden, stack, places, layout, caches)
-    dtype = caches.pairs[0][0].dtype
+    _check(rows, stack, caches)
+    dtype, device = caches.pairs[0][0].dtype, stack.embedding.device
     if backend is None:
-        native = stack.native if hidden.is_cpu and dtype != FLOAT8 else None
-    elif choose_backend(hidden.device, backend, dtype, native_rows.DTYPE_CODES) == "native":
+        native = stack.native if device.type == "cpu" and dtype != FLOAT8 else None
+    elif choose_backend(device, backend, dtype, native_rows.DTYPE_CODES) == "native":
         native = stack.native
         if native is None:
-            raise BackendUnavailableError("the native library does not run all of these layers")
+            raise BackendUnavailableError("the native library does not run all of this decoder")
     else:
         native = None
     if native is None:
-        return reference_decoder.decoder_layers(hidden, stack, places, layout, caches.pairs)
-    native_decoder.decoder_layers(hidden, native, places, layout, caches.pointers)
-    return hidden
+        return reference_decoder.decoder_logits(rows, stack, caches.pairs)
+    logits = torch.empty(rows.wanted.shape[0], stack.head.out_features)
+    native_decoder.decoder_logits(rows, native, caches.native, logits)
+    return logits
 
 
-def _check(
-    hidden: Tensor,
-    stack: DecoderStack,
-    places: RotaryPlaces,
-    layout: AttentionLayout,
-    caches: LayerCaches,
-) -> None:
-    num_rows = places.positions.shape[0]
-    if hidden.shape != (num_rows, stack.width) or hidden.dtype != stack.dtype:
-        raise KernelInputError(
-            f"hidden must be {stack.dtype} [{num_rows}, {stack.width}], "
-            f"got {hidden.dtype} {list(hidden.shape)}"
-        )
-    if not hidden.is_contiguous():
-        raise KernelInputError("hidden must be contiguous")
+def _check(rows: DecoderRows, stack: DecoderStack, caches: LayerCaches) -> None:
     cache = caches.pairs[0][0]
     heads = (stack.num_kv_heads, stack.head_dim)
     if len(caches.pairs) != len(stack.layers) or cache.shape[2:] != heads:
@@ -212,15 +257,6 @@ def _check(
         )
     if 0 in cache.shape:
         raise KernelInputError("a cache of no block holds nothing")
-    if places.cosines.shape[1] != stack.head_dim:
-        raise KernelInputError(
-            f"cosines are of {places.cosines.shape[1]} dimensions, heads of {stack.head_dim}"
-        )
-    if hidden.dtype != places.cosines.dtype:
-        raise KernelInputError(f"dtypes differ: {hidden.dtype}, tables {places.cosines.dtype}")
-    check_scales(hidden.dtype, cache.dtype, 1.0, 1.0)
-    if layout.ancestors.shape[0] != num_rows:
-        raise KernelInputError(f"ancestors are of {layout.ancestors.shape[0]} rows, not {num_rows}")
-    devices = {t.device for t in (hidden, cache, places.positions, layout.ancestors)}
-    if len(devices) > 1:
-        raise KernelInputError("rows, places, layout and caches are on different devices")
+    check_scales(stack.dtype, cache.dtype, 1.0, 1.0)
+    if not stack.embedding.device == cache.device == rows.token_ids.device:
+        raise KernelInputError("rows, decoder and caches are on different devices")
