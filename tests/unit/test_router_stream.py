@@ -40,6 +40,30 @@ async def test_events_come_in_order_and_the_source_runs_ahead_by_so_many() -> No
     assert source.closed
 
 
+class Onlooker:
+    """Notes what it is told and by which task."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.tasks: set[asyncio.Task[object] | None] = set()
+
+    def begin(self) -> None:
+        self.saw(0)
+
+    def saw(self, event: int) -> None:
+        self.seen.append(event)
+        self.tasks.add(asyncio.current_task())
+
+
+async def test_a_watcher_looks_on_in_the_task_of_the_source() -> None:
+    streams, onlooker = OpenStreams(max_events=4, stall_seconds=60.0), Onlooker()
+    async with aclosing(streams.read(Source(3).events(), onlooker)) as events:
+        assert [event async for event in events] == [1, 2, 3]
+    assert onlooker.seen == [0, 1, 2, 3]
+    assert len(onlooker.tasks) == 1
+    assert asyncio.current_task() not in onlooker.tasks
+
+
 async def test_a_reader_that_leaves_closes_the_source() -> None:
     source, streams = Source(20), OpenStreams(max_events=2, stall_seconds=60.0)
     async with aclosing(streams.read(source.events())) as events:

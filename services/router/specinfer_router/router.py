@@ -36,7 +36,7 @@ from specinfer_router.session import LEAVING, Session, beyond_the_end
 from specinfer_router.store import CANCELLED, SessionRecord, SessionStore
 from specinfer_router.stream import OpenStreams
 from specinfer_router.tokenizer import ServedTokenizer
-from specinfer_router.tracing import request_ended, request_span, trace_queue, traced
+from specinfer_router.tracing import RequestTrace, request_ended, request_span, trace_queue
 
 FEATURES = ("detail", "explain", "grammar", "logprobs", "prediction", "priority", "resume")
 
@@ -198,9 +198,9 @@ class Router:
         entry = self._requests.begin(request.request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=request.detail)
         source = self._generated(request, caller, entry, unattended=unattended)
-        source = traced(source, span, entry.request_id)
         with self._served(entry, span, "generate"):
-            async with aclosing(self._streams.read(source)) as events:
+            trace = RequestTrace(span, entry.request_id)
+            async with aclosing(self._streams.read(source, trace)) as events:
                 async for event in events:
                     entry.told(event)
                     yield event
@@ -234,9 +234,9 @@ class Router:
         entry = self._requests.begin(request_id, caller.key_id)
         span = self._new_span(request, caller.trace, detailed=record.terms.detail)
         source = self._resumed(record, request, caller, entry, whole, orphaned_only)
-        source = traced(source, span, entry.request_id)
         with self._served(entry, span, "resume"):
-            async with aclosing(self._streams.read(source)) as events:
+            trace = RequestTrace(span, entry.request_id)
+            async with aclosing(self._streams.read(source, trace)) as events:
                 async for event in events:
                     entry.told(event)
                     yield event

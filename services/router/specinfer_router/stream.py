@@ -11,11 +11,24 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from specinfer.errors import ReaderStalled, SpecinferError
 
 _Event = TypeVar("_Event")
+_Seen = TypeVar("_Seen", contravariant=True)
+
+
+class Watcher(Protocol[_Seen]):
+    """Who looks on in a source's task."""
+
+    def begin(self) -> None:
+        """The task has begun."""
+        ...
+
+    def saw(self, event: _Seen) -> None:
+        """An event was made."""
+        ...
 
 
 class OpenStreams:
@@ -32,17 +45,20 @@ class OpenStreams:
         self._pumps: set[asyncio.Task[None]] = set()
         self._cut_by: SpecinferError | None = None
 
-    async def read(self, source: AsyncGenerator[_Event, None]) -> AsyncGenerator[_Event, None]:
+    async def read(
+        self, source: AsyncGenerator[_Event, None], watcher: Watcher[_Event] | None = None
+    ) -> AsyncGenerator[_Event, None]:
         """The events of `source`, which runs in a task of its own, owned by this generator.
 
-        Closing this generator closes `source` at once, whatever it is waiting for.
+        `watcher` is told of that task's beginning and of each event, both in that task. Closing
+        this generator closes `source` at once, whatever it is waiting for.
 
         Raises:
             ReaderStalled: after the events that fitted, when nobody took one for too long.
             SpecinferError: what `cut` was told.
         """
         buffer: Buffer[_Event] = Buffer(self._max_events)
-        pump = asyncio.create_task(_pump(source, buffer, self._stall_seconds))
+        pump = asyncio.create_task(_pump(source, buffer, self._stall_seconds, watcher))
         self._pumps.add(pump)
         pump.add_done_callback(lambda _: buffer.end())
         try:
@@ -123,10 +139,17 @@ class Buffer(Generic[_Event]):
 
 
 async def _pump(
-    source: AsyncGenerator[_Event, None], buffer: Buffer[_Event], stall_seconds: float
+    source: AsyncGenerator[_Event, None],
+    buffer: Buffer[_Event],
+    stall_seconds: float,
+    watcher: Watcher[_Event] | None,
 ) -> None:
+    if watcher is not None:
+        watcher.begin()
     async with aclosing(source) as events:
         async for event in events:
+            if watcher is not None:
+                watcher.saw(event)
             if buffer.full:
                 await _make_room(buffer, stall_seconds)
             buffer.put(event)

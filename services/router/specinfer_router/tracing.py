@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 from specinfer.messages import (
-    Finished,
     GenerateEvent,
     GenerateRequest,
     ResumeRequest,
@@ -68,24 +65,30 @@ def request_span(
     )
 
 
-async def traced(
-    source: AsyncGenerator[GenerateEvent, None], span: Span, request_id: str
-) -> AsyncGenerator[GenerateEvent, None]:
-    """The events of `source`, whose task logs and traces under `span` from here on."""
-    span.adopt()
-    bind_log(request_id=request_id)
-    waiting = True
-    async with aclosing(source) as events:
-        async for event in events:
-            if isinstance(event, Started):
-                bind_log(session_id=event.session_id)
-                span.set(started_attributes(event))
-            elif isinstance(event, Finished):
-                span.set(finished_attributes(event))
-            elif waiting and isinstance(event, TokensEvent):
-                span.event("first tokens")
-                waiting = False
-            yield event
+class RequestTrace:
+    """What a request's events add to its span and log lines, in the task that makes them."""
+
+    def __init__(self, span: Span, request_id: str) -> None:
+        self._span = span
+        self._request_id = request_id
+        self._waiting = True
+
+    def begin(self) -> None:
+        """Let the running task log and trace under the request's span from here on."""
+        self._span.adopt()
+        bind_log(request_id=self._request_id)
+
+    def saw(self, event: GenerateEvent) -> None:
+        """Note an event that was made."""
+        if isinstance(event, TokensEvent):
+            if self._waiting:
+                self._span.event("first tokens")
+                self._waiting = False
+        elif isinstance(event, Started):
+            bind_log(session_id=event.session_id)
+            self._span.set(started_attributes(event))
+        else:
+            self._span.set(finished_attributes(event))
 
 
 def request_ended(span: Span, entry: RequestLogEntry) -> None:
