@@ -9,7 +9,7 @@ import pytest
 
 from specinfer.errors import InvalidRequest
 from specinfer_router.crowd import CROWD
-from specinfer_router.links import LinkLimits
+from specinfer_router.links import FULL_FRAME, LinkLimits
 from tests.kit.links import linked, open_on, step_on
 from tests.kit.router import FAST_LINKS
 
@@ -37,7 +37,11 @@ async def test_items_that_come_while_a_frame_is_out_share_the_next() -> None:
 
 @pytest.mark.parametrize(
     ("num_seats", "turns", "frames"),
-    [(CROWD + 1, [1, 1, 1], [3]), (CROWD, [1, 1, 1], [1, 2]), (CROWD + 1, [8, 1], [8, 1])],
+    [
+        (CROWD + 1, [1, 1, 1], [3]),
+        (CROWD, [1, 1, 1], [1, 2]),
+        (CROWD + 1, [FULL_FRAME, 1], [FULL_FRAME, 1]),
+    ],
     ids=["crowd", "few", "full"],
 )
 async def test_in_a_crowd_items_of_a_few_turns_leave_in_one_frame(

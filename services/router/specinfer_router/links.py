@@ -43,7 +43,7 @@ from specinfer_router.hedging import MovingQuantile
 log = logging.getLogger(__name__)
 
 # A frame of so many items is worth its cost, for which others may wait a few turns of the loop.
-FULL_FRAME, MAX_TURNS = 8, 4
+FULL_FRAME, MAX_TURNS = 16, 4
 
 FrameT = TypeVar("FrameT", bound=Message)
 _Result = TypeVar("_Result")
