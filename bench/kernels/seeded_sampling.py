@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from timing import interleaved, parse_arguments, print_row
 
-from specinfer_kernels import gumbel_noise, sample_gumbel
+from specinfer_kernels import draw_row, gumbel_noise, sample_gumbel
 
 CASES = [(1, 8192), (8, 8192), (1, 32000), (8, 32000), (16, 128000)]
 
@@ -27,6 +27,9 @@ def run_case(num_rows: int, vocab_size: int, rounds: int) -> None:
         "argmax": partial(torch.argmax, logits, 1),
     }
     print_row(f"sample {label}", interleaved(candidates, rounds), "ours")
+    one = partial(draw_row, logits[0], 0, 100, greedy=False)
+    draws = {"ours": one, "reference": partial(one, backend="reference")}
+    print_row(f"draw 1 row of {vocab_size}", interleaved(draws, rounds), "ours")
     noise = partial(gumbel_noise, seeds, positions, vocab_size)
     candidates = {"ours": noise, "reference": partial(noise, backend="reference")}
     print_row(f"noise {label}", interleaved(candidates, rounds), "ours")

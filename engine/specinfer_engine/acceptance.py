@@ -17,12 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from specinfer.errors import InternalError
 from specinfer.tree import TokenTree
-from specinfer_kernels import sample_gumbel
+from specinfer_kernels import draw_row
 
 Law = Callable[[int], Tensor]
 """p_at(node): processed logits of the law after the path to `node`, [vocab_size]."""
@@ -62,17 +61,10 @@ def draw_token(law: Tensor, seed: int, position: int, *, greedy: bool) -> int:
     Raises:
         InternalError: when the logits hold a NaN.
     """
-    if bool(torch.isnan(law).any()):
+    token_id = draw_row(law.contiguous(), seed, position, greedy=greedy)
+    if token_id is None:
         raise InternalError(f"the model made a NaN where token {position} is decided")
-    if greedy:
-        return int(torch.argmax(law))
-    chosen = sample_gumbel(
-        law[None],
-        torch.tensor([seed], dtype=torch.int64, device=law.device),
-        torch.tensor([position], dtype=torch.int64, device=law.device),
-        torch.tensor([False], device=law.device),
-    )
-    return int(chosen)
+    return token_id
 
 
 def match_walk(tree: TokenTree, p_at: Law, *, base_len: int, seed: int, greedy: bool) -> Walk:

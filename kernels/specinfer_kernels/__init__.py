@@ -39,9 +39,11 @@ from specinfer_kernels.seeded_sampling import (
     TARGET,
     Purpose,
     counter_hash,
+    draw_row,
     gumbel_noise,
     sample_gumbel,
 )
+from specinfer_kernels.token_ranking import rank_tokens
 from specinfer_kernels.tree_attention import AttentionLayout, split_length, tree_attention
 from specinfer_kernels.tree_walk import walk_trees
 
@@ -72,10 +74,12 @@ __all__ = [
     "copy_blocks",
     "counter_hash",
     "decoder_logits",
+    "draw_row",
     "gumbel_noise",
     "pack_linear",
     "padded_rows",
     "quantize_rows",
+    "rank_tokens",
     "rms_norm",
     "rotate_and_write_kv",
     "round_to_int8",

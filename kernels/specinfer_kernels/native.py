@@ -75,6 +75,11 @@ def _load() -> ctypes.CDLL | str:
     library.specinfer_gumbel_noise.argtypes = [_POINTER] * 2 + [_LONG] * 2 + [_POINTER, _LONG]
     library.specinfer_gumbel_noise.restype = None
     library.specinfer_sample_gumbel.argtypes = [_POINTER] + [_LONG] * 4 + [_POINTER] * 4 + [_LONG]
+    library.specinfer_draw_row.argtypes = [_POINTER] + [_LONG] * 5
+    library.specinfer_draw_row.restype = _LONG
+    rank = [_POINTER] + [_LONG] * 4 + [ctypes.c_float] + [_POINTER] * 2 + [_LONG]
+    library.specinfer_rank_tokens.argtypes = rank
+    library.specinfer_rank_tokens.restype = None
     library.specinfer_linear.argtypes = [_POINTER] * 2 + [_LONG] * 2 + [_POINTER, _LONG]
     library.specinfer_linear_serves.argtypes = [_LONG]
     return library
@@ -216,3 +221,29 @@ def sample_gumbel(logits: Tensor, seeds: Tensor, positions: Tensor, greedy: Tens
     )
     _raise_for(status)
     return tokens
+
+
+def draw_row(law: Tensor, seed: int, position: int, greedy: bool) -> int | None:
+    """As reference.draw_row, for a contiguous row."""
+    token = _library().specinfer_draw_row(
+        law.data_ptr(), DTYPE_CODES[law.dtype], law.shape[0], seed, position, greedy
+    )
+    return None if token < 0 else int(token)
+
+
+def rank_tokens(z: Tensor, count: int, spread: float) -> Tensor:
+    """As reference.rank_tokens; of equal tokens the lower ones, in their order."""
+    num_rows, vocab_size = z.shape
+    found = torch.empty(2, num_rows, count, dtype=torch.float64)
+    _library().specinfer_rank_tokens(
+        z.data_ptr(),
+        z.stride(0),
+        num_rows,
+        vocab_size,
+        count,
+        spread,
+        found.data_ptr(),
+        found.data_ptr() + 8 * num_rows * count,
+        torch.get_num_threads(),
+    )
+    return found

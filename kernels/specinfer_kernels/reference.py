@@ -298,6 +298,24 @@ def sample_gumbel(logits: Tensor, noise: Tensor, greedy: Tensor) -> Tensor:
     return torch.where(scores == best, token, scores.shape[1]).amin(1)
 
 
+def draw_row(law: Tensor, noise: Tensor | None) -> int | None:
+    """Index of the first of the largest of law + noise, [vocab_size]; None where law has a NaN."""
+    if bool(law.isnan().any()):
+        return None
+    if noise is None:
+        return int(law.argmax())
+    return int(sample_gumbel(law[None], noise[None], torch.zeros_like(law[:1], dtype=torch.bool)))
+
+
+def rank_tokens(z: Tensor, count: int, spread: float) -> Tensor:
+    """float64 [2, n, count]: the largest of each row and their log softmax(z / spread)."""
+    if spread != 1.0:
+        z = z / spread
+    top = torch.topk(z, count, dim=1)
+    log_scores = top.values - torch.logsumexp(z, 1, keepdim=True)
+    return torch.stack((top.indices.double(), log_scores.double()))
+
+
 def walk_trees(
     draws: Tensor, token_ids: Tensor, parents: Tensor, row_offsets: Tensor, max_depth: int
 ) -> Tensor:

@@ -95,6 +95,29 @@ def sample_gumbel(
     return reference.sample_gumbel(logits, noise, greedy)
 
 
+def draw_row(
+    law: Tensor, seed: int, position: int, *, greedy: bool, backend: Backend | None = None
+) -> int | None:
+    """The token that one row decides, as `sample_gumbel` has it; None where the row has a NaN.
+
+    For a walk, which looks at a node only when it has come there: law is contiguous float32 or
+    float64 [vocab_size], seed and position are plain numbers of 64 bits. Raises KernelInputError
+    on a wrong shape or dtype, BackendUnavailableError when `backend` is named and cannot serve.
+    """
+    if law.dim() != 1 or law.shape[0] < 1 or not law.is_contiguous():
+        raise KernelInputError(f"law must be contiguous [vocab_size], got {list(law.shape)}")
+    if law.dtype not in (torch.float32, torch.float64):
+        raise KernelInputError(f"law must be float32 or float64, got {law.dtype}")
+    if choose_backend(law.device, backend) == "native":
+        return native.draw_row(law, seed, position, greedy)
+    if greedy:
+        return reference.draw_row(law, None)
+    seeds = torch.tensor([seed], device=law.device)
+    positions = torch.tensor([position], device=law.device)
+    noise = reference.gumbel_noise(seeds, positions, law.shape[0], TARGET)
+    return reference.draw_row(law, noise[0])
+
+
 def _check_counters(seed: Tensor, position: Tensor, vocab_size: int) -> None:
     if seed.dtype != torch.int64 or position.dtype != torch.int64 or seed.dim() != 1:
         raise KernelInputError(

@@ -299,8 +299,9 @@ def test_refuses_rows_and_caches_that_do_not_fit() -> None:
     for name in ("token_ids", "positions", "slot_mapping"):
         whole: Tensor = getattr(rows, name)
         for tensor in (whole[1:], whole.int(), whole[None], whole.repeat(2)[::2]):
+            changed: dict[str, Any] = {name: tensor}
             with pytest.raises(KernelInputError, match=name):
-                replace(rows, **{name: tensor})
+                replace(rows, **changed)
     with pytest.raises(KernelInputError, match="wanted"):
         replace(rows, wanted=rows.wanted.int())
     with pytest.raises(KernelInputError, match="device"):

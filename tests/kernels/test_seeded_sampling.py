@@ -17,6 +17,7 @@ from specinfer_kernels import (
     Purpose,
     available_backends,
     counter_hash,
+    draw_row,
     gumbel_noise,
     reference,
     sample_gumbel,
@@ -210,6 +211,48 @@ def test_a_row_is_sampled_alike_in_any_batch(backend: Backend) -> None:
     none = slice(0, 0)
     empty = sample_gumbel(logits[none], seeds[none], positions[none], all_false(0))
     assert empty.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [1, 7, 77, 1030])
+def test_one_row_is_drawn_as_among_others(
+    backend: Backend, dtype: torch.dtype, vocab_size: int
+) -> None:
+    laws = torch.randn(30, vocab_size, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    laws[laws < -1] = -math.inf
+    seeds, positions = torch.arange(30) - 15, (torch.arange(30) << 35) + 2
+    for greedy in (False, True):
+        expected = sample_gumbel(
+            laws, seeds, positions, torch.full((30,), greedy), backend="reference"
+        )
+        drawn = [
+            draw_row(law, seed, position, greedy=greedy, backend=backend)
+            for law, seed, position in zip(laws, seeds.tolist(), positions.tolist(), strict=True)
+        ]
+        assert drawn == expected.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_with_a_nan_anywhere_draws_nothing(backend: Backend) -> None:
+    for place in range(37):
+        law = torch.randn(37, generator=torch.Generator().manual_seed(place))
+        law[(place + 1) % 37], law[(place + 2) % 37] = math.inf, -math.inf
+        assert draw_row(law, 1, 2, greedy=True, backend=backend) == (place + 1) % 37
+        law[place] = math.nan
+        for greedy in (False, True):
+            assert draw_row(law, 1, 2, greedy=greedy, backend=backend) is None
+
+
+def test_refuses_rows_that_are_none() -> None:
+    for law in (
+        torch.zeros(2, 5),
+        torch.zeros(0),
+        torch.zeros(5).bfloat16(),
+        torch.zeros(5, 2)[:, 0],
+    ):
+        with pytest.raises(KernelInputError):
+            draw_row(law, 1, 2, greedy=False)
 
 
 def test_refuses_bad_input() -> None:

@@ -2,6 +2,7 @@
 
 #include "decoder.h"
 #include "ops.h"
+#include "ranking.h"
 #include "sampling.h"
 
 using namespace specinfer;
@@ -110,6 +111,24 @@ int specinfer_sample_gumbel(const void* logits, int64_t dtype, int64_t stride, i
     else
         return kBadDtype;
     return kFine;
+}
+
+// The token that one row decides, or -1 where it holds a NaN.
+int64_t specinfer_draw_row(const void* law, int64_t dtype, int64_t vocab_size, int64_t seed,
+                           int64_t position, int64_t greedy) {
+    if (dtype == 0) return draw((const float*)law, vocab_size, seed, position, greedy != 0);
+    return draw((const double*)law, vocab_size, seed, position, greedy != 0);
+}
+
+// tokens and scores: [num_rows, wanted].
+void specinfer_rank_tokens(const float* values, int64_t stride, int64_t num_rows,
+                           int64_t vocab_size, int64_t wanted, float spread, double* tokens,
+                           double* scores, int64_t num_threads) {
+    const int threads = threads_for(num_rows * vocab_size * 4, num_rows, num_threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < num_rows; ++row)
+        rank_row(values + row * stride, vocab_size, wanted, spread, tokens + row * wanted,
+                 scores + row * wanted);
 }
 
 // Whether specinfer_linear serves weights of this kind on this processor.

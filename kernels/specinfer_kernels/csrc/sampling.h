@@ -109,4 +109,23 @@ int64_t sample(const T* logits, int64_t vocab_size, int64_t seed, int64_t positi
     return best_token;
 }
 
+template <class T> bool holds_nan(const T* values, int64_t count) {
+    typedef typename VectorOf<T>::Type V;
+    V sum{};
+    int64_t place = 0;
+    for (; place + lanes<T>() <= count; place += lanes<T>()) {
+        const V value = load(values + place);
+        sum += value != value ? splat(T(1)) : V{};
+    }
+    T found = 0;
+    for (int lane = 0; lane < lanes<T>(); ++lane) found += sum[lane];
+    for (; place < count; ++place) found += values[place] != values[place] ? T(1) : T(0);
+    return found > 0;
+}
+
+template <class T>
+int64_t draw(const T* law, int64_t vocab_size, int64_t seed, int64_t position, bool greedy) {
+    return holds_nan(law, vocab_size) ? -1 : sample(law, vocab_size, seed, position, greedy);
+}
+
 }  // namespace specinfer

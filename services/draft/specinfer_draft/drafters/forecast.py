@@ -31,7 +31,7 @@ from specinfer.grammar import GrammarState
 from specinfer.sampling import SamplingParams
 from specinfer_draft.grow import Candidates
 from specinfer_engine.grammar import allowed_tokens
-from specinfer_kernels import gumbel_noise
+from specinfer_kernels import gumbel_noise, rank_tokens
 
 log = logging.getLogger(__name__)
 
@@ -238,26 +238,15 @@ def rank(z: Tensor, branch: int, spread: float) -> list[Candidates]:
         branch: tokens wanted; fewer come when the vocabulary is smaller.
         spread: scale s of the difference between the models' logits; the smaller, the surer.
     """
-    return read_candidates(find_best(z, branch, spread).cpu())
-
-
-def find_best(z: Tensor, branch: int, spread: float) -> Tensor:
-    """As `rank`, on the device: tokens and log scores, float64 [2, num_rows, branch].
-
-    One copy takes both to the host; float64 holds both exactly.
-    """
-    if spread != 1.0:
-        z = z / spread
-    top = torch.topk(z, min(branch, z.shape[1]), dim=1)
-    log_scores = top.values - torch.logsumexp(z, 1, keepdim=True)
-    return torch.stack((top.indices.double(), log_scores.double()))
+    return read_candidates(rank_tokens(z, branch, spread).cpu())
 
 
 def read_candidates(found: Tensor) -> list[Candidates]:
-    """Candidates of every row of what `find_best` found, from the host's memory."""
+    """Candidates of every row of what `rank_tokens` found, from the host's memory."""
+    tokens, scores = found.tolist()
     return [
-        Candidates(token_ids, scores)
-        for token_ids, scores in zip(found[0].long().tolist(), found[1].tolist(), strict=True)
+        Candidates([int(token) for token in row], log_scores)
+        for row, log_scores in zip(tokens, scores, strict=True)
     ]
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from specinfer.sampling import SamplingParams
-from specinfer_draft.drafters.forecast import Cuts, cut_by_best, find_best, read_candidates
+from specinfer_draft.drafters.forecast import Cuts, cut_by_best, read_candidates
 from specinfer_draft.grow import Candidates
 from specinfer_engine.batch import ForwardBatch, SequenceRows, build_batch
 from specinfer_engine.graphs import (
@@ -35,7 +35,7 @@ from specinfer_engine.graphs import (
     StepGraphs,
     table_width,
 )
-from specinfer_kernels import AttentionLayout, gumbel_noise
+from specinfer_kernels import AttentionLayout, gumbel_noise, rank_tokens
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Growth:
                 logits, too_far = cut_by_best(logits, cuts, TOP_P_TOKENS)
                 short = short if too_far is None else short | too_far.view(len(short), -1).any(1)
             z = logits if noise is None else _add_noise(logits, noise)
-            pieces.append(find_best(z, width, self._spread).reshape(2, -1))
+            pieces.append(rank_tokens(z, width, self._spread).reshape(2, -1))
         self.found.copy_(torch.cat((*pieces, short.expand(2, -1)), 1))
 
     def _noise(self) -> Iterator[Tensor | None]:
