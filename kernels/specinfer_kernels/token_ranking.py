@@ -16,11 +16,11 @@ def rank_tokens(
 ) -> Tensor:
     """The `count` largest of every row with the logarithm of softmax(z / spread).
 
-    z: float32 [n, vocab_size], -inf allowed. Returns float64
-    [2, n, min(count, vocab_size)], tokens (which it holds exactly) and log scores, best first, so
-    that one copy takes both from a device; equal ones in any order, scores rounded to float32. What cannot be drawn has the
-    score -inf or NaN. Raises KernelInputError on a wrong shape, dtype or range,
-    BackendUnavailableError when `backend` is named and cannot serve.
+    z: float32 [n, vocab_size], -inf allowed. Returns float64 [2, n, min(count, vocab_size)], tokens
+    (which it holds exactly) and log scores, rounded to float32, the best first, so that one copy
+    takes both from a device; equal ones come in any order. What cannot be drawn has the score -inf
+    or NaN. Raises KernelInputError on a wrong shape, dtype or range, BackendUnavailableError when
+    `backend` is named and cannot serve.
     """
     if z.dim() != 2 or z.dtype != torch.float32 or z.shape[1] < 1:
         raise KernelInputError(f"z must be float32 [n, vocab_size], got {z.dtype} {list(z.shape)}")
