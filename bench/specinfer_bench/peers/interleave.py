@@ -38,9 +38,9 @@ def joined(former: Outcome | None, outcome: Outcome) -> Outcome:
         return outcome
     failed = {**former.failed, **outcome.failed}
     answers = {
-        name: [*former.answers[name], *answers]
-        for name, answers in outcome.answers.items()
-        if name in former.answers and name not in failed
+        name: [*known, *outcome.answers[name]]
+        for name, known in former.answers.items()
+        if name in outcome.answers and name not in failed
     }
     return Outcome(answers, failed)
 
