@@ -67,7 +67,7 @@ def test_engines_that_are_missing_or_do_not_load_are_skipped_with_their_reason()
     assert skipped == {"broken": "RuntimeError: no such model", "gone": "not installed"}
 
 
-def test_every_turn_of_an_arm_begins_with_a_short_request_and_repeats_go_back_and_forth() -> None:
+def test_every_turn_of_an_arm_begins_with_a_short_request_and_tasks_go_back_and_forth() -> None:
     seen: list[tuple[str, str, int]] = []
 
     def arm(name: str) -> Arm:
@@ -78,12 +78,14 @@ def test_every_turn_of_an_arm_begins_with_a_short_request_and_repeats_go_back_an
         return Arm(run)
 
     arms, warm_up = {"a": arm("a"), "b": arm("b")}, replace(TASK, text="warm up")
-    outcome = run_all(arms, warm_up, [TASK, TASK], repeats=2)
+    second = replace(TASK, text="ho")
+    outcome = run_all(arms, warm_up, [TASK, second], repeats=2)
 
-    def turn(name: str) -> list[tuple[str, str, int]]:
-        return [(name, "warm up", WARM_UP_TOKENS), (name, "hi", 16), (name, "hi", 16)]
+    def turn(name: str, text: str) -> list[tuple[str, str, int]]:
+        return [(name, "warm up", WARM_UP_TOKENS), (name, text, 16)]
 
-    assert seen == [*turn("a"), *turn("b"), *turn("b"), *turn("a")]
+    once = [*turn("a", "hi"), *turn("b", "hi"), *turn("b", "ho"), *turn("a", "ho")]
+    assert seen == [*once, *once]
     assert [[len(repeat) for repeat in one] for one in outcome.answers.values()] == [[2, 2]] * 2
 
 

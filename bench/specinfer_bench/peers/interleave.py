@@ -1,9 +1,10 @@
 """Runs every task in every arm, in turn, and drops an arm that fails.
 
-The machine's speed wanders within minutes, so only runs side by side compare. An arm's turn begins
-with a short request that counts for nothing: while others run, the system takes an engine's pages
-and caches away, and who rested longest would pay most. Every second repeat goes through the arms
-backwards, so that what drifts evenly is the same for all. This module knows no engine.
+The machine's speed wanders within seconds, so only runs side by side compare, and an arm's turn is
+one task. It begins with a short request that counts for nothing: while others run, the system takes
+an engine's pages and caches away, and who rested longest would pay most. Every second task goes
+through the arms backwards, so that what drifts evenly is the same for all. This module knows no
+engine.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def run_all(
     repeats: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """Run all tasks in every arm, one arm after the other, `repeats` times.
+    """Run all tasks in every arm, one arm after the other for each task, `repeats` times.
 
     Args:
         arms: by name; one that raises is left out from then on.
@@ -63,16 +64,17 @@ def run_all(
         progress: called with the name of an arm before each of its turns.
     """
     failed: dict[str, str] = {}
-    answers: dict[str, list[list[Answer]]] = {name: [] for name in arms}
+    answers: dict[str, list[list[Answer]]] = {name: [[] for _ in range(repeats)] for name in arms}
     short = replace(warm_up, max_tokens=min(WARM_UP_TOKENS, warm_up.max_tokens))
-    for repeat in range(repeats):
-        for name in list(arms) if repeat % 2 == 0 else reversed(list(arms)):
+    turns = [(repeat, task) for repeat in range(repeats) for task in tasks]
+    for turn, (repeat, task) in enumerate(turns):
+        for name in list(arms) if turn % 2 == 0 else reversed(list(arms)):
             if name in failed:
                 continue
             progress(name)
             try:
                 arms[name].run(short)
-                answers[name].append([arms[name].run(task) for task in tasks])
+                answers[name][repeat].append(arms[name].run(task))
             except (SpecinferError, RuntimeError, ValueError, OSError) as error:
                 failed[name] = f"{type(error).__name__}: {error}"
     return Outcome({name: answers[name] for name in arms if name not in failed}, failed)

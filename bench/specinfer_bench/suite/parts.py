@@ -55,8 +55,8 @@ _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
 _OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 45 --max-tokens 32"
 _PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32"
-# What is near enough to take the same memory for the whole difference: several loads each.
-_PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 1 --loads 4"
+# What is near enough to take the machine's mood for the difference: often, and two loads each.
+_PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 4 --loads 2"
 _SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
 _ABLATIONS = (
