@@ -1,4 +1,4 @@
-"""The Llama family written out: one call for all layers where `transformers` makes fifty a layer.
+"""The Llama family written out: one call for a pass where `transformers` makes fifty a layer.
 
 For Llama, Mistral, Qwen 2 and Qwen 3 a pass of a small model or of a few rows costs more in
 bookkeeping than in arithmetic. Here query, key and value are one product, gate and up another, and

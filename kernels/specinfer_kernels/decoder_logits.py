@@ -141,10 +141,10 @@ class DecoderStack:
                 f"the head takes {self.head.dtype} [..., {self.head.in_features}], "
                 f"rows are {self.dtype} [..., {self.width}]"
             )
-        if len({tensor.device for tensor in (self.embedding, self.cosines, self.sines)}) > 1:
-            raise KernelInputError("embedding, cosines and sines are on different devices")
 
     def _check_weight(self, name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+        if weight.device != self.embedding.device:
+            raise KernelInputError(f"{name} is on {weight.device}, not {self.embedding.device}")
         if weight.shape != shape or weight.dtype != self.dtype or not weight.is_contiguous():
             raise KernelInputError(
                 f"{name} must be a contiguous {self.dtype} {list(shape)}, "
@@ -242,7 +242,9 @@ def decoder_logits(
         native = None
     if native is None:
         return reference_decoder.decoder_logits(rows, stack, caches.pairs)
-    logits = torch.empty(rows.wanted.shape[0], stack.head.out_features)
+    # The defaults of torch are the whole process's, and somebody may be loading another model.
+    shape = (rows.wanted.shape[0], stack.head.out_features)
+    logits = torch.empty(shape, dtype=torch.float32, device="cpu")
     native_decoder.decoder_logits(rows, native, caches.native, logits)
     return logits
 

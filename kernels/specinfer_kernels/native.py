@@ -192,7 +192,7 @@ def write_kv(
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """As reference.gumbel_from_words of the counter hash for purpose TARGET, to the bit."""
-    noise = torch.empty(seeds.shape[0], vocab_size, dtype=torch.float64)
+    noise = torch.empty(seeds.shape[0], vocab_size, dtype=torch.float64, device="cpu")
     _library().specinfer_gumbel_noise(
         seeds.data_ptr(),
         positions.data_ptr(),
@@ -206,7 +206,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 def sample_gumbel(logits: Tensor, seeds: Tensor, positions: Tensor, greedy: Tensor) -> Tensor:
     """As reference.sample_gumbel, without making noise for tokens that cannot win."""
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device="cpu")
     status = _library().specinfer_sample_gumbel(
         logits.data_ptr(),
         DTYPE_CODES[logits.dtype],
@@ -234,7 +234,7 @@ def draw_row(law: Tensor, seed: int, position: int, greedy: bool) -> int | None:
 def rank_tokens(z: Tensor, count: int, spread: float) -> Tensor:
     """As reference.rank_tokens; of equal tokens the lower ones, in their order."""
     num_rows, vocab_size = z.shape
-    found = torch.empty(2, num_rows, count, dtype=torch.float64)
+    found = torch.empty(2, num_rows, count, dtype=torch.float64, device="cpu")
     _library().specinfer_rank_tokens(
         z.data_ptr(),
         z.stride(0),

@@ -113,7 +113,7 @@ def _large_pages(num_bytes: int) -> Tensor:
     whole, rest = divmod(num_bytes, _LARGE_PAGE)
     whole += rest * 2 >= _LARGE_PAGE
     if not whole or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     mapping = mmap.mmap(-1, num_bytes + 2 * _LARGE_PAGE, flags=flags)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -140,7 +140,7 @@ def multiply_native(weight: NativeWeight, x: Tensor) -> Tensor:
         rows = rows.contiguous()
         row_stride = weight.in_features
     num_rows = rows.shape[0]
-    output = torch.empty((num_rows, weight.out_features), dtype=weight.dtype)
+    output = torch.empty((num_rows, weight.out_features), dtype=weight.dtype, device="cpu")
     status = weight.entry(
         weight.arguments,
         rows.data_ptr(),

@@ -101,13 +101,15 @@ def draw_row(
     """The token that one row decides, as `sample_gumbel` has it; None where the row has a NaN.
 
     For a walk, which looks at a node only when it has come there: law is contiguous float32 or
-    float64 [vocab_size], seed and position are plain numbers of 64 bits. Raises KernelInputError
+    float64 [vocab_size], seed and position are plain numbers of 64 bits with a sign. Raises KernelInputError
     on a wrong shape or dtype, BackendUnavailableError when `backend` is named and cannot serve.
     """
     if law.dim() != 1 or law.shape[0] < 1 or not law.is_contiguous():
         raise KernelInputError(f"law must be contiguous [vocab_size], got {list(law.shape)}")
     if law.dtype not in (torch.float32, torch.float64):
         raise KernelInputError(f"law must be float32 or float64, got {law.dtype}")
+    if not all(-(1 << 63) <= number < 1 << 63 for number in (seed, position)):
+        raise KernelInputError(f"{seed} or {position} takes more than 64 bits")
     if choose_backend(law.device, backend) == "native":
         return native.draw_row(law, seed, position, greedy)
     if greedy:

@@ -241,7 +241,25 @@ def test_no_rows_and_none_wanted() -> None:
         ancestors=rows.layout.ancestors[:0],
         row_offsets=torch.zeros(2, dtype=torch.int32),
     )
-    assert run(stack, DecoderRows(none, none, none, none, layout))[0].shape == (0, VOCABULARY)
+    nothing = DecoderRows(none, none, none, none, layout)
+    assert run(stack, nothing)[0].shape == (0, VOCABULARY)
+    with pytest.raises((KernelInputError, IndexError)):
+        run(stack, replace(nothing, wanted=torch.tensor([0])))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_defaults_of_torch_change_nothing(default: torch.dtype) -> None:
+    """They are the whole process's: transformers sets them while it builds another model."""
+    stack, rows = random_stack(torch.float32), random_rows()
+    expected, before = run(stack, rows)[0], torch.get_default_dtype()
+    caches = random_caches(torch.float32)
+    try:
+        torch.set_default_dtype(default)
+        found = decoder_logits(rows, stack, caches)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_float64_has_no_native_loop() -> None:
@@ -279,10 +297,11 @@ def test_refuses_a_block_outside() -> None:
 
 
 @pytest.mark.parametrize("name", ["token_ids", "wanted"])
-@pytest.mark.parametrize("outside", [-1, 1 << 40])
-def test_refuses_tokens_and_rows_outside(name: str, outside: int) -> None:
+@pytest.mark.parametrize("outside", [-1, None, 1 << 40])
+def test_refuses_tokens_and_rows_outside(name: str, outside: int | None) -> None:
     stack, rows = random_stack(torch.float32), random_rows()
-    getattr(rows, name)[2] = outside
+    first = VOCABULARY if name == "token_ids" else len(rows.token_ids)
+    getattr(rows, name)[2] = first if outside is None else outside
     # Where the ops run one by one it is torch that looks.
     with pytest.raises((KernelInputError, IndexError), match=f"{name}|out of"):
         run(stack, rows)

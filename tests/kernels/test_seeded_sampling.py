@@ -244,6 +244,12 @@ def test_a_row_with_a_nan_anywhere_draws_nothing(backend: Backend) -> None:
             assert draw_row(law, 1, 2, greedy=greedy, backend=backend) is None
 
 
+@pytest.mark.parametrize(("seed", "position"), [(1 << 63, 0), (0, 1 << 63), (-(1 << 63) - 1, 0)])
+def test_refuses_numbers_of_more_than_64_bits(seed: int, position: int) -> None:
+    with pytest.raises(KernelInputError, match="64 bits"):
+        draw_row(torch.zeros(5), seed, position, greedy=False)
+
+
 def test_refuses_rows_that_are_none() -> None:
     for law in (
         torch.zeros(2, 5),

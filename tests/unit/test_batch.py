@@ -46,6 +46,11 @@ def test_a_chunk_and_a_tree_share_a_pass() -> None:
     kinds = (batch.layout.row_offsets, batch.layout.context_lens, batch.layout.block_tables)
     assert all(tensor.dtype == torch.int32 for tensor in kinds)
     assert batch.layout.ancestors.dtype == batch.slot_mapping.dtype == torch.int64
+    # Where kernels read whole vectors, also behind an odd number of others.
+    pieces = (batch.token_ids, batch.positions, batch.slot_mapping, batch.logit_index, *kinds)
+    first = min(tensor.data_ptr() for tensor in pieces[:4])
+    assert all((tensor.data_ptr() - first) % 16 == 0 for tensor in pieces[:4])
+    assert all((tensor.data_ptr() - kinds[0].data_ptr()) % 16 == 0 for tensor in kinds)
 
 
 def test_a_tree_asks_for_all_logits_unless_told() -> None:

@@ -145,6 +145,34 @@ def test_plain_decoding_is_compared_over_several_loads_there_and_back(
     assert report["num_repeats"] == 3
 
 
+@pytest.mark.parametrize("option", ["--num-prompts", "--max-tokens", "--repeats", "--loads"])
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "few"])
+def test_numbers_below_one_are_refused(
+    option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench_parser("peers", "What it does.").parse_args([f"{option}={number}"])
+    assert f"at least 1, not '{number}'" in capsys.readouterr().err
+
+
+def test_an_engine_that_one_load_does_without_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    late = FakePeer("late", failure=RuntimeError("not yet"))
+
+    class Ours(FakePeer):
+        @contextmanager
+        def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
+            yield {self.name: Arm(lambda task: answer(5), plain=True)}
+            late.failure = None
+
+    words = ["--model", str(DEMO / "target"), "--num-prompts", "1", "--repeats", "1"]
+    words += ["--loads", "2", "--temperatures", "0", "--output", str(tmp_path / "plain.json")]
+    arguments = bench_parser("peers", "What it does.").parse_args(words)
+    run_comparison("peers", [Ours("ours"), late], arguments, "ours", "ours")
+    result = json.loads((tmp_path / "plain.json").read_text())
+    assert result["skipped"] == {"late": "RuntimeError: not yet"}
+    assert list(result["reports"][0]["arms"]) == ["ours"]
+
+
 def test_outputs_are_compared_to_the_first_other_token_and_end_tokens_do_not_count() -> None:
     reference = [[answer(7, 8, 9, EOS), answer(7, 8)]]
     eos = frozenset({EOS})

@@ -61,10 +61,20 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     add("--model", type=Path, default=DEMO / "target", help="folder of the target")
     add("--draft", type=Path, default=DEMO / "draft", help="folder of the drafter")
     add("--prompts", type=Path, default=DEMO / "prompts.jsonl", help="JSON lines with a prompt")
-    add("--num-prompts", type=int, default=8, help="how many of them")
-    add("--max-tokens", type=int, default=64, help="most tokens for a prompt")
-    add("--repeats", type=int, default=2, help="runs of every prompt in every arm, each load")
-    add("--loads", type=int, default=1, help="how often every engine is loaded, for all of it")
+    add("--num-prompts", type=at_least_one, default=8, help="how many of them")
+    add("--max-tokens", type=at_least_one, default=64, help="most tokens for a prompt")
+    add(
+        "--repeats",
+        type=at_least_one,
+        default=2,
+        help="runs of every prompt in every arm, each load",
+    )
+    add(
+        "--loads",
+        type=at_least_one,
+        default=1,
+        help="how often every engine is loaded, for all of it",
+    )
     add("--seed", type=int, default=1, help="of the first prompt; each has its own")
     add(
         "--temperatures",
@@ -77,6 +87,13 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     parser.set_defaults(device="cpu")
     add("--output", type=Path, help="write the results to this file as JSON")
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """A number of a command line that counts something; raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 def make_pair(arguments: argparse.Namespace) -> Pair:
@@ -163,10 +180,12 @@ def run_comparison(
     pair = make_pair(arguments)
     outcomes: dict[float, Outcome] = {}
     reports: dict[float, dict[str, object]] = {}
+    skipped: dict[str, str] = {}
     result: dict[str, object] = {}
     for load in range(arguments.loads):
         with ExitStack() as stack:
-            arms, skipped = load_peers(peers if load % 2 == 0 else peers[::-1], pair, stack)
+            arms, missing = load_peers(peers if load % 2 == 0 else peers[::-1], pair, stack)
+            skipped |= missing
             if ours == baseline:
                 arms = {name: arm for name, arm in arms.items() if arm.plain}
             for temperature in arguments.temperatures:

@@ -34,7 +34,7 @@ class Outcome:
 
 
 def joined(former: Outcome | None, outcome: Outcome) -> Outcome:
-    """What the arms gave before and now; an arm that failed once is left out."""
+    """What the arms gave before and now; one that failed once, or was not there, is left out."""
     if former is None:
         return outcome
     failed = {**former.failed, **outcome.failed}

@@ -37,7 +37,7 @@ int specinfer_tree_attention(const AttentionArguments* a) {
 
 // A whole decoder, from tokens to logits.
 int specinfer_decoder_logits(const DecoderArguments* a) {
-    if (a->num_rows == 0) return kFine;
+    if (a->num_rows == 0) return a->num_wanted ? kBadRow : kFine;
     return without_exceptions([&] { return DecoderPass(*a).run(); });
 }
 
