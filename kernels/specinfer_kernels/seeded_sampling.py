@@ -101,8 +101,9 @@ def draw_row(
     """The token that one row decides, as `sample_gumbel` has it; None where the row has a NaN.
 
     For a walk, which looks at a node only when it has come there: law is contiguous float32 or
-    float64 [vocab_size], seed and position are plain numbers of 64 bits with a sign. Raises KernelInputError
-    on a wrong shape or dtype, BackendUnavailableError when `backend` is named and cannot serve.
+    float64 [vocab_size], seed and position are plain numbers of 64 bits, sign included. Raises
+    KernelInputError on a wrong shape, dtype or number, BackendUnavailableError when `backend` is
+    named and cannot serve.
     """
     if law.dim() != 1 or law.shape[0] < 1 or not law.is_contiguous():
         raise KernelInputError(f"law must be contiguous [vocab_size], got {list(law.shape)}")

@@ -67,13 +67,13 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
         "--repeats",
         type=at_least_one,
         default=2,
-        help="runs of every prompt in every arm, each load",
+        help="runs of every prompt for each load",
     )
     add(
         "--loads",
         type=at_least_one,
         default=1,
-        help="how often every engine is loaded, for all of it",
+        help="how often every engine is loaded",
     )
     add("--seed", type=int, default=1, help="of the first prompt; each has its own")
     add(
