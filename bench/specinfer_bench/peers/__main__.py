@@ -63,18 +63,8 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     add("--prompts", type=Path, default=DEMO / "prompts.jsonl", help="JSON lines with a prompt")
     add("--num-prompts", type=at_least_one, default=8, help="how many of them")
     add("--max-tokens", type=at_least_one, default=64, help="most tokens for a prompt")
-    add(
-        "--repeats",
-        type=at_least_one,
-        default=2,
-        help="runs of every prompt for each load",
-    )
-    add(
-        "--loads",
-        type=at_least_one,
-        default=1,
-        help="how often every engine is loaded",
-    )
+    add("--repeats", type=at_least_one, default=2, help="runs of every prompt for each load")
+    add("--loads", type=at_least_one, default=1, help="how often every engine is loaded")
     add("--seed", type=int, default=1, help="of the first prompt; each has its own")
     add(
         "--temperatures",

@@ -55,6 +55,7 @@ _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
 _OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 45 --max-tokens 32"
 _PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32"
+_SHORT_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 24"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
 _PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 4 --loads 2"
 _SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
@@ -92,7 +93,7 @@ PARTS = (
     Part(
         "peers-1b",
         "other engines, 1b",
-        (*_PEERS.split(), "--grow", "1b", "--repeats", "1"),
+        (*_SHORT_PEERS.split(), "--grow", "1b", "--repeats", "1"),
         limit_seconds=240.0,
         needs="bench/specinfer_bench/peers/__main__.py",
     ),
