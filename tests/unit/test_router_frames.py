@@ -9,7 +9,7 @@ import pytest
 
 from specinfer.errors import InvalidRequest
 from specinfer_router.crowd import CROWD
-from specinfer_router.links import FULL_FRAME, LinkLimits
+from specinfer_router.links import FULL_FRAME, MAX_TURNS, LinkLimits
 from tests.kit.links import linked, open_on, step_on
 from tests.kit.router import FAST_LINKS
 
@@ -41,8 +41,9 @@ async def test_items_that_come_while_a_frame_is_out_share_the_next() -> None:
         (CROWD + 1, [1, 1, 1], [3]),
         (CROWD, [1, 1, 1], [1, 2]),
         (CROWD + 1, [FULL_FRAME, 1], [FULL_FRAME, 1]),
+        (CROWD + 1, [1] * 2 * MAX_TURNS, [MAX_TURNS + 1, MAX_TURNS - 1]),
     ],
-    ids=["crowd", "few", "full"],
+    ids=["crowd", "few", "full", "many turns"],
 )
 async def test_in_a_crowd_items_of_a_few_turns_leave_in_one_frame(
     num_seats: int, turns: list[int], frames: list[int]
@@ -62,8 +63,13 @@ async def test_what_nobody_waits_for_goes_with_the_next_item_and_in_its_place() 
     async with linked(replace(FAST_LINKS, patience_seconds=60.0)) as (worker, link):
         await open_on(link, "a")
         closing = link.forget("a", 0)
+        for _ in range(5):  # turns in which it could leave alone
+            await asyncio.sleep(0)
         await asyncio.gather(open_on(link, "a"), step_on(link, "a"), closing)
         assert worker.frames[1:] == [[("close", "a"), ("open", "a"), ("step", "a")]]
+        stepping = step_on(link, "a")
+        await asyncio.gather(link.forget("a", 2), stepping, return_exceptions=True)
+        assert worker.frames[2:] == [[("step", "a"), ("close", "a")]]
 
 
 async def test_what_nobody_waits_for_goes_alone_after_a_while() -> None:

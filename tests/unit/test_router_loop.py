@@ -66,6 +66,13 @@ async def test_where_nothing_is_ever_guessed_tokens_come_together(
         assert [len(event.token_ids) for event in plain.rounds] == [1, 8, 8, 8, 8, 7]
 
 
+@pytest.mark.parametrize("policy", [StaticShape(ShapeQuery(8, 5)), adaptive(8, 5)])
+def test_a_policy_that_may_guess_later_does_not_say_never(policy: TreeShapePolicy) -> None:
+    """Control: a group of plain tokens would leave it no round to guess in."""
+    assert not policy.never_guesses(SpeculationOptions())
+    assert policy.never_guesses(OFF)
+
+
 async def test_a_text_may_end_anywhere_within_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     observed: list[int] = []
     monkeypatch.setattr(PlainSpeed, "observe", lambda _, facts, num: observed.append(num))

@@ -69,6 +69,18 @@ def logprobs_of(events: list[GenerateEvent]) -> list[TokenLogprob]:
     return [one for event in events if isinstance(event, TokensEvent) for one in event.logprobs]
 
 
+async def test_a_resumed_stream_that_is_left_before_its_rounds_begin_is_given_up() -> None:
+    async with running_router() as bench:
+        session_id, _, _ = await broken(bench, replace(request_of(), num_logprobs=2), 12)
+        bench.verifiers[0].gate.clear()  # what was told already is computed again, for its logprobs
+        async with aclosing(bench.router.resume(ResumeRequest(session_id, 3))) as events:
+            assert isinstance(await anext(events), Started)
+            assert (await bench.router.store.load(session_id)).finish_reason == ""
+        bench.verifiers[0].gate.set()
+        assert (await bench.router.store.load(session_id)).finish_reason == ABANDONED
+        assert bench.cluster.verifiers.links[0].num_seats == 0
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 20, 39])
 async def test_a_resumed_stream_joins_the_broken_one(num_tokens: int) -> None:
     async with running_router() as bench:

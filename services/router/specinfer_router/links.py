@@ -1,11 +1,11 @@
 """One long-lived stream to each worker: frames of items out, one result for each item back.
 
 Items queued in the same turn of the event loop leave in one frame, for a frame costs as much as
-dozens of items; in a crowd so do those of a few turns, while they are few. Each is written out
-once: a message of one item is queued as its bytes, and such bytes in a row are the message of all
-items (protobuf's repeated fields add up). A malformed result fails its own item; a broken stream
-fails all that wait, and the link connects again by itself, with growing and jittered pauses. This
-module knows nothing of rounds, retries or which worker is chosen.
+many items; in a crowd a small frame waits a few turns for more of them. Each is written out once: a
+message of one item is queued as its bytes, and such bytes in a row are the message of all items
+(protobuf's repeated fields add up). A malformed result fails its own item; a broken stream fails
+all that wait, and the link connects again by itself, with growing and jittered pauses. This module
+knows nothing of rounds, retries or which worker is chosen.
 """
 
 from __future__ import annotations
