@@ -107,9 +107,10 @@ class DecoderPass {
           row_bytes_(size_t(a.stack->width * (a.stack->dtype == 0 ? 4 : 2))) {}
 
     int run() const {
+        const DecoderLayer& first = stack_.layers[0];
         int status = embed();
         if (status == kFine)
-            status = normalise(stack_.layers[0].attention_norm, stack_.layers[0].attention_epsilon, nullptr);
+            status = normalise(first.attention_norm, first.attention_epsilon, nullptr);
         for (int64_t index = 0; status == kFine && index < stack_.num_layers; ++index)
             status = run_layer(index);
         return status == kFine && a_.num_wanted ? take_logits() : status;

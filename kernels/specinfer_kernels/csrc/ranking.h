@@ -11,20 +11,6 @@ namespace specinfer {
 // Values between two looks at whether any of them is among the largest.
 constexpr int64_t kRankBlock = 16 * lanes<float>();
 
-inline float block_largest(const float* values, int64_t count) {
-    const float lowest = -std::numeric_limits<float>::infinity();
-    Floats highest = splat(lowest);
-    int64_t place = 0;
-    for (; place + lanes<float>() <= count; place += lanes<float>()) {
-        const Floats value = load(values + place);
-        highest = value > highest ? value : highest;
-    }
-    float best = lowest;
-    for (int lane = 0; lane < lanes<float>(); ++lane) best = std::max(best, highest[lane]);
-    for (; place < count; ++place) best = values[place] > best ? values[place] : best;
-    return best;
-}
-
 // Sum of exp((value - top) / spread).
 inline double sum_of_shares(const float* values, int64_t count, float top, float spread) {
     Floats sum{};
@@ -46,7 +32,7 @@ inline void rank_row(const float* values, int64_t vocab_size, int64_t wanted, fl
     std::fill(scores, scores + wanted, lowest);
     for (int64_t start = 0; start < vocab_size; start += kRankBlock) {
         const int64_t end = std::min(vocab_size, start + kRankBlock);
-        if (!(double(block_largest(values + start, end - start)) > scores[wanted - 1])) continue;
+        if (!(double(largest(values + start, end - start)) > scores[wanted - 1])) continue;
         for (int64_t token = start; token < end; ++token) {
             const double value = double(values[token]);
             if (!(value > scores[wanted - 1])) continue;

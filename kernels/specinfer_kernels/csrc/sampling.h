@@ -38,18 +38,8 @@ inline void fill_gumbel(int64_t seed, int64_t position, int64_t vocab_size, doub
 
 // Index of the first of the largest values; a NaN never wins; 0 where nothing is above -inf.
 template <class T> int64_t first_largest(const T* logits, int64_t vocab_size) {
-    typedef typename VectorOf<T>::Type V;
-    const T lowest = -std::numeric_limits<T>::infinity();
-    V highest = splat(lowest);
-    int64_t token = 0;
-    for (; token + lanes<T>() <= vocab_size; token += lanes<T>()) {
-        const V value = load(logits + token);
-        highest = value > highest ? value : highest;
-    }
-    T best = lowest;
-    for (int lane = 0; lane < lanes<T>(); ++lane) best = std::max(best, highest[lane]);
-    for (; token < vocab_size; ++token) best = logits[token] > best ? logits[token] : best;
-    for (token = 0; best > lowest && token < vocab_size; ++token)
+    const T best = largest(logits, vocab_size), lowest = -std::numeric_limits<T>::infinity();
+    for (int64_t token = 0; best > lowest && token < vocab_size; ++token)
         if (logits[token] == best) return token;
     return 0;
 }

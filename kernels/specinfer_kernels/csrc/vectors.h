@@ -6,6 +6,7 @@
 // is wanted it is written.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -263,6 +264,21 @@ inline void store_row(BFloat16* to, const Floats& vector, int64_t count) {
         std::memcpy(to, &halves, sizeof(halves));
     else
         std::memcpy(to, &halves, size_t(count) * sizeof(BFloat16));
+}
+
+// The largest value; a NaN never is; -inf where there is none.
+template <class T> T largest(const T* values, int64_t count) {
+    typedef typename VectorOf<T>::Type V;
+    T best = -std::numeric_limits<T>::infinity();
+    V highest = splat(best);
+    int64_t place = 0;
+    for (; place + lanes<T>() <= count; place += lanes<T>()) {
+        const V value = load(values + place);
+        highest = value > highest ? value : highest;
+    }
+    for (int lane = 0; lane < lanes<T>(); ++lane) best = std::max(best, highest[lane]);
+    for (; place < count; ++place) best = values[place] > best ? values[place] : best;
+    return best;
 }
 
 }  // namespace specinfer
