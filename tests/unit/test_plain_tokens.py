@@ -243,6 +243,19 @@ def test_what_plain_decoding_takes_is_told_by_the_token() -> None:
     assert speed.seconds == pytest.approx(0.01, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("reason", "counts"),
+    [("disabled", True), ("no_drafter", True), ("budget", False), ("deadline", False)],
+)
+def test_a_single_token_between_guesses_is_no_plain_decoding(reason: str, counts: bool) -> None:
+    """It waits for the wire by itself, and would make speculation look faster than it is."""
+    speed = PlainSpeed([StepCost(1, 8, 0.01)])
+    facts = RoundFacts(epoch=1, verify_seconds=0.01, network_seconds=0.04, root_only_reason=reason)
+    for _ in range(200):
+        speed.observe(facts, 1)
+    assert speed.seconds == pytest.approx(0.05 if counts else 0.01, rel=0.01)
+
+
 def test_a_round_of_several_passes_may_take_as_long_as_they_do() -> None:
     costs = StepCurve([StepCost(1, 8, 0.1)])
     fixed = StepDeadline(fixed_seconds=0.2)

@@ -19,6 +19,8 @@ from specinfer_router.calibration import Calibration
 from specinfer_router.round_history import RoundHistory
 
 PLAIN_WEIGHT = 0.05
+# Why a round has no guess, where none of the session's has any.
+LASTING_REASONS = frozenset({"disabled", "no_drafter"})
 
 
 class TreeShapePolicy(Protocol):
@@ -66,7 +68,8 @@ class StaticShape:
 class PlainSpeed:
     """What one token costs without guesses: a moving average over rounds of the root alone.
 
-    Until there was one it is the measured step of a single row.
+    Until there was one it is the measured step of a single row. A round of one token between others
+    with guesses does not count: it waits for the wire, as decoding without guesses hardly does.
     """
 
     def __init__(self, costs: Sequence[StepCost]) -> None:
@@ -80,7 +83,8 @@ class PlainSpeed:
 
     def observe(self, facts: RoundFacts, num_tokens: int) -> None:
         """Take in a round that decoded so many tokens, all kept, and no prompt."""
-        if facts.num_draft_tokens or not num_tokens:
+        between = num_tokens == 1 and facts.root_only_reason not in LASTING_REASONS
+        if facts.num_draft_tokens or not num_tokens or between:
             return
         seconds = facts.verify_seconds + facts.queue_seconds + facts.router_seconds
         seconds += facts.network_seconds
