@@ -17,6 +17,7 @@ from specinfer_router.calibration import Acceptance, Calibration, Snapshot
 from specinfer_router.goodput import (
     PROBE_ROUNDS,
     AdaptiveShape,
+    Choice,
     RoundCosts,
     shift_acceptance,
     sizes,
@@ -312,6 +313,24 @@ def test_planning_is_cheap_and_what_it_keeps_is_bounded() -> None:
         policy.plan(ANY, policy.history(0.0, context), 1 + context % 64)
     assert (time.perf_counter() - start) / 3000 < 0.002
     assert policy.num_kept <= goodput.MAX_CHOICES + goodput.MAX_TABLES
+
+
+@pytest.mark.parametrize(
+    ("sessions", "gain", "begins"),
+    [(4, 1.05, False), (4, 1.2, True), (16, 1.2, False), (16, 1.3, True)],
+)
+def test_a_crowd_begins_to_speculate_for_more_than_a_few_sessions(
+    monkeypatch: pytest.MonkeyPatch, sessions: int, gain: float, begins: bool
+) -> None:
+    choice = Choice(4, 2, gain, least_wait=64, most_wait=64, hopeless=False)
+    monkeypatch.setattr(AdaptiveShape, "_choice", lambda *_: choice)
+    policy = AdaptiveShape(CAP, Calibration(FLAT))
+    history = policy.history(0.0, 100)
+    history.speculating, history.record.num_idle_rounds = False, 1
+    assert (policy.plan(ANY, history, sessions).max_nodes == 4) is begins
+    # Who is at it goes on for less.
+    history.speculating, history.record.num_idle_rounds = True, 0
+    assert policy.plan(ANY, history, sessions).max_nodes == 4
 
 
 def test_a_crowd_looks_at_costs_once_in_a_round_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

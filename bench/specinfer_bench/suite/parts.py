@@ -73,7 +73,7 @@ PARTS = (
     Part(
         "load-sweep",
         "speed by number of sessions",
-        (*_SWEEP.split(), *"--max-tokens 24 --max-seconds 120".split()),
+        (*_SWEEP.split(), *"--max-tokens 24 --max-seconds 150".split()),
         limit_seconds=240.0,
     ),
     Part(
@@ -93,7 +93,7 @@ PARTS = (
     Part(
         "peers-1b",
         "other engines, 1b",
-        (*_SHORT_PEERS.split(), "--grow", "1b", "--repeats", "1"),
+        (*_SHORT_PEERS.split(), "--grow", "1b", "--repeats", "1", "--temperatures", "0"),
         limit_seconds=240.0,
         needs="bench/specinfer_bench/peers/__main__.py",
     ),
