@@ -31,8 +31,6 @@ PROBE_ROUNDS = 16
 # Share of the time that may go into probes for long.
 PROBE_SHARE = 0.01
 START_MARGIN = 0.1
-# In a crowd, whose drafters have to catch up with all sessions before the first guess.
-CROWD_START_MARGIN = 0.25
 STAY_MARGIN = 0.03
 # Choices and tables kept; both are made again when they are missing.
 MAX_CHOICES = 1024
@@ -148,7 +146,7 @@ class AdaptiveShape:
 
     and without a tree 1 / (T(B, context) + overhead). Within (m, l) the drafter grows best-first:
     it knows how sure it is of each node, which no shape drawn beforehand does. Speculation has to
-    win by START_MARGIN to begin, in a crowd by CROWD_START_MARGIN, and by STAY_MARGIN to go on.
+    win by START_MARGIN to begin and by STAY_MARGIN to go on.
     While it does not, one round is tried now and then all the same, for acceptance is unknown
     without a guess: after PROBE_ROUNDS rounds of all sessions together, after twice as many each
     time it was in vain, and as rarely in the end as keeps the probes' cost below PROBE_SHARE. A
@@ -203,8 +201,7 @@ class AdaptiveShape:
         going = history.speculating
         if going is None or crowded:
             going = record.num_idle_rounds == 0
-        start = CROWD_START_MARGIN if crowded else START_MARGIN
-        history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else start)
+        history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
         if history.speculating:
             _goes_on(record, sharing)
             return ShapeQuery(choice.num_nodes, choice.depth, branch=asked.branch)
