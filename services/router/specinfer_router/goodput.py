@@ -146,12 +146,12 @@ class AdaptiveShape:
 
     and without a tree 1 / (T(B, context) + overhead). Within (m, l) the drafter grows best-first:
     it knows how sure it is of each node, which no shape drawn beforehand does. Speculation has to
-    win by START_MARGIN to begin and by STAY_MARGIN to go on.
-    While it does not, one round is tried now and then all the same, for acceptance is unknown
-    without a guess: after PROBE_ROUNDS rounds of all sessions together, after twice as many each
-    time it was in vain, and as rarely in the end as keeps the probes' cost below PROBE_SHARE. A
-    drafter that is slow by its own account is not tried more often than that from the beginning,
-    and where rows are so dear that not even guesses that are all right would pay, nothing is tried.
+    win by START_MARGIN to begin and by STAY_MARGIN to go on. While it does not, one round is tried
+    now and then all the same, for acceptance is unknown without a guess: after PROBE_ROUNDS rounds
+    of all sessions together, after twice as many each time it was in vain, and as rarely in the end
+    as keeps the probes' cost below PROBE_SHARE. A drafter that is slow by its own account is not
+    tried more often than that from the beginning, and where rows are so dear that not even guesses
+    that are all right would pay, nothing is tried.
 
     More than CROWD sessions are decided for as one, for their rows are each other's costs, and
     probe that rarely from the beginning.
