@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "bench" / "results" / "suite"
 PICTURES = ROOT / "docs" / "images" / "performance"
 PAGES = "tools/generate_performance.py"
-BUDGET_SECONDS = 880.0
+BUDGET_SECONDS = 890.0
 
 
 def _arguments() -> argparse.Namespace:

@@ -57,7 +57,7 @@ _OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 4
 _PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32"
 _SHORT_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 24"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
-_PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 4 --loads 2"
+_PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 3 --loads 2"
 _SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
 _ABLATIONS = (
@@ -155,7 +155,7 @@ _RATES = Part(
     "load-rates",
     "requests at random times, by how many come",
     tuple(
-        "python -m specinfer_bench.load rates --grow 200m --rates 2,4,8 --seconds 4"
+        "python -m specinfer_bench.load rates --grow 200m --rates 2,4,8 --seconds 3"
         " --max-tokens 24".split()
     ),
     limit_seconds=150.0,
