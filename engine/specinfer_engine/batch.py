@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ _WORD_BYTES = WORD_BITS // 8
 _ALIGNMENT = 16
 
 Integers = npt.NDArray[np.int64]
+_Buffer = TypeVar("_Buffer", Tensor, npt.NDArray[np.integer[Any]])
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ def aligned(count: int) -> int:
     return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
+def cut(buffer: _Buffer, counts: Sequence[int]) -> list[_Buffer]:
+    """Views of so many elements each of a flat buffer that has room for them, aligned."""
+    starts = accumulate(map(aligned, counts), initial=0)
+    return [buffer[start : start + count] for start, count in zip(starts, counts, strict=False)]
+
+
 def build_batch(
     rows: Sequence[SequenceRows], block_size: int, device: torch.device | str = "cpu"
 ) -> ForwardBatch:
@@ -163,14 +170,11 @@ def _pieces(
     device: torch.device | str,
 ) -> list[Tensor]:
     """Lists of numbers as tensors of one buffer, which takes one copy to a device."""
-    starts = list(accumulate((aligned(len(numbers)) for numbers in lists), initial=0))
-    buffer = np.zeros(starts[-1], dtype)
-    for start, numbers in zip(starts, lists, strict=False):
-        buffer[start : start + len(numbers)] = numbers
-    whole = torch.from_numpy(buffer).to(device)
-    return [
-        whole[start : start + len(numbers)] for start, numbers in zip(starts, lists, strict=False)
-    ]
+    counts = [len(numbers) for numbers in lists]
+    buffer = np.zeros(sum(map(aligned, counts)), dtype)
+    for piece, numbers in zip(cut(buffer, counts), lists, strict=True):
+        piece[:] = numbers
+    return cut(torch.from_numpy(buffer).to(device), counts)
 
 
 def _slots(table: tuple[int, ...], start: int, count: int, block_size: int) -> list[int]:

@@ -14,13 +14,13 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specinfer_engine.batch import ForwardBatch, aligned
+from specinfer_engine.batch import ForwardBatch, aligned, cut
 from specinfer_engine.device_waits import RefuseWaits, WaitsForDevice
 from specinfer_kernels import AttentionLayout
 
@@ -191,8 +191,8 @@ class StepInputs:
     def batch(self) -> ForwardBatch:
         """The inputs as a batch; its attention plan is not made yet."""
         sizes, (wide, narrow) = self.sizes, _pieces(self.sizes)
-        token_ids, positions, slots, logit_index, ancestors = _cut(self.wide, wide)
-        row_offsets, context_lens, tables = _cut(self.narrow, narrow)
+        token_ids, positions, slots, logit_index, ancestors = cut(self.wide, wide)
+        row_offsets, context_lens, tables = cut(self.narrow, narrow)
         layout = AttentionLayout(
             row_offsets=row_offsets,
             context_lens=context_lens,
@@ -216,11 +216,6 @@ def _pieces(sizes: StepSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
         (rows, rows, rows, sizes.logits, rows * sizes.words),
         (sequences + 1, sequences, sequences * sizes.blocks),
     )
-
-
-def _cut(buffer: Tensor, pieces: tuple[int, ...]) -> list[Tensor]:
-    starts = accumulate(map(aligned, pieces), initial=0)
-    return [buffer[start : start + count] for start, count in zip(starts, pieces, strict=False)]
 
 
 def fill(inputs: StepInputs, batch: ForwardBatch, scratch: ScratchBlocks) -> None:

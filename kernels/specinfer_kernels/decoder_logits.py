@@ -223,9 +223,8 @@ def decoder_logits(
 
     caches: one pair a layer, of the stack's dtype or of float8_e4m3fn at scale 1, which the single
     ops serve. Returns the logits of `rows.wanted`, float32 [num_wanted, vocab_size], values of the
-    stack's dtype; those of a float64 stack as float64.
-    Which rows share the pass changes no row's bits on a CPU or where Triton serves, as with the ops
-    that it is made of, whose bits it has.
+    stack's dtype; those of a float64 stack as float64. Which rows share the pass changes no row's
+    bits on a CPU or where Triton serves, as with the ops that it is made of, whose bits it has.
 
     Raises KernelInputError on a wrong shape, dtype, device or range, BackendUnavailableError when
     `backend` is named and cannot serve.

@@ -130,13 +130,13 @@ def clip(shape: ShapeQuery, *, max_nodes: int, max_depth: int) -> ShapeQuery:
     max_nodes = max(0, min(shape.max_nodes, max_nodes))
     max_depth = max(0, min(shape.max_depth, max_depth, max_nodes))
     if max_depth == 0:
-        return ShapeQuery(0, 0, (), shape.branch)
+        return replace(shape, max_nodes=0, max_depth=0, widths=())
     widths = shape.widths[:max_depth]
     while num_nodes(widths) > max_nodes:
         widths = widths[:-1]
     if shape.widths and not widths:
-        return ShapeQuery(0, 0, (), shape.branch)
-    return ShapeQuery(max_nodes, max_depth, widths, shape.branch)
+        return replace(shape, max_nodes=0, max_depth=0, widths=())
+    return replace(shape, max_nodes=max_nodes, max_depth=max_depth, widths=widths)
 
 
 def num_nodes(widths: Sequence[int]) -> int:

@@ -218,10 +218,7 @@ class MemoryStore:
         self._num_tokens = 0
 
     def _add(self, record: SessionRecord) -> None:
-        kept = SessionRecord(
-            record.session_id, record.terms, (), record.epoch, record.owner, record.finish_reason
-        )
-        entry = _Entry(kept, array("I", record.token_ids), 0.0)
+        entry = _Entry(replace(record, token_ids=()), array("I", record.token_ids), 0.0)
         self._make_room(_reserved(record, entry))
         self._touch(entry)
 
