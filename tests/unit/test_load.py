@@ -326,9 +326,9 @@ def test_a_sweep_begins_no_turn_that_would_end_too_late(max_seconds: float, turn
     assert run_in_virtual_time(run_sweep(asks, PROMPTS, options)).turns == turns
 
 
-def test_a_speed_is_that_of_all_sessions_while_all_are_busy() -> None:
+def test_a_speed_counts_every_request_from_the_first_to_the_last() -> None:
     async def ask(arrival: Arrival, seen: Observation, clock: Clock) -> None:
-        # The first two are long in coming, and the last one is long in ending: both are left out.
+        # The first two are long in coming, and the last one is long in ending.
         await asyncio.sleep(5.0 if arrival.seed <= 2 else 0.0)
         for _ in range(arrival.max_tokens):
             await asyncio.sleep(0.1 if arrival.seed < 6 else 3.0)
@@ -336,8 +336,25 @@ def test_a_speed_is_that_of_all_sessions_while_all_are_busy() -> None:
 
     options = SweepOptions((2,), 3, max_tokens=10, repeats=1)
     report = run_in_virtual_time(run_sweep(dict.fromkeys(ARMS, ask), PROMPTS, options))
-    # Two sessions of ten tokens a second; of the last one only what came meanwhile.
-    assert report.cells[0].arms[OFF].tokens_per_second == pytest.approx(20.0, rel=0.2)
+    # Two are done after 6 seconds, two more after 7; the sixth begins then and takes 30.
+    assert report.cells[0].arms[OFF].tokens_per_second == pytest.approx(60 / 37)
+
+
+def test_sessions_in_step_are_as_fast_by_few_large_rounds_as_by_many_small_ones() -> None:
+    def rounds_of(num_tokens: int) -> Ask:
+        async def ask(arrival: Arrival, seen: Observation, clock: Clock) -> None:
+            # Nearly in step: the first to end must not take the last round of the others along.
+            await asyncio.sleep(1e-4 * arrival.seed)
+            for _ in range(arrival.max_tokens // num_tokens):
+                await asyncio.sleep(0.1 * num_tokens)
+                seen.events.append((clock(), num_tokens))
+
+        return ask
+
+    asks = {OFF: rounds_of(1), "static": rounds_of(8), BY_COST: rounds_of(12)}
+    report = run_in_virtual_time(run_sweep(asks, PROMPTS, SweepOptions((4,), 2, max_tokens=24)))
+    speeds = [report.cells[0].arms[arm].tokens_per_second for arm in ARMS]
+    assert speeds == pytest.approx([40.0, 40.0, 40.0], rel=0.01)
 
 
 def test_goodput_follows_the_rate_as_far_as_an_arm_can_serve() -> None:

@@ -1,9 +1,9 @@
 """Load against speculation: off, on with one tree, and chosen by cost, in turn on one cluster.
 
 Each cell keeps a number of sessions busy with the same requests and takes the speed of them all
-together while all are busy. The arms of a cell run one after the other and their order turns, so
-that a machine whose speed wanders is fair to all; all cells get a turn before any gets another;
-ratios are taken turn by turn. This module starts nothing.
+together. The arms of a cell run one after the other and their order turns, so that a machine whose
+speed wanders is fair to all; all cells get a turn before any gets another; ratios are taken turn by
+turn. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -126,23 +126,15 @@ class _Turn:
 
     observations: list[Observation]
 
-    sessions: int
-
     @property
     def speed(self) -> float:
-        """Tokens a second of all sessions together, while all of them were busy.
+        """Tokens a second of all requests together, from the first one sent to the last one ended.
 
-        From the moment when each has had its first tokens until one of them finds no request left.
-        Where there is no such time, of all requests from the first to the last.
+        Of any shorter stretch the edges decide: sessions in step bring many tokens at a time, an
+        arm of few large rounds loses up to one of them, and prompts weigh more or less.
         """
-        first = [seen.events[0][0] for seen in self.observations[: self.sessions]]
-        last_sent = max(seen.scheduled for seen in self.observations)
-        begin = max(first)
-        end = min(seen.ended for seen in self.observations if seen.ended >= last_sent)
-        if end <= begin:
-            begin, end = -1.0, max(seen.ended for seen in self.observations)
-        events = [event for seen in self.observations for event in seen.events]
-        return sum(number for at, number in events if begin < at <= end) / (end - max(0.0, begin))
+        tokens = sum(seen.num_tokens for seen in self.observations)
+        return tokens / max(seen.ended for seen in self.observations)
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -225,7 +217,7 @@ async def _turn(ask: Ask, requests: Sequence[Arrival], sessions: int) -> _Turn:
     failed = [seen for seen in observations if seen.outcome != DONE]
     if failed:
         raise InternalError(f"{len(failed)} of {len(observations)} failed: {failed[0].error}")
-    return _Turn(observations, sessions)
+    return _Turn(observations)
 
 
 def _summed(cell: _Cell) -> Cell:
