@@ -56,12 +56,14 @@ constexpr int kPanel = 32;              // outputs of a panel
 constexpr int kTileRows = 14;           // most rows in registers; changes no bit
 constexpr int kLeastRows = 3;           // of a second tile; changes no bit
 constexpr int64_t kBlockSteps = 256;    // most steps of a panel between tiles; changes no bit
-// With one or two tiles memory is still in play, and it streams best through small blocks.
-constexpr int64_t kSmallBlockSteps = 64;
+constexpr int64_t kWidenedSteps = 64;   // the same of int8, whose words share the nearest cache
 constexpr int64_t kPassRows = 256;      // most rows for one reading of the weight; changes no bit
 constexpr int64_t kChunkBytes = 1 << 17;  // weights that a thread takes at a time
-constexpr int64_t kFetchAhead = 4096;   // bytes, into the nearest cache
-constexpr int64_t kFetchFar = 8192;     // bytes beyond those, into the next one
+// Where fewer rows share a weight the loads run ahead by themselves, and fetching is in their way.
+constexpr int64_t kFetchRows = 6;
+constexpr int64_t kFetchAhead = 1024;   // bytes, into the nearest cache
+constexpr int64_t kFetchFar = 7168;     // bytes beyond those, into the next one
+constexpr int64_t kFetchInt8 = 4096;    // bytes ahead of what becomes words
 constexpr int64_t kSerialLinear = 1 << 20;
 
 inline bool linear_serves(int64_t kind) {
@@ -104,8 +106,9 @@ struct BFloat16Kind {
     }
 };
 
-// Adds `steps` steps of one panel to the sums [ROWS][kPanel] of a tile, and fetches from `ahead`.
-template <class Kind, int ROWS>
+// Adds `steps` steps of one panel to the sums [ROWS][kPanel] of a tile. FETCH: and fetches from
+// `ahead`, at each step `ahead_step` bytes further.
+template <class Kind, bool FETCH, int ROWS>
 SPECINFER_AVX512 void add_tile(const float* weights, const float* words, float* sums,
                                int64_t steps, bool fresh, const char* ahead, int64_t ahead_step) {
     __m512 low[ROWS], high[ROWS];
@@ -116,11 +119,13 @@ SPECINFER_AVX512 void add_tile(const float* weights, const float* words, float* 
     }
 #pragma GCC unroll 4
     for (int64_t step = 0; step < steps; ++step) {
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        _mm_prefetch(ahead + 64, _MM_HINT_T0);
-        _mm_prefetch(ahead + kFetchFar, _MM_HINT_T1);
-        _mm_prefetch(ahead + kFetchFar + 64, _MM_HINT_T1);
-        ahead += ahead_step;
+        if (FETCH) {
+            _mm_prefetch(ahead, _MM_HINT_T0);
+            _mm_prefetch(ahead + 64, _MM_HINT_T0);
+            _mm_prefetch(ahead + kFetchFar, _MM_HINT_T1);
+            _mm_prefetch(ahead + kFetchFar + 64, _MM_HINT_T1);
+            ahead += ahead_step;
+        }
         const __m512 first = _mm512_loadu_ps(weights), second = _mm512_loadu_ps(weights + 16);
 #pragma GCC unroll 14
         for (int row = 0; row < ROWS; ++row) {
@@ -140,10 +145,16 @@ SPECINFER_AVX512 void add_tile(const float* weights, const float* words, float* 
 
 typedef void (*AddTile)(const float*, const float*, float*, int64_t, bool, const char*, int64_t);
 
-template <class Kind, int... ROWS>
+template <class Kind, bool FETCH, int... ROWS>
 inline AddTile tile_of(int rows, std::integer_sequence<int, ROWS...>) {
-    static constexpr AddTile kTiles[] = {add_tile<Kind, ROWS + 1>...};
+    static constexpr AddTile kTiles[] = {add_tile<Kind, FETCH, ROWS + 1>...};
     return kTiles[rows - 1];
+}
+
+// The same for every tile of up to kTileRows rows.
+template <class Kind> AddTile tile_of(int64_t rows, bool fetch) {
+    constexpr auto kRows = std::make_integer_sequence<int, kTileRows>();
+    return fetch ? tile_of<Kind, true>(int(rows), kRows) : tile_of<Kind, false>(int(rows), kRows);
 }
 
 // 16 int8 as float32.
@@ -190,7 +201,7 @@ SPECINFER_AVX512_VBMI inline void look_up_block(const int8_t* from, int64_t word
     const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     for (int64_t index = 0; index < words; index += 32) {
         const char* bytes = (const char*)from + 2 * index;
-        _mm_prefetch(bytes + kFetchAhead, _MM_HINT_T0);
+        _mm_prefetch(bytes + kFetchInt8, _MM_HINT_T0);
         const __m512i value = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(bytes));
         const __m512i magnitude = _mm512_abs_epi8(value);
         const __m512i first = _mm512_permutex2var_epi8(low_0, magnitude, low_1);
@@ -246,13 +257,12 @@ SPECINFER_AVX512 void store_panel(const LinearPlan& plan, int64_t panel, const f
 // All rows of the pass through one panel. WIDENED: weights are int8 and go through a block of words.
 template <class Kind, bool WIDENED> void run_panel(const LinearPlan& plan, int64_t panel) {
     alignas(64) float sums[kPassRows * kPanel];
-    alignas(64) float widened[WIDENED ? kBlockSteps * kPanel : 1];
+    alignas(64) float widened[WIDENED ? kWidenedSteps * kPanel : 1];
     const int64_t step_bytes = plan.panel_bytes / plan.steps;
     const char* source = (const char*)plan.weight.panels + panel * plan.panel_bytes;
     const bool whole = !WIDENED && plan.num_tiles == 1;
-    const int64_t most =
-        whole ? plan.steps : plan.num_tiles <= 2 ? kSmallBlockSteps : kBlockSteps;
-    const int64_t ahead = whole ? kFetchAhead : most * step_bytes;
+    const bool fetch = WIDENED || plan.rows.num_rows >= kFetchRows;
+    const int64_t most = whole ? plan.steps : WIDENED ? kWidenedSteps : kBlockSteps;
     for (int64_t start = 0; start < plan.steps; start += most) {
         const int64_t steps = std::min(most, plan.steps - start);
         const char* block = source + start * step_bytes;
@@ -260,12 +270,17 @@ template <class Kind, bool WIDENED> void run_panel(const LinearPlan& plan, int64
         for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
             const int64_t row = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - row;
             const uint32_t* words = plan.words + row * plan.steps + start * rows;
-            // Each tile fetches its part of the next block: memory has the time of all of them.
-            const int64_t fetched = steps * step_bytes * row / plan.rows.num_rows;
-            tile_of<Kind>(int(rows), std::make_integer_sequence<int, kTileRows>())(
-                WIDENED ? widened : (const float*)block, (const float*)words, sums + row * kPanel,
-                steps, start == 0, block + ahead + fetched,
-                step_bytes * rows / plan.rows.num_rows);
+            const char* ahead = block + kFetchAhead;
+            int64_t ahead_step = step_bytes;
+            if (WIDENED) {
+                // Each tile fetches its part of the next block: memory has the time of all of them.
+                ahead_step = step_bytes * rows / plan.rows.num_rows;
+                ahead = block + steps * step_bytes;
+                ahead += steps * step_bytes * row / plan.rows.num_rows;
+            }
+            tile_of<Kind>(rows, fetch)(WIDENED ? widened : (const float*)block,
+                                       (const float*)words, sums + row * kPanel, steps, start == 0,
+                                       ahead, ahead_step);
         }
     }
     store_panel<Kind>(plan, panel, sums);
@@ -309,23 +324,28 @@ void run_pass(LinearPlan plan, uint32_t* words, int threads) {
     }
     const int64_t chunk = std::max<int64_t>(1, kChunkBytes / plan.panel_bytes);
     const int64_t blocks = (plan.steps + kBlockSteps - 1) / kBlockSteps;
-    // A single row is its own layout.
+    // A single row is its own layout. A few rows each thread lays out for itself: to wait for the
+    // others, and to read what they wrote, takes longer.
     const bool laid_out = plan.rows.num_rows == 1 && plan.weight.in_features % Kind::kInputs == 0;
-    plan.words = laid_out ? (const uint32_t*)plan.rows.input : words;
+    const bool alone = plan.num_tiles == 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        if (!laid_out) {
+        LinearPlan own_plan = plan;
+        const int own = omp_get_thread_num();
+        uint32_t* own_words = words + (alone ? own * plan.rows.num_rows * plan.steps : 0);
+        own_plan.words = laid_out ? (const uint32_t*)plan.rows.input : own_words;
+        if (!laid_out && alone) lay_out_rows<Kind>(plan, 0, plan.steps, own_words);
+        if (!laid_out && !alone) {
 #pragma omp for
             for (int64_t block = 0; block < blocks; ++block)
                 lay_out_rows<Kind>(plan, block * kBlockSteps,
                                    std::min(plan.steps, (block + 1) * kBlockSteps), words);
         }
-        const int own = omp_get_thread_num();
         for (int turn = 0; turn < threads; ++turn) {
             Share& share = shares[size_t((own + turn) % threads)];
             for (int64_t start; (start = share.next.fetch_add(chunk)) < share.end;)
                 for (int64_t panel = start; panel < std::min(start + chunk, share.end); ++panel)
-                    run_panel<Kind, WIDENED>(plan, panel);
+                    run_panel<Kind, WIDENED>(own_plan, panel);
         }
     }
 }
@@ -341,7 +361,8 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
     const int threads = work < kSerialLinear ? 1 : int(std::min(num_threads, plan.panels));
     const int64_t passes = (rows.num_rows + kPassRows - 1) / kPassRows;
     const int64_t most_rows = (rows.num_rows + passes - 1) / passes;
-    std::unique_ptr<uint32_t[]> words(new uint32_t[size_t(most_rows * plan.steps)]);
+    const int64_t copies = most_rows <= kTileRows ? threads : 1;
+    std::unique_ptr<uint32_t[]> words(new uint32_t[size_t(copies * most_rows * plan.steps)]);
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t start = rows.num_rows * pass / passes;
         plan.rows = rows;
