@@ -30,6 +30,7 @@ class StepCurve:
             lines.setdefault(cost.context_len, {})[cost.num_rows] = cost.seconds
         self._contexts = sorted(lines)
         self._lines = [_line(lines[context]) for context in self._contexts]
+        self._growth = self._last_growth()
 
     def at(self, num_rows: int, context_len: int = 0) -> float:
         """Seconds of a pass; 1 when nothing was measured, so that only ratios are lost.
@@ -41,15 +42,36 @@ class StepCurve:
         contexts = self._contexts
         if not contexts:
             return 1.0
-        base = _on_line(self._lines[0], num_rows)
         if len(contexts) == 1 or context_len <= contexts[0]:
-            return base
+            return _on_line(self._lines[0], num_rows)
         right = min(bisect_right(contexts, context_len), len(contexts) - 1)
-        near, far = (_on_line(self._lines[place], num_rows) for place in (right - 1, right))
-        # More keys never cost less; a measurement that says so is noise.
-        near, far = max(base, near), max(base, near, far)
+        near, far = self._between(num_rows, right)
         share = (context_len - contexts[right - 1]) / (contexts[right] - contexts[right - 1])
+        if share > 1.0:
+            return far + (share - 1.0) * _on_line(self._growth, num_rows)
         return near + share * (far - near)
+
+    def _last_growth(self) -> Line:
+        """By rows, what the way from the last context but one to the last adds.
+
+        Where it is less for more rows, which is noise, it is as little for the fewer: as much is
+        added again further on, and more rows never cost less there either.
+        """
+        right = len(self._contexts) - 1
+        if right < 1:
+            return [], []
+        counts = sorted({count for rows, _ in self._lines for count in rows}, reverse=True)
+        pairs = [self._between(count, right) for count in counts]
+        least = accumulate((far - near for near, far in pairs), min)
+        return _line(dict(zip(counts, least, strict=True)))
+
+    def _between(self, num_rows: int, right: int) -> tuple[float, float]:
+        """Seconds at context number `right` - 1 and at the next one."""
+        base, near, far = (
+            _on_line(self._lines[place], num_rows) for place in (0, right - 1, right)
+        )
+        # More keys never cost less; a measurement that says so is noise.
+        return max(base, near), max(base, near, far)
 
 
 def shown(costs: Sequence[StepCost]) -> str:

@@ -238,8 +238,8 @@ class Capabilities:
         chat: whether the model brings a chat template.
         version: the router's version.
         features: what else requests may ask for, such as "grammar", "tools" or "prediction".
-        plain_round_seconds: measured time of a token in rounds without guesses, which is what plain
-            decoding takes for one; 0 before it was measured.
+        plain_round_seconds: measured time of a token where no round has guesses, or of a step of
+            one row until there was any; 0 before either is known.
     """
 
     model: str

@@ -204,7 +204,7 @@ ROUNDS = (
     gauge(
         "plain_round_seconds",
         "seconds",
-        "Measured time of a token in rounds without guesses: what plain decoding takes for one.",
+        "Measured time of a token where no round has guesses, or of a step until there was any.",
     ),
 )
 

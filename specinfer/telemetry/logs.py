@@ -114,8 +114,6 @@ class _Lines(logging.Formatter):
         _check_identities(line)
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = _description(record.exc_info[1], record.exc_info[2])
-        if record.stack_info:
-            line["stack"] = record.stack_info
         return self._encode(line)
 
 

@@ -1008,7 +1008,7 @@ class GetCapabilitiesResponse(_message.Message):
     version: _builtins.str
     """The router's version."""
     plain_round_seconds: _builtins.float
-    """Seconds of a token in rounds without guesses, measured: what plain decoding takes."""
+    """Seconds of a token where no round has guesses, measured, or of a step of one row until then."""
     @_builtins.property
     def acceptance_rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Rules that the verifiers walk by."""

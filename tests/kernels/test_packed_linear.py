@@ -120,19 +120,6 @@ def test_negative_control_a_sum_that_follows_the_row_count_is_detected() -> None
 
 
 @pytest.mark.parametrize(("dtype", "layout"), CASES)
-def test_bits_do_not_depend_on_threads(dtype: torch.dtype, layout: Layout) -> None:
-    for in_features, out_features in ((704, 256), (33, 65)):
-        _, _, rows, layer = make(in_features, out_features, dtype, layout)
-        outputs = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            outputs.append([layer(rows[:count]) for count in (1, 4, 64, 512)])
-        one, two, three = outputs
-        assert all(same_bits(a, b) for a, b in zip(one, two, strict=True))
-        assert all(same_bits(a, b) for a, b in zip(one, three, strict=True))
-
-
-@pytest.mark.parametrize(("dtype", "layout"), CASES)
 def test_shapes_and_strides(dtype: torch.dtype, layout: Layout) -> None:
     _, _, rows, layer = make(100, 37, dtype, layout)
     whole = layer(rows[:12])

@@ -129,7 +129,7 @@ async def test_any_shape_gives_the_same_tokens(options: SpeculationOptions) -> N
         elif options.max_nodes:
             assert asked[0].max_nodes == options.max_nodes
         else:
-            assert set(result.reasons) == {"budget"}
+            assert set(result.reasons) == {"disabled"}, "no round of it will ever have a guess"
 
 
 @pytest.mark.parametrize("seed", range(6))

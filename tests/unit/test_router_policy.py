@@ -56,8 +56,9 @@ def test_costs_that_shrink_with_rows_are_noise_and_none_is_one() -> None:
 def test_a_clipped_shape_always_fits(
     widths: list[int], nodes: int, depth: int, max_nodes: int, max_depth: int
 ) -> None:
-    shape = ShapeQuery(max_nodes=nodes, max_depth=depth, widths=tuple(widths))
+    shape = ShapeQuery(max_nodes=nodes, max_depth=depth, widths=tuple(widths), branch=2)
     clipped = clip(shape, max_nodes=max_nodes, max_depth=max_depth)
+    assert clipped.branch == 2
     assert 0 <= clipped.max_nodes <= max(0, min(nodes, max_nodes))
     assert 0 <= clipped.max_depth <= max(0, min(depth, max_depth))
     assert num_nodes(clipped.widths) <= clipped.max_nodes
@@ -87,6 +88,12 @@ def test_costs_between_contexts_are_bilinear(rows: int, context: int, seconds: f
 def test_a_longer_context_goes_on_as_it_began() -> None:
     curve = StepCurve([StepCost(1, 128, 0.010), StepCost(1, 1128, 0.020)])
     assert curve.at(1, 2128) == pytest.approx(0.030)
+
+
+def test_beyond_the_longest_context_more_rows_cost_no_less() -> None:
+    near = [StepCost(1, 0, 0.010), StepCost(9, 0, 0.018)]
+    curve = StepCurve([*near, StepCost(1, 1000, 0.020), StepCost(9, 1000, 0.020)])
+    assert [curve.at(rows, 3000) for rows in (1, 5, 9)] == pytest.approx([0.024] * 3)
 
 
 @given(

@@ -57,7 +57,7 @@ class SweepOptions:
         if not self.sessions or not all(1 <= each <= MAX_SESSIONS for each in self.sessions):
             raise InvalidRequest(f"sessions are 1 to {MAX_SESSIONS}", field="sessions")
         if self.requests_a_session < 2:
-            # With one each, sessions are never all busy for long.
+            # With one each, no session ever follows another.
             raise InvalidRequest("requests a session are at least 2", field="requests_a_session")
         for name in ("max_tokens", "repeats"):
             if getattr(self, name) < 1:

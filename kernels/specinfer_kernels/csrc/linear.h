@@ -59,12 +59,13 @@ constexpr int64_t kBlockSteps = 256;    // most steps of a panel between tiles; 
 constexpr int64_t kWidenedSteps = 64;   // the same of int8, whose words share the nearest cache
 constexpr int64_t kPassRows = 256;      // most rows for one reading of the weight; changes no bit
 constexpr int64_t kChunkBytes = 1 << 17;  // weights that a thread takes at a time
-// Where fewer rows share a weight the loads run ahead by themselves, and fetching is in their way.
+// Where fewer rows share a weight the loads run ahead by themselves, and fetching is in their way;
+// those of int8 are too few to run ahead.
 constexpr int64_t kFetchRows = 6;
 constexpr int64_t kFetchAhead = 1024;   // bytes, into the nearest cache
 constexpr int64_t kFetchFar = 7168;     // bytes beyond those, into the next one
-constexpr int64_t kFetchInt8 = 4096;    // bytes ahead of what becomes words
 constexpr int64_t kSerialLinear = 1 << 20;
+constexpr int64_t kOwnWords = 1 << 20;  // most words of all threads' own layouts together
 
 inline bool linear_serves(int64_t kind) {
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -79,6 +80,7 @@ struct LinearPlan {
     LinearRows rows;
     int64_t steps, panels, num_tiles, panel_bytes;
     const uint32_t* words;  // rows as words, [tile][step][row of the tile]
+    bool alone;             // each thread lays the rows out for itself
 
     // Of two tiles the first is as large as it can be, so that memory streams for most of the time;
     // fewer than kLeastRows would not fill the multiplier's pipeline.
@@ -201,7 +203,6 @@ SPECINFER_AVX512_VBMI inline void look_up_block(const int8_t* from, int64_t word
     const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     for (int64_t index = 0; index < words; index += 32) {
         const char* bytes = (const char*)from + 2 * index;
-        _mm_prefetch(bytes + kFetchInt8, _MM_HINT_T0);
         const __m512i value = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(bytes));
         const __m512i magnitude = _mm512_abs_epi8(value);
         const __m512i first = _mm512_permutex2var_epi8(low_0, magnitude, low_1);
@@ -324,18 +325,16 @@ void run_pass(LinearPlan plan, uint32_t* words, int threads) {
     }
     const int64_t chunk = std::max<int64_t>(1, kChunkBytes / plan.panel_bytes);
     const int64_t blocks = (plan.steps + kBlockSteps - 1) / kBlockSteps;
-    // A single row is its own layout. A few rows each thread lays out for itself: to wait for the
-    // others, and to read what they wrote, takes longer.
+    // A single row is its own layout.
     const bool laid_out = plan.rows.num_rows == 1 && plan.weight.in_features % Kind::kInputs == 0;
-    const bool alone = plan.num_tiles == 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         LinearPlan own_plan = plan;
         const int own = omp_get_thread_num();
-        uint32_t* own_words = words + (alone ? own * plan.rows.num_rows * plan.steps : 0);
+        uint32_t* own_words = words + (plan.alone ? own * plan.rows.num_rows * plan.steps : 0);
         own_plan.words = laid_out ? (const uint32_t*)plan.rows.input : own_words;
-        if (!laid_out && alone) lay_out_rows<Kind>(plan, 0, plan.steps, own_words);
-        if (!laid_out && !alone) {
+        if (!laid_out && plan.alone) lay_out_rows<Kind>(plan, 0, plan.steps, own_words);
+        if (!laid_out && !plan.alone) {
 #pragma omp for
             for (int64_t block = 0; block < blocks; ++block)
                 lay_out_rows<Kind>(plan, block * kBlockSteps,
@@ -361,7 +360,9 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
     const int threads = work < kSerialLinear ? 1 : int(std::min(num_threads, plan.panels));
     const int64_t passes = (rows.num_rows + kPassRows - 1) / kPassRows;
     const int64_t most_rows = (rows.num_rows + passes - 1) / passes;
-    const int64_t copies = most_rows <= kTileRows ? threads : 1;
+    // To wait for the others, and to read what they wrote, takes longer than to lay a tile out.
+    plan.alone = most_rows <= kTileRows && threads * most_rows * plan.steps <= kOwnWords;
+    const int64_t copies = plan.alone ? threads : 1;
     std::unique_ptr<uint32_t[]> words(new uint32_t[size_t(copies * most_rows * plan.steps)]);
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t start = rows.num_rows * pass / passes;

@@ -341,7 +341,7 @@ class Session:
         commit_seconds: float,
     ) -> RoundFacts:
         reason = guess.root_only_reason
-        if not self._options.enabled:
+        if self._never_guesses and reason:
             reason = "disabled"
         # Of the drafter's time only what the round waited for: the rest passed beside the commit.
         draft = min(guess.compute_seconds, guess.seconds)
