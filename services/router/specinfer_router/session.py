@@ -30,7 +30,7 @@ from specinfer_router.asking import Asking
 from specinfer_router.completion import Completion, Kept
 from specinfer_router.crowd import CROWD
 from specinfer_router.plain_pace import PlainPace
-from specinfer_router.policy import TreeShapePolicy, clip, within
+from specinfer_router.policy import LASTING_REASONS, TreeShapePolicy, clip, within
 from specinfer_router.prediction import Prediction
 from specinfer_router.round_history import RoundLoad
 from specinfer_router.round_tally import RoundTally
@@ -215,6 +215,8 @@ class Session:
         with asked.propose as span:
             guess = await self._drafter.answer(asked.asking)
             trace.asked_drafter(span, guess.worker, hedged=guess.hedged)
+        if self._never_guesses and guess.root_only_reason:
+            guess = guess._replace(root_only_reason="disabled")
         if self._prediction is None:
             return guess
         options = self._options
@@ -269,9 +271,9 @@ class Session:
     def _num_plain(self, guess: Guess) -> int:
         """Tokens to decode in one round: several where no later round will have guesses either."""
         reason = guess.root_only_reason
-        lasting = self._never_guesses or reason == "no_drafter"
         # A policy that guesses nothing counts rounds until it tries again; a crowd has many.
-        lasting = lasting or (reason == "budget" and self._verifier.num_sharing > CROWD)
+        in_crowd = reason == "budget" and self._verifier.num_sharing > CROWD
+        lasting = reason in LASTING_REASONS or in_crowd
         if self._prediction is not None or not lasting:
             return 1
         return self._pace.num_tokens(min(self._max_depth + 1, self._room))
@@ -340,9 +342,6 @@ class Session:
         seconds: float,
         commit_seconds: float,
     ) -> RoundFacts:
-        reason = guess.root_only_reason
-        if self._never_guesses and reason:
-            reason = "disabled"
         # Of the drafter's time only what the round waited for: the rest passed beside the commit.
         draft = min(guess.compute_seconds, guess.seconds)
         queue = min(guess.queue_seconds, guess.seconds - draft) + checked.result.queue_seconds
@@ -353,7 +352,7 @@ class Session:
             epoch=self.epoch,
             num_draft_tokens=guess.tree.num_draft_tokens,
             num_accepted_tokens=num_accepted,
-            root_only_reason=reason,
+            root_only_reason=guess.root_only_reason,
             draft_seconds=draft,
             verify_seconds=verify,
             queue_seconds=queue,
