@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from timing import interleaved, parse_arguments
+from timing import PEAK_SIZE, interleaved, parse_arguments, peak_candidates, pop_peaks
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,7 +31,6 @@ SHAPES = {
 NUM_ROWS = "1,2,4,8,12,16,24,32,64,256"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COPIES_BYTES = 96 << 20
-PEAK_SIZE = 1024
 
 
 Ways = dict[str, list[Callable[[Tensor], object]]]
@@ -69,13 +68,10 @@ def run_shape(
     copies = max(1, COPIES_BYTES // (in_features * out_features * dtype.itemsize))
     weights = [torch.randn(out_features, in_features).to(dtype) * 0.02 for _ in range(copies)]
     ways = pack_all(weights)
-    square = torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype)
     for num_rows in all_num_rows:
         rows = torch.randn(num_rows, in_features).to(dtype)
         candidates = {name: partial(each, calls, rows) for name, calls in ways.items()}
-        seconds = interleaved(
-            {**candidates, "peak": partial(functional.linear, square, square)}, rounds
-        )
+        seconds = interleaved({**candidates, **peak_candidates(dtype)}, rounds)
         lines.append(facts_of(shape, dtype, num_rows, copies, seconds))
         print("  ".join(f"{name} {value}" for name, value in lines[-1].items()), flush=True)
     return lines
@@ -92,7 +88,7 @@ def facts_of(
     in_features, out_features = shape
     num_bytes = in_features * out_features * dtype.itemsize
     operations = 2 * num_rows * in_features * out_features * copies
-    peaks = [2 * PEAK_SIZE**3 / took for took in seconds.pop("peak")]
+    peaks = [2 * PEAK_SIZE**3 / took for took in pop_peaks(seconds)]
     reads = seconds.pop("read")
     floors = [max(read, operations / peak) for read, peak in zip(reads, peaks, strict=True)]
     ours = seconds.pop("ours")

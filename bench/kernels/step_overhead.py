@@ -18,9 +18,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from timing import interleaved, parse_arguments, print_row
+from timing import (
+    PEAK_SIZE,
+    interleaved,
+    parse_arguments,
+    peak_candidates,
+    pop_peaks,
+    print_row,
+)
 from torch import Tensor, nn
-from torch.nn import functional
 
 from results import add_json_option, save, summary_of
 from specinfer_engine.attention import PagedPass
@@ -38,7 +44,7 @@ from specinfer_kernels import (
     pack_linear,
 )
 
-HEAD_DIM, MAX_LENGTH, CONTEXT, BLOCK_SIZE, PEAK_SIZE = 64, 512, 64, 16, 1024
+HEAD_DIM, MAX_LENGTH, CONTEXT, BLOCK_SIZE = 64, 512, 64, 16
 SWEPT_BYTES = 64 << 20
 # Sequences and rows of each: a root, small and large trees, many roots, many small trees.
 PASSES = ((1, 1), (1, 8), (1, 16), (1, 32), (8, 1), (8, 4))
@@ -144,7 +150,6 @@ def run_pass(model: Model, num_sequences: int, num_rows: int, rounds: int) -> di
     laid_out = DecoderRows(
         batch.token_ids, batch.positions, batch.slot_mapping, batch.logit_index, batch.layout
     )
-    square = torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=dtype)
 
     def step() -> Tensor:
         batch = build_batch(rows, BLOCK_SIZE)
@@ -157,10 +162,10 @@ def run_pass(model: Model, num_sequences: int, num_rows: int, rounds: int) -> di
         "ops": partial(alone, backend="reference"),
         "numbers": partial(build_batch, rows, BLOCK_SIZE),
         "read": partial(read_weights, model),
-        "peak": partial(functional.linear, square, square),
+        **peak_candidates(dtype),
     }
     seconds = swept(candidates, rounds)
-    floor = floors(model, batch.num_rows, seconds.pop("read"), seconds.pop("peak"))
+    floor = floors(model, batch.num_rows, seconds.pop("read"), pop_peaks(seconds))
     name = str(dtype).removeprefix("torch.")
     over = statistics.median(map(float.__truediv__, seconds["step"], floor))
     label = f"{name} {num_sequences} sequences of {num_rows} rows"

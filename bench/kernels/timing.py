@@ -6,8 +6,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from torch.nn import functional
+
+PEAK_SIZE = 1024  # rows, columns and depth of the product that the matrix peak is taken from
 
 
 def interleaved(
@@ -24,6 +28,24 @@ def interleaved(
             if round_index:
                 seconds[name].append(took)
     return seconds
+
+
+def peak_candidates(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Candidates whose seconds `pop_peaks` takes out again."""
+    # Where a processor cannot multiply bfloat16, float32 is what its arithmetic comes down to.
+    squares = {
+        kind: torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=kind) for kind in (dtype, torch.float32)
+    }
+    return {
+        f"peak {kind}": partial(functional.linear, square, square)
+        for kind, square in squares.items()
+    }
+
+
+def pop_peaks(seconds: dict[str, list[float]]) -> list[float]:
+    """Seconds of the large product in the faster of the formats, for each round."""
+    names = [name for name in seconds if name.startswith("peak ")]
+    return [min(both) for both in zip(*(seconds.pop(name) for name in names), strict=True)]
 
 
 def print_row(label: str, seconds: Mapping[str, list[float]], base: str) -> None:

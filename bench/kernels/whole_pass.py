@@ -19,16 +19,14 @@ import torch
 from step_overhead import (
     BLOCK_SIZE,
     HEAD_DIM,
-    PEAK_SIZE,
     SHAPES,
     Model,
     floors,
     make_model,
     read_weights,
 )
-from timing import interleaved, parse_arguments, print_row
+from timing import interleaved, parse_arguments, peak_candidates, pop_peaks, print_row
 from torch import Tensor
-from torch.nn import functional
 
 from results import add_json_option, save, summary_of
 from specinfer_engine.attention import PagedPass
@@ -64,15 +62,14 @@ def run_line(model: Model, num_rows: int, context: int, rounds: int) -> dict[str
     """One line: the pass, its products, and its floor."""
     widths = {item.in_features for item in model.products}
     inputs = {width: torch.randn(num_rows, width).to(DTYPE) for width in widths}
-    square = torch.ones(PEAK_SIZE, PEAK_SIZE, dtype=DTYPE)
     candidates: dict[str, Callable[[], object]] = {
         "pass": make_pass(model, num_rows, context),
         "products": partial(multiply_all, model, inputs),
         "read": partial(read_weights, model),
-        "peak": partial(functional.linear, square, square),
+        **peak_candidates(DTYPE),
     }
     seconds = interleaved(candidates, rounds)
-    floor = floors(model, num_rows, seconds["read"], seconds.pop("peak"))
+    floor = floors(model, num_rows, seconds["read"], pop_peaks(seconds))
     over = statistics.median(map(float.__truediv__, seconds["pass"], floor))
     label = f"{num_rows} rows after {context}, over floor {over:.2f}"
     print_row(label, seconds, "pass")

@@ -1,7 +1,8 @@
 """Products by several threads: a row has the bits that one thread gives it.
 
 Large enough that threads share the work, with rows that each thread lays out for itself and rows
-that all lay out together, widths that fill no word, and both kinds of weights.
+that all lay out together, widths that fill no word, and both kinds of weights. Not plain torch: its
+library may share sums out otherwise among more threads, and does so on some processors.
 """
 
 import pytest
@@ -13,9 +14,10 @@ from tests.kernels.cases import same_bits
 
 CASES: list[tuple[torch.dtype, bool, Layout]] = [
     (dtype, int8, layout)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    for dtype in (torch.float32, torch.bfloat16)
     for int8 in (False, True)
     for layout in layouts(torch.zeros(1, 1, dtype=dtype), int8=int8)
+    if layout != "plain"
 ]
 SHAPES = [(704, 256, 512), (1031, 330, 512)]
 # So wide that three threads' own layouts of 14 rows would take too much memory. oneDNN sums so many

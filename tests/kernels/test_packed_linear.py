@@ -84,7 +84,7 @@ def test_the_native_product_is_right_for_every_number_of_rows() -> None:
     """Sums of 2,816 products in float32, from values that bfloat16 holds."""
     dtype = torch.float32
     if not native_linear_serves(torch.bfloat16):
-        pytest.skip("this processor has no product of bfloat16 with sums in float32")
+        pytest.skip("no native product of bfloat16 here")
     weight, _, rows, _ = make(2816, 96, torch.bfloat16)
     layer = pack_linear(weight)
     expected = rows[:40].double() @ weight.double().T

@@ -7,7 +7,7 @@
 // scores of places that it does not see count nowhere. So what stands there cannot reach the row.
 #pragma once
 
-#include "linear.h"
+#include "linear_tiles.h"
 
 namespace specinfer {
 
@@ -30,7 +30,7 @@ struct PairPlaces {
 
 namespace specinfer {
 
-inline bool pairs_serve() { return linear_serves(kBFloat16); }
+inline bool pairs_serve() { return multiplies_pairs(); }
 
 // 32 dimensions of a key or value, as far as `lanes` goes; zeros for a place that nobody sees.
 SPECINFER_AVX512 inline __m512i load_pairs(const BFloat16* cache, int64_t offset,
