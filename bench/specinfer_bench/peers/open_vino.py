@@ -1,7 +1,7 @@
 """OpenVINO GenAI: plain and with the drafter; `pip install openvino-genai` lets it take part.
 
 It reads our GGUF, but no bfloat16 in it: weights are float16 here, computed with in the number
-format that was asked for. Each arm is a pipeline with weights of its own. OpenVINO keeps equal
+format that was asked for, or in float32 where the processor does not have it. Each arm is a pipeline with weights of its own. OpenVINO keeps equal
 matrices once: of a grown target it reads the blocks of zeros once for all layers, about a third
 less than the others. This module knows nothing of the other engines.
 """
@@ -40,7 +40,7 @@ class OpenVino:
         """Two arms; raises what the runtime raises."""
         runtime: Any = importlib.import_module("openvino_genai")
         options: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[pair.dtype],
+            "INFERENCE_PRECISION_HINT": _precision(pair.dtype),
             "INFERENCE_NUM_THREADS": pair.threads,
         }
         target, draft = (_exported(runtime, folder, pair) for folder in (pair.target, pair.draft))
@@ -56,6 +56,14 @@ class OpenVino:
             "OpenVINO GenAI, plain": Arm(partial(_run, load(), end, 0), plain=True),
             "OpenVINO GenAI, drafter": Arm(partial(_run, drafted, end, _CHAIN)),
         }
+
+
+def _precision(dtype: str) -> str:
+    """OpenVINO's name of the format; it fails later where the processor does not have it."""
+    core: Any = importlib.import_module("openvino").Core()
+    wanted = _PRECISIONS[dtype]
+    here = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return wanted if wanted.upper() in {str(name).replace("FP", "F") for name in here} else "f32"
 
 
 def _exported(runtime: Any, checkpoint: Path, pair: Pair) -> Path:
