@@ -1,9 +1,10 @@
 """OpenVINO GenAI: plain and with the drafter; `pip install openvino-genai` lets it take part.
 
 It reads our GGUF, but no bfloat16 in it: weights are float16 here, computed with in the number
-format that was asked for, or in float32 where the processor does not have it. Each arm is a pipeline with weights of its own. OpenVINO keeps equal
-matrices once: of a grown target it reads the blocks of zeros once for all layers, about a third
-less than the others. This module knows nothing of the other engines.
+format that was asked for, or in float32 where the processor has nothing narrower. Each arm is a
+pipeline with weights of its own. OpenVINO keeps equal matrices once: of a grown target it reads the
+blocks of zeros once for all layers, about a third less than the others. This module knows nothing
+of the other engines.
 """
 
 from __future__ import annotations
