@@ -3,8 +3,9 @@
 `python -m specinfer_kernels.prebuilt` compiles `csrc/` once for each processor level of this
 architecture into `prebuilt/`; a process takes the highest level that its processor has. The name
 of a library hashes its sources and options, so one that was left behind is never loaded. The
-arithmetic is the same sequence of operations as in a build for the machine itself, so two levels
-differ only where a level lacks fused multiply-add in 64-byte vectors. Knows files, not loading.
+arithmetic is the same sequence of operations as in a build for the machine itself. Two levels
+differ where one lacks fused multiply-add in 64-byte vectors, and in bfloat16 where the processor
+multiplies pairs, which only the highest level makes use of. Knows files, not loading.
 """
 
 import hashlib

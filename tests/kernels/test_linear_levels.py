@@ -5,6 +5,7 @@ sum is one chain of fused multiply-adds whatever the registers' width, so where 
 multiplied in pairs two levels give the same bits.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ HERE = [
 pytestmark = pytest.mark.skipif(not HERE, reason="no level of x86 fits this processor")
 DTYPES = (torch.float32, torch.bfloat16)
 # Odd widths, one output more than a panel, and large enough for threads and for several blocks.
+THREADS = 3
 SHAPES = [(1, 1), (7, 33), (130, 64), (705, 250), (2050, 160)]
 COUNTS = (1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16, 25, 28, 29, 64, 257)
 
@@ -35,6 +37,8 @@ COUNTS = (1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16, 25, 28, 29, 64, 257)
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each level, with its library alone."""
     folders = {}
+    if native.native_failure():
+        pytest.skip("no compiler here, or the native kernels are turned off")
     for path in build_all(tmp_path_factory.mktemp("all")):
         level = next((level for level in HERE if level in path.name), None)
         if level:
@@ -81,9 +85,13 @@ def test_each_level_is_right_and_keeps_a_rows_bits(
         with using(libraries[level], monkeypatch):
             weight, bias, rows, layer = make(shape, dtype, int8)
             whole = layer(rows)
+            torch.set_num_threads(THREADS)  # as before from the next test on
             for count in COUNTS:
+                # Leaves memory behind that would show if the half of an odd word were not cleared.
+                layer(torch.full_like(rows[:count], math.nan))
                 assert same_bits(layer(rows[:count]), whole[:count]), (shape, count)
                 assert same_bits(layer(rows[-count:]), whole[-count:]), (shape, count)
+            torch.set_num_threads(1)
         expected = linear(rows, weight, bias)
         if int8:
             expected = int8_linear(rows, *quantize_rows(weight), bias)

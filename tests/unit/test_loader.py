@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from specinfer.errors import InvalidCheckpoint
+from specinfer_engine import checkpoint
 from specinfer_engine.loader import load_model
 from specinfer_kernels import decoder_logits, tree_attention
 from tests.kit.architectures import architectures
@@ -248,6 +249,22 @@ def test_facts_of_a_loaded_model(folder: Path) -> None:
     assert files.tokenizer_json == (folder / "tokenizer.json").read_bytes()
     assert (files.bos_token, files.eos_token) == ("<|bos|>", "<|end|>")
     assert files.chat_template == CHAT_TEMPLATE
+
+
+def test_a_hash_is_of_all_parts_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_HASH_PART_BYTES", 8)
+    monkeypatch.setattr(checkpoint, "_HASH_CHUNK_BYTES", 4)
+    file = tmp_path / "weights"
+    texts = (b"", b"a", b"abcdefghijklmnopq", b"ijklmnopabcdefghq")
+    texts += (b"abcdefghijklmnopr", b"abcdefghijkl_nopq", b"abcdefghijklmnop")
+    hashes = set()
+    for text in texts:
+        file.write_bytes(text)
+        hashes.add(checkpoint._hash_files([file]))
+        assert checkpoint._hash_files([file]) in hashes
+    assert len(hashes) == len(texts)
 
 
 def test_hashes_follow_the_files(folder: Path, tmp_path: Path) -> None:

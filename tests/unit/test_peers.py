@@ -89,6 +89,24 @@ def test_every_turn_of_an_arm_begins_with_a_short_request_and_tasks_go_back_and_
     assert [[len(repeat) for repeat in one] for one in outcome.answers.values()] == [[2, 2]] * 2
 
 
+def test_no_task_begins_that_would_take_longer_than_the_time_left() -> None:
+    now, runs = 0.0, 0
+
+    def run(task: Task) -> Answer:
+        nonlocal now, runs
+        if task.text != "warm up":
+            now, runs = now + 10.0, runs + 1
+        return answer(5)
+
+    warm_up = replace(TASK, text="warm up")
+    for seconds, shape in ((1.0, [1]), (29.0, [2]), (30.0, [2, 1]), (99.0, [2, 2, 2])):
+        outcome = run_all(
+            {"a": Arm(run)}, warm_up, [TASK] * 2, 3, max_seconds=seconds, clock=lambda: now
+        )
+        assert [len(repeat) for repeat in outcome.answers["a"]] == shape
+    assert runs == 12
+
+
 def test_an_arm_that_fails_halfway_is_dropped_and_the_others_go_on() -> None:
     runs = 0
 

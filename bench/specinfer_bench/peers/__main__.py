@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import shlex
 import sys
@@ -65,6 +66,7 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     add("--max-tokens", type=at_least_one, default=64, help="most tokens for a prompt")
     add("--repeats", type=at_least_one, default=2, help="runs of every prompt for each load")
     add("--loads", type=at_least_one, default=1, help="how often every engine is loaded")
+    add("--max-seconds", type=float, default=math.inf, help="for the runs of a load; at least one")
     add("--seed", type=int, default=1, help="of the first prompt; each has its own")
     add(
         "--temperatures",
@@ -202,7 +204,13 @@ def _run(
     """What all arms that run at a temperature give."""
     chosen = {name: arm for name, arm in arms.items() if not (temperature and arm.greedy_only)}
     tasks = make_tasks(arguments, pair, temperature)
-    return run_all(chosen, tasks[-1], tasks[: arguments.num_prompts], arguments.repeats)
+    return run_all(
+        chosen,
+        tasks[-1],
+        tasks[: arguments.num_prompts],
+        arguments.repeats,
+        max_seconds=arguments.max_seconds,
+    )
 
 
 def setup_facts(module: str, arguments: argparse.Namespace, pair: Pair) -> dict[str, object]:

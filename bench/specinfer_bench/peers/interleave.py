@@ -9,6 +9,8 @@ engine.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,8 +54,13 @@ def run_all(
     tasks: Sequence[Task],
     repeats: int,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    max_seconds: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Run all tasks in every arm, one arm after the other for each task, `repeats` times.
+
+    After the first task, only as many as fit into the time: of the last repeat some may be missing.
 
     Args:
         arms: by name; one that raises is left out from then on.
@@ -62,19 +69,30 @@ def run_all(
         tasks: what is measured.
         repeats: how often.
         progress: called with the name of an arm before each of its turns.
+        max_seconds: for all of it; a task begins when one like the last still fits.
+        clock: seconds.
     """
     failed: dict[str, str] = {}
-    answers: dict[str, list[list[Answer]]] = {name: [[] for _ in range(repeats)] for name in arms}
+    answers: dict[str, list[list[Answer]]] = {name: [] for name in arms}
     short = replace(warm_up, max_tokens=min(WARM_UP_TOKENS, warm_up.max_tokens))
-    turns = [(repeat, task) for repeat in range(repeats) for task in tasks]
-    for turn, (repeat, task) in enumerate(turns):
+    turns = [(place, task) for _ in range(repeats) for place, task in enumerate(tasks)]
+    begun = last = clock()
+    for turn, (place, task) in enumerate(turns):
+        now = clock()
+        if turn and now + (now - last) > begun + max_seconds:
+            break
+        last = now
         for name in list(arms) if turn % 2 == 0 else reversed(list(arms)):
             if name in failed:
                 continue
             progress(name)
             try:
                 arms[name].run(short)
-                answers[name][repeat].append(arms[name].run(task))
+                answer = arms[name].run(task)
             except (SpecinferError, RuntimeError, ValueError, OSError) as error:
                 failed[name] = f"{type(error).__name__}: {error}"
+                continue
+            if place == 0:
+                answers[name].append([])
+            answers[name][-1].append(answer)
     return Outcome({name: answers[name] for name in arms if name not in failed}, failed)

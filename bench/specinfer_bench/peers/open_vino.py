@@ -1,7 +1,7 @@
 """OpenVINO GenAI: plain and with the drafter; `pip install openvino-genai` lets it take part.
 
 It reads our GGUF, but no bfloat16 in it: weights are float16 here, computed with in the number
-format that was asked for, or in float32 where the processor has nothing narrower. Each arm is a
+format that was asked for, or in float32 where the processor does not have that. Each arm is a
 pipeline with weights of its own. OpenVINO keeps equal matrices once: of a grown target it reads the
 blocks of zeros once for all layers, about a third less than the others. This module knows nothing
 of the other engines.
@@ -60,7 +60,7 @@ class OpenVino:
 
 
 def _precision(dtype: str) -> str:
-    """OpenVINO's name of the format; it fails later where the processor does not have it."""
+    """OpenVINO's name of the format; its first token would fail in one the processor has not."""
     core: Any = importlib.import_module("openvino").Core()
     wanted = _PRECISIONS[dtype]
     here = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

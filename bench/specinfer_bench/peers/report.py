@@ -46,7 +46,7 @@ class PeerReport:
 
     Attributes:
         temperature: 0 is greedy.
-        num_tasks, num_repeats: what was run.
+        num_tasks, num_repeats: what was run; the last repeat may be without its last tasks.
         baseline: our plain arm, which outputs are compared with.
         ours: our speculative arm.
         arms: by name.

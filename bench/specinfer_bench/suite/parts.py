@@ -54,15 +54,15 @@ _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
 _OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 36 --max-tokens 32"
-_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32"
-_SHORT_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 24"
+_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32 --max-seconds 30"
+_SHORT_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 24 --max-seconds 60"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
 _PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 3 --loads 2"
 _SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
 _ABLATIONS = (
     "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --max-tokens 40"
-    " --temperatures 0.8"
+    " --max-seconds 50 --temperatures 0.8"
 )
 _ROUTER_COST = "python -m specinfer_bench.router_cost --windows 3"
 
@@ -74,7 +74,7 @@ PARTS = (
     Part(
         "load-sweep",
         "speed by number of sessions",
-        (*_SWEEP.split(), *"--max-tokens 24 --max-seconds 110".split()),
+        (*_SWEEP.split(), *"--max-tokens 24 --max-seconds 75".split()),
         limit_seconds=240.0,
     ),
     Part(

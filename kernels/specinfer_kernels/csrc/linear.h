@@ -117,6 +117,7 @@ template <class Kind, bool WIDENED> void run_panel(const LinearPlan& plan, int64
             const int64_t block_bytes = steps * step_bytes;
             const char* ahead = block + block_bytes + block_bytes * row / plan.rows.num_rows;
             constexpr int64_t kTimes = Kind::kParts / Kind::Widened::kParts;
+            static_assert(Kind::Widened::kTileRows >= Kind::kTileRows, "tiles must be as large");
             tile_of<typename Kind::Widened>(rows, fetch)(
                 widened, (const float*)words, sums + row * kPanel, steps * kTimes, start == 0,
                 {ahead, step_bytes * rows / plan.rows.num_rows / kTimes});

@@ -69,8 +69,8 @@ constexpr int kPanelVectors = kPanel * 4 / int(sizeof(Lanes));
 constexpr int kVectorLanes = int(sizeof(Lanes)) / 4;
 
 // What a kind says: Stored, of rows and outputs; kInputs of a word of weights; kParts, the words of
-// a row at a step; kTileRows, the most rows whose sums the registers hold; Widened, the kind that
-// multiplies int8 weights once they are words. None of it but kInputs and kParts changes a bit.
+// a row at a step; kTileRows, the most rows whose sums the registers hold, which changes no bit;
+// Widened, the kind that multiplies int8 weights once they are words, whose tiles are as large.
 struct FloatKind {
     typedef float Stored;
     typedef FloatKind Widened;
@@ -187,7 +187,7 @@ template <class Kind> AddTile tile_of(int64_t rows, bool fetch) {
     return fetch ? tile_of<Kind, true>(int(rows), kRows) : tile_of<Kind, false>(int(rows), kRows);
 }
 
-// int8 weights as words of the kind Kind::Widened, [steps][kParts][kPanel].
+// int8 weights from -127 to 127 as words of the kind Kind::Widened, [steps][kParts][kPanel].
 inline void widen_int8(FloatKind, const int8_t* from, int64_t steps, float* to) {
     for (int64_t index = 0; index < steps * kPanel; ++index) to[index] = float(from[index]);
 }
