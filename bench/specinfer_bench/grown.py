@@ -11,10 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
-
 from specinfer.errors import InvalidRequest
-from specinfer_training.grow import grow_checkpoint
 
 
 def grown_target(source: Path, preset: str, dtype: str, cache: Path | None = None) -> Path:
@@ -41,6 +38,11 @@ def grown_target(source: Path, preset: str, dtype: str, cache: Path | None = Non
 
 
 def _grow(source: Path, target: Path, preset: str, dtype: str) -> None:
+    # Here and not above: they take seconds to import, and most runs find the target made.
+    import torch
+
+    from specinfer_training.grow import grow_checkpoint
+
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         made = Path(temporary) / "grown"
         grow_checkpoint(source, made, preset, getattr(torch, dtype))

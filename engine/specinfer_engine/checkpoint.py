@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 
 from specinfer.cores import usable_cores
 from specinfer.errors import InvalidCheckpoint
-from specinfer_engine.model import TokenizerFiles
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -29,6 +28,22 @@ _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HASH_CHUNK_BYTES = 1 << 22
 _HASH_PART_BYTES = 1 << 26
 _MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a router needs to turn text into tokens and back, without the model's folder.
+
+    Attributes:
+        tokenizer_json: bytes of tokenizer.json.
+        chat_template: jinja source, or None when the model brings none.
+        bos_token, eos_token: their texts, or "" when unnamed.
+    """
+
+    tokenizer_json: bytes
+    chat_template: str | None = None
+    bos_token: str = ""
+    eos_token: str = ""
 
 
 @dataclass(frozen=True)

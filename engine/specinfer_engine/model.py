@@ -7,36 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specinfer_engine.attention import PASS_ARGUMENT, PagedPass
 from specinfer_engine.batch import ForwardBatch
+from specinfer_engine.checkpoint import TokenizerFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
-
-
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """What a router needs to turn text into tokens and back, without the model's folder.
-
-    Attributes:
-        tokenizer_json: bytes of tokenizer.json.
-        chat_template: jinja source, or None when the model brings none.
-        bos_token, eos_token: their texts, or "" when unnamed.
-    """
-
-    tokenizer_json: bytes
-    chat_template: str | None = None
-    bos_token: str = ""
-    eos_token: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from specinfer.messages import (
     TokensEvent,
 )
 from specinfer.sampling import SamplingParams, StopConditions
-from specinfer_bench import grown
 from specinfer_bench.grown import default_cache, grown_target
 from specinfer_bench.local import compute_alone, local_router, run_local
 from specinfer_bench.options import GROWN_PRESETS, BenchOptions
 from specinfer_router.policy import StaticShape
 from specinfer_router.router import Router
+from specinfer_training import grow
 from specinfer_training.grow import PRESETS, Shape, grow_checkpoint
 from tests.kit.tiny_models import write_tiny_llama
 
@@ -46,7 +46,7 @@ def grown_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(preset)
         return grow_checkpoint(source, folder, SMALL, dtype)
 
-    monkeypatch.setattr(grown, "grow_checkpoint", small)
+    monkeypatch.setattr(grow, "grow_checkpoint", small)
     return calls
 
 

@@ -257,8 +257,9 @@ def test_a_hash_is_of_all_parts_in_their_order(
     monkeypatch.setattr(checkpoint, "_HASH_PART_BYTES", 8)
     monkeypatch.setattr(checkpoint, "_HASH_CHUNK_BYTES", 4)
     file = tmp_path / "weights"
-    texts = (b"", b"a", b"abcdefghijklmnopq", b"ijklmnopabcdefghq")
-    texts += (b"abcdefghijklmnopr", b"abcdefghijkl_nopq", b"abcdefghijklmnop")
+    one, two = b"abcdefgh", b"ijklmnop"
+    texts = [b"", b"a", one + two, one + two + b"q", two + one + b"q", one + two + b"r"]
+    texts.append(one + b"ijkl_nop" + b"q")
     hashes = set()
     for text in texts:
         file.write_bytes(text)

@@ -29,7 +29,7 @@ from specinfer.server import build_server
 from specinfer.tree import TokenTree
 from specinfer.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 from specinfer_engine.batch import SequenceRows
-from specinfer_engine.model import TokenizerFiles
+from specinfer_engine.checkpoint import TokenizerFiles
 from specinfer_verify import servicer
 from specinfer_verify.engine import VerifyEngine
 from specinfer_verify.servicer import SERVICE_NAME, TOKENIZER_PIECE_BYTES, VerifyServicer

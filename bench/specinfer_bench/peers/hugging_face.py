@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
+from typing import TYPE_CHECKING, Any
 
 from specinfer.errors import InvalidCheckpoint
 from specinfer_bench.peers.peer import Answer, Arm, Pair, Task
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 _LOOKUP_TOKENS = 10  # what its documentation takes
 
@@ -36,6 +35,10 @@ class Transformers:
     @contextmanager
     def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
         """Three arms; raises InvalidCheckpoint."""
+        # Here and not above: who runs the engine apart need not wait seconds for its import.
+        import torch
+        from transformers.utils import logging
+
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         torch.set_num_threads(pair.threads)
@@ -48,7 +51,7 @@ class Transformers:
         }
 
 
-class _FirstToken(BaseStreamer):
+class _FirstToken:
     """Notes when the first tokens after the prompt come."""
 
     def __init__(self) -> None:
@@ -66,6 +69,9 @@ class _FirstToken(BaseStreamer):
 
 
 def _load(folder: Path, pair: Pair) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, pair.dtype), local_files_only=True, use_safetensors=True
@@ -76,22 +82,24 @@ def _load(folder: Path, pair: Pair) -> PreTrainedModel:
     return evaluated
 
 
-@torch.inference_mode()
 def _run(model: Any, options: Mapping[str, Any], task: Task) -> Answer:
+    import torch
+
     torch.manual_seed(task.seed)
     sampled: dict[str, Any] = {"do_sample": False}
     if task.temperature > 0:
         sampled = {"do_sample": True, "temperature": task.temperature, "top_k": 0, "top_p": 1.0}
     prompt, streamer = torch.tensor([task.token_ids], device=model.device), _FirstToken()
     begun = time.perf_counter()
-    generated = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=task.max_tokens,
-        streamer=streamer,
-        **sampled,
-        **options,
-    )
+    with torch.inference_mode():
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=task.max_tokens,
+            streamer=streamer,
+            **sampled,
+            **options,
+        )
     ended = time.perf_counter()
     token_ids = tuple(generated[0, len(task.token_ids) :].tolist())
     return Answer(len(token_ids), ended - begun, token_ids, (streamer.moment or ended) - begun)

@@ -11,15 +11,17 @@ import asyncio
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from specinfer import Client
 from specinfer.messages import GenerateRequest, SpeculationOptions
 from specinfer.sampling import SamplingParams, StopConditions
 from specinfer_bench.load.cluster import started_cluster
-from specinfer_bench.local import local_router, run_request
 from specinfer_bench.measure import Sample
 from specinfer_bench.peers.peer import Answer, Arm, Pair, Task
-from specinfer_router.router import Router
+
+if TYPE_CHECKING:
+    from specinfer_router.router import Router
 
 PLAIN, SPECULATIVE = "specinfer, plain", "specinfer"
 
@@ -56,6 +58,9 @@ class OneProcess:
     @contextmanager
     def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
         """Without guesses and with them; raises InvalidCheckpoint."""
+        # Here and not above: an engine takes seconds to import, also for who runs it apart.
+        from specinfer_bench.local import local_router
+
         plain = SpeculationOptions(enabled=False)
         with local_router(pair.target, pair.draft, pair.dtype) as router, asyncio.Runner() as loop:
             yield {
@@ -73,6 +78,8 @@ def run_router(
     speculation: SpeculationOptions | None = None,
 ) -> Answer:
     """A prompt through a router of this process; `speculation` as a request may ask for it."""
+    from specinfer_bench.local import run_request
+
     request = GenerateRequest(
         token_ids=task.token_ids,
         sampling=SamplingParams(temperature=task.temperature, seed=task.seed),

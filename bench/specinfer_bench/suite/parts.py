@@ -15,6 +15,8 @@ NO_BENCH = ("timing.py", "results.py")
 GPU_PREFIX = "gpu_"
 KERNEL_PREFIX = "kernels-"
 KERNEL_SECONDS = 60.0
+# Where a bench by itself would take longer than there is time here.
+KERNEL_OPTIONS = {"packed_linear.py": ("--rows", "1,4,8,16,32,64")}
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,18 @@ def _speed(grow: str, temperature: str, *options: str) -> Part:
 
 
 _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
-_SHORT_1B = ("--num-prompts", "3", "--max-tokens", "48", "--repeats", "1")
+_SHORT_1B = ("--num-prompts", "3", "--max-tokens", "40", "--repeats", "1")
 _SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
-_OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 36 --max-tokens 32"
-_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32 --max-seconds 30"
-_SHORT_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 24 --max-seconds 60"
+_OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 28 --max-tokens 32"
+_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32 --max-seconds 20"
+_SHORT_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 24 --max-seconds 50"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
 _PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 3 --loads 2"
 _SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
 _ABLATIONS = (
-    "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --max-tokens 40"
-    " --max-seconds 50 --temperatures 0.8"
+    "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --max-tokens 32"
+    " --max-seconds 30 --temperatures 0.8"
 )
 _ROUTER_COST = "python -m specinfer_bench.router_cost --windows 3"
 
@@ -175,7 +177,7 @@ def _kernel(file: str) -> Part:
     return Part(
         KERNEL_PREFIX + name.replace("_", "-"),
         f"kernels: {name.replace('_', ' ')}",
-        ("python", str(KERNELS / file), "--rounds", "5"),
+        ("python", str(KERNELS / file), "--rounds", "5", *KERNEL_OPTIONS.get(file, ())),
         KERNEL_SECONDS,
         writes=False,
     )

@@ -33,7 +33,7 @@ from specinfer.telemetry import Telemetry
 from specinfer.telemetry.work import trace_work
 from specinfer.turns import Turns, read_frames
 from specinfer.v1 import verify_pb2, verify_pb2_grpc
-from specinfer_engine.model import TokenizerFiles
+from specinfer_engine.checkpoint import TokenizerFiles
 from specinfer_verify.engine import VerifyEngine
 
 SERVICE_NAME = "specinfer.v1.VerifyService"
