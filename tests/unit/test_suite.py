@@ -70,10 +70,16 @@ def test_each_part_is_told_of_and_none_stops_the_others(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "prints.json").read_text())["lines"] == ["12 ms"]
 
 
-def test_what_the_time_does_not_reach_is_left_out(tmp_path: Path) -> None:
+def test_what_the_time_does_not_reach_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = run_parts([part("late", WRITE)], tmp_path, tmp_path, budget_seconds=1.0)
     assert found["late"].state == LEFT_OUT
     assert not (tmp_path / "late.json").exists()
+    hanging = part("hangs", "import threading; threading.Event().wait()", limit_seconds=60.0)
+    monkeypatch.setattr(running, "LEAST_SECONDS", 0.0)
+    cut = run_part(hanging, tmp_path, tmp_path, seconds=1.0)
+    assert (cut.state, cut.reason) == (LEFT_OUT, "the time was up within it")
 
 
 async def test_a_part_that_hangs_ends_with_all_it_started(tmp_path: Path) -> None:

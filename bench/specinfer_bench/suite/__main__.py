@@ -4,7 +4,8 @@
     make bench ARGS="--only load-sweep peers-200m"
 
 Each part is a process of its own: one that fails, hangs or is not there is told of with its reason,
-and the rest goes on. What the time does not reach is left out, and said so.
+and the rest goes on. What the time does not reach on a slow machine is left out, and said so; it
+can be run by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from specinfer_bench.suite.parts import Part, all_parts
 from specinfer_bench.suite.pictures import stale
 from specinfer_bench.suite.plots import draw_all
 from specinfer_bench.suite.results import Results, write_summary
-from specinfer_bench.suite.running import FAILED, TIMED_OUT, run_parts
+from specinfer_bench.suite.running import FAILED, LEFT_OUT, TIMED_OUT, run_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "bench" / "results" / "suite"
@@ -52,18 +53,21 @@ def main() -> int:
         print(f"no such part: {', '.join(unknown)}; --list names them", file=sys.stderr)
         return 2
     chosen = [parts[name] for name in arguments.only] if arguments.only else list(parts.values())
-    failed = [] if arguments.pages else _run(chosen, list(parts), arguments.budget)
+    states = {} if arguments.pages else _run(chosen, list(parts), arguments.budget)
     _make_pages()
+    failed = [name for name, state in states.items() if state in (FAILED, TIMED_OUT)]
     for name in failed:
         print(f"{name} is not done", file=sys.stderr)
+    if left := [name for name, state in states.items() if state == LEFT_OUT]:
+        _say(f"""the rest runs by `make bench ARGS="--only {" ".join(left)}"`""")
     return 1 if failed else 0
 
 
-def _run(parts: list[Part], order: list[str], budget: float) -> list[str]:
+def _run(parts: list[Part], order: list[str], budget: float) -> dict[str, str]:
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = run_parts(parts, ROOT, RESULTS, budget, tell=_say)
     write_summary(RESULTS, found, order)
-    return [name for name, part in found.items() if part.state in (FAILED, TIMED_OUT)]
+    return {name: part.state for name, part in found.items()}
 
 
 def _make_pages() -> None:
