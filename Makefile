@@ -80,7 +80,7 @@ protos-check: setup $(GENERATORS) ## lint the protos; specinfer/v1 must be what 
 	$(BIN)/buf format --diff --exit-code
 	.venv-protos/bin/python tools/generate_protos.py --check
 
-bench: setup ## everything that is measured, in 15 minutes; writes docs/performance.md
+bench: setup ## measure what 15 minutes allow; writes docs/performance.md
 	@$(BIN)/python -m specinfer_bench.suite $(ARGS)
 
 lossless: setup ## prove that speculation changes no token

@@ -26,7 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.json"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HASH_CHUNK_BYTES = 1 << 22
-_HASH_PART_BYTES = 1 << 26
+_HASH_PART_BYTES = 1 << 26  # another number makes another hash of every model
 _MAX_HEADER_BYTES = 100 << 20
 
 
@@ -54,7 +54,8 @@ class Checkpoint:
         folder: where it is.
         config: config.json as read.
         eos_token_ids: from generation_config.json, or else from config.json.
-        model_hash, tokenizer_hash: hex, of SHA-256s.
+        model_hash: hex, SHA-256 over the SHA-256s of the parts of config.json and the weights.
+        tokenizer_hash: hex SHA-256.
         tokenizer_files: bytes and settings for a router.
         num_tokenizer_ids: one more than the tokenizer's highest id.
     """

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specinfer_engine.attention import PASS_ARGUMENT, PagedPass
 from specinfer_engine.batch import ForwardBatch
 from specinfer_engine.checkpoint import TokenizerFiles
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -41,8 +39,8 @@ class LoadedModel:
         eos_token_ids: tokens that end a text.
         dtype, device: of weights and rows.
         kv_dtype: of keys and values in the pool.
-        model_hash: SHA-256 over the configuration and weight files, hex; another for int8 weights,
-            and for keys and values of another dtype than the weights'.
+        model_hash: SHA-256 over the parts of the configuration and weight files, hex; another for
+            int8 weights, and for keys and values of another dtype than the weights'.
         tokenizer_hash: SHA-256 over tokenizer.json, hex.
         tokenizer_files: what a router needs.
         row_invariant: whether a row's bits never depend on the rows that share its pass, as a

@@ -1,5 +1,6 @@
 """What is not a whole checkpoint of a kind that is served is refused at load, with the reason."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -266,6 +267,14 @@ def test_a_hash_is_of_all_parts_in_their_order(
         hashes.add(checkpoint._hash_files([file]))
         assert checkpoint._hash_files([file]) in hashes
     assert len(hashes) == len(texts)
+
+
+def test_a_models_hash_stays_what_it_is(tmp_path: Path) -> None:
+    """Workers of two builds in a pool, and stored sessions, go by it."""
+    (file := tmp_path / "weights").write_bytes(bytes(range(256)) * ((1 << 18) + 1))
+    part, rest = (hashlib.sha256(bytes(range(256)) * count).digest() for count in (1 << 18, 1))
+    whole = hashlib.sha256(f"weights\0{(1 << 26) + 256}\0".encode() + part + rest)
+    assert checkpoint._hash_files([file]) == whole.hexdigest()
 
 
 def test_hashes_follow_the_files(folder: Path, tmp_path: Path) -> None:

@@ -163,7 +163,9 @@ def test_plain_decoding_is_compared_over_several_loads_there_and_back(
     assert report["num_repeats"] == 3
 
 
-@pytest.mark.parametrize("option", ["--num-prompts", "--max-tokens", "--repeats", "--loads"])
+@pytest.mark.parametrize(
+    "option", ["--num-prompts", "--max-tokens", "--repeats", "--loads", "--max-seconds"]
+)
 @pytest.mark.parametrize("number", ["0", "-1", "1.5", "few"])
 def test_numbers_below_one_are_refused(
     option: str, number: str, capsys: pytest.CaptureFixture[str]
@@ -235,6 +237,17 @@ def test_ratios_are_of_runs_side_by_side() -> None:
     assert arms["plain"]["tokens_per_second"] == pytest.approx(4 / 6, rel=1e-3)
     assert arms["ours"]["first_token_ms"] == pytest.approx(375.0)
     assert (arms["other"]["num_same"], arms["other"]["first_differences"]) == (1, {1: 1})
+
+
+def test_a_load_that_had_time_for_fewer_tasks_takes_none_from_the_next() -> None:
+    same, other = answer(5), Answer(1, 1.0, (9,))
+    outcome = Outcome({"plain": [[same], [same, same]], "ours": [[other], [other, other]]}, {})
+    arms = {name: Arm(lambda task: same) for name in outcome.answers}
+    report = build_report(
+        outcome, arms, temperature=0, eos_token_ids=frozenset(), baseline="plain", ours="ours"
+    )
+    assert (report.num_tasks, report.num_repeats) == (2, 2)
+    assert (report.arms["plain"].num_same, report.arms["ours"].num_same) == (2, 0)
 
 
 def test_what_draws_otherwise_is_not_compared_above_temperature_zero() -> None:

@@ -66,7 +66,12 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     add("--max-tokens", type=at_least_one, default=64, help="most tokens for a prompt")
     add("--repeats", type=at_least_one, default=2, help="runs of every prompt for each load")
     add("--loads", type=at_least_one, default=1, help="how often every engine is loaded")
-    add("--max-seconds", type=float, default=math.inf, help="for the runs of a load; at least one")
+    add(
+        "--max-seconds",
+        type=at_least_one,
+        default=math.inf,
+        help="for each load and temperature; only the first prompt may take longer",
+    )
     add("--seed", type=int, default=1, help="of the first prompt; each has its own")
     add(
         "--temperatures",

@@ -46,7 +46,7 @@ class PeerReport:
 
     Attributes:
         temperature: 0 is greedy.
-        num_tasks, num_repeats: what was run; the last repeat may be without its last tasks.
+        num_tasks, num_repeats: what was run; a load's last repeat may lack its last tasks.
         baseline: our plain arm, which outputs are compared with.
         ours: our speculative arm.
         arms: by name.
@@ -92,6 +92,7 @@ def build_report(
         if name not in outcome.answers:
             raise ValueError(f"{name} failed: {outcome.failed.get(name, 'it did not run')}")
     plain, speculative = outcome.answers[baseline], outcome.answers[ours]
+    num_tasks = max(len(repeat) for repeat in plain)
 
     def report(name: str, answers: Answers) -> ArmReport:
         comparable = temperature == 0 or arms[name].seeded
@@ -102,13 +103,13 @@ def build_report(
             first_token_ms=_first_token_ms(answers),
             over_plain=_ratio(answers, plain),
             ours_over_it=_ratio(speculative, answers),
-            num_same=None if differences is None else len(plain[0]) - len(differences),
+            num_same=None if differences is None else num_tasks - len(differences),
             first_differences=differences or {},
         )
 
     return PeerReport(
         temperature=temperature,
-        num_tasks=len(plain[0]),
+        num_tasks=num_tasks,
         num_repeats=len(plain),
         baseline=baseline,
         ours=ours,

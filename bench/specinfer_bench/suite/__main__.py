@@ -41,7 +41,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the parts and make the pages; 1 when a part failed or was not done in time."""
+    """Run the parts and make the pages; 1 when a part failed or took longer than it may."""
     arguments = _arguments()
     parts = {part.name: part for part in all_parts(ROOT)}
     if arguments.list:

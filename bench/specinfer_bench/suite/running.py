@@ -98,7 +98,7 @@ def run_part(part: Part, root: Path, results: Path, seconds: float) -> PartResul
         printed = [line.replace(f"{root}{os.sep}", "") for line in _lines(said)]
     took = round(time.monotonic() - begun, 1)
     if state == TIMED_OUT and seconds < part.limit_seconds:
-        return PartResult(part.title, command, LEFT_OUT, "the time was up within it", took, busy)
+        state, reason = LEFT_OUT, "the time was up within it"
     if state == DONE and part.writes and not output.is_file():
         state, reason = FAILED, "it left no file"
     if state == DONE and not part.writes:
