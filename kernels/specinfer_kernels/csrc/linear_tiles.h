@@ -45,36 +45,38 @@ namespace specinfer {
 
 constexpr int kPanel = 32;  // outputs of a panel
 
+// Every function of a tile has the target, so that all can be inlined into one another. The compiler
+// makes nothing of its own from bfloat16 instructions, so the other kinds run without them.
 #if SPECINFER_TILES == 512
-// Every function of a tile has it, so that all can be inlined into one another. The compiler makes
-// nothing of its own from bfloat16 instructions, so the other kinds run without them.
-#define SPECINFER_TILE SPECINFER_AVX512 inline __attribute__((always_inline))
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t LaneBits __attribute__((vector_size(64)));
-typedef int32_t LaneInts __attribute__((vector_size(64)));
-SPECINFER_TILE Lanes fused(Lanes a, Lanes b, Lanes c) {
-    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-SPECINFER_TILE Lanes all_lanes(float value) { return (Lanes)_mm512_set1_ps(value); }
-SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
-    return (LaneInts)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)from));
-}
+#define SPECINFER_TILE_TARGET SPECINFER_AVX512
 #else
-#define SPECINFER_TILE inline __attribute__((always_inline))
-typedef float Lanes __attribute__((vector_size(32)));
-typedef uint32_t LaneBits __attribute__((vector_size(32)));
-typedef int32_t LaneInts __attribute__((vector_size(32)));
-SPECINFER_TILE Lanes fused(Lanes a, Lanes b, Lanes c) {
-    return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-SPECINFER_TILE Lanes all_lanes(float value) { return (Lanes)_mm256_set1_ps(value); }
-SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
-    return (LaneInts)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)from));
-}
+#define SPECINFER_TILE_TARGET
 #endif
+#define SPECINFER_TILE SPECINFER_TILE_TARGET inline __attribute__((always_inline))
 
-constexpr int kPanelVectors = kPanel * 4 / int(sizeof(Lanes));
-constexpr int kVectorLanes = int(sizeof(Lanes)) / 4;
+typedef float Lanes __attribute__((vector_size(SPECINFER_TILES / 8)));
+typedef uint32_t LaneBits __attribute__((vector_size(SPECINFER_TILES / 8)));
+typedef int32_t LaneInts __attribute__((vector_size(SPECINFER_TILES / 8)));
+
+constexpr int kVectorLanes = SPECINFER_TILES / 32;
+constexpr int kPanelVectors = kPanel / kVectorLanes;
+
+SPECINFER_TILE Lanes fused(float row, Lanes weight, Lanes sum) {
+#if SPECINFER_TILES == 512
+    return (Lanes)_mm512_fmadd_ps(_mm512_set1_ps(row), (__m512)weight, (__m512)sum);
+#else
+    return (Lanes)_mm256_fmadd_ps(_mm256_set1_ps(row), (__m256)weight, (__m256)sum);
+#endif
+}
+
+// Pairs of int8 as whole numbers: the second of a pair above the first.
+SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
+#if SPECINFER_TILES == 512
+    return (LaneInts)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#else
+    return (LaneInts)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)from));
+#endif
+}
 
 // What a kind says: Stored, of rows and outputs; kInputs of a word of weights; kParts, the words of
 // a row at a step; kTileRows, the most rows whose sums the registers hold, which changes no bit;
@@ -87,7 +89,7 @@ struct FloatKind {
     static constexpr int kTileRows = SPECINFER_TILES == 512 ? 14 : 2;
     SPECINFER_TILE static Lanes part(Lanes words, int) { return words; }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
-        return fused(all_lanes(row), weight, sum);
+        return fused(row, weight, sum);
     }
 };
 
@@ -117,7 +119,7 @@ struct HalvesKind {
         return (Lanes)(part ? bits & 0xFFFF0000u : bits << 16);
     }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
-        return fused(all_lanes(row), weight, sum);
+        return fused(row, weight, sum);
     }
 };
 
@@ -132,11 +134,8 @@ constexpr int64_t kFetchFar = 7168;    // bytes beyond those, into the next one
 // Adds `steps` steps of one panel to the sums [ROWS][kPanel] of a tile, whose words are
 // [steps][kParts][ROWS]. FETCH: and fetches what is ahead.
 template <class Kind, bool FETCH, int ROWS>
-#if SPECINFER_TILES == 512
-SPECINFER_AVX512
-#endif
-void add_tile(const float* weights, const float* words, float* sums, int64_t steps, bool fresh,
-              Ahead ahead) {
+SPECINFER_TILE_TARGET void add_tile(const float* weights, const float* words, float* sums,
+                                    int64_t steps, bool fresh, Ahead ahead) {
     Lanes kept[ROWS][kPanelVectors];
 #pragma GCC unroll 14
     for (int row = 0; row < ROWS; ++row)
@@ -200,14 +199,12 @@ inline void widen_int8(FloatKind, const int8_t* from, int64_t steps, float* to) 
     for (int64_t index = 0; index < steps * kPanel; ++index) to[index] = float(from[index]);
 }
 
-#if SPECINFER_TILES == 512
-SPECINFER_AVX512
-#endif
-inline void widen_int8(HalvesKind, const int8_t* from, int64_t steps, float* to) {
+SPECINFER_TILE_TARGET inline void widen_int8(HalvesKind, const int8_t* from, int64_t steps,
+                                             float* to) {
     for (int64_t step = 0; step < steps; ++step, from += 2 * kPanel, to += 2 * kPanel)
 #pragma GCC unroll 4
         for (int output = 0; output < kPanel; output += kVectorLanes) {
-            const LaneInts pairs = widen_pairs(from + 2 * output);  // the second int8 is above
+            const LaneInts pairs = widen_pairs(from + 2 * output);
             const Lanes first = __builtin_convertvector(pairs << 24 >> 24, Lanes);
             const Lanes second = __builtin_convertvector(pairs >> 8, Lanes);
             std::memcpy(to + output, &first, sizeof(Lanes));
