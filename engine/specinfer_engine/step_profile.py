@@ -5,8 +5,9 @@ This module knows nothing of sessions, of files or of who asks.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,7 @@ PATIENT_SECONDS = 5.0
 MOST_SECONDS = 8.0
 # How far a remembered cost may be from a fresh look at it.
 AGREEMENT = 1.5
+FEWEST_LOOKS = 2
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,15 @@ def still_true(runner: ProfiledRunner, costs: Sequence[StepCost]) -> bool:
 
 
 def _agrees(runner: ProfiledRunner, cost: StepCost) -> bool:
-    fastest = min(_looks(runner, cost))
-    return cost.seconds / AGREEMENT <= fastest <= cost.seconds * AGREEMENT
-
-
-def _looks(runner: ProfiledRunner, cost: StepCost) -> Iterator[float]:
+    """Whether the fastest of some looks is near; few are enough where it is."""
     _time_pass(runner, cost.num_rows, cost.context_len)
-    for _ in range(MEASURED_PASSES):
-        yield _time_pass(runner, cost.num_rows, cost.context_len)
+    fastest, near = math.inf, False
+    for look in range(1, MEASURED_PASSES + 1):
+        fastest = min(fastest, _time_pass(runner, cost.num_rows, cost.context_len))
+        near = cost.seconds / AGREEMENT <= fastest <= cost.seconds * AGREEMENT
+        if near and look >= FEWEST_LOOKS:
+            break
+    return near
 
 
 def _time_pass(runner: ProfiledRunner, num_rows: int, context_len: int) -> float:

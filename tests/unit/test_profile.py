@@ -125,6 +125,24 @@ def test_costs_that_are_not_true_any_more_are_noticed(runner: ClockedRunner) -> 
         assert not still_true(runner, costs)
 
 
+def test_costs_are_looked_at_again_only_until_they_agree(runner: ClockedRunner) -> None:
+    costs = measure_step_costs(runner, ProfileGrid((1, 8), (128,)))
+    runner.passes.clear()
+    assert still_true(runner, costs)
+    assert len(runner.passes) == 2 * 3, "a pass that does not count and two that do"
+    # Three slow passes: the first point's last two looks and both of the other's are quick.
+    runner.passes.clear()
+    runner.busy = range(1, 4)
+    assert still_true(runner, costs)
+
+
+def test_a_slow_look_does_not_make_a_stale_cost_true(runner: ClockedRunner) -> None:
+    runner.factor = 3.0
+    stale = measure_step_costs(runner, ProfileGrid((1, 8), (128,)))
+    runner.factor, runner.busy = 1.0, range(len(runner.passes) + 2, len(runner.passes) + 3)
+    assert not still_true(runner, stale)
+
+
 def test_what_is_kept_is_found_again_under_its_key_alone(tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
     assert read_profile(folder, KEY) is None

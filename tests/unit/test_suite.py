@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from specinfer.errors import InvalidRequest
+from specinfer.errors import InvalidRequest, Unavailable
 from specinfer_bench.load.agreement import SERIES, Agreement
 from specinfer_bench.load.arrivals import Arrival
 from specinfer_bench.load.asking import BY_COST, OFF
+from specinfer_bench.load.cluster import Cluster
 from specinfer_bench.load.observation import DONE as REQUEST_DONE
 from specinfer_bench.load.observation import Observation
 from specinfer_bench.load.open_loop import Clock
@@ -23,20 +27,19 @@ from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
 from specinfer_bench.report import ArmReport, BenchReport
 from specinfer_bench.suite import running
 from specinfer_bench.suite.page import PICTURES, SECTIONS, filled
-from specinfer_bench.suite.parts import Part, all_parts
+from specinfer_bench.suite.parts import BY_ADDRESS, BY_FILE, Part, all_parts
 from specinfer_bench.suite.pictures import SWEEP, stale
 from specinfer_bench.suite.plots import draw_all
 from specinfer_bench.suite.results import Results, write_summary
 from specinfer_bench.suite.running import (
-    ABSENT,
     DONE,
     FAILED,
     LEFT_OUT,
     TIMED_OUT,
     PartResult,
-    run_part,
     run_parts,
 )
+from specinfer_bench.suite.sharing import SharedCluster
 from tests.kit.virtual_time import run_in_virtual_time
 from tests.kit.waiting import until
 
@@ -57,15 +60,13 @@ def part(name: str, code: str, **options: Any) -> Part:
 def test_each_part_is_told_of_and_none_stops_the_others(tmp_path: Path) -> None:
     parts = [
         part("fails", "raise SystemExit('no luck')"),
-        part("not-there", WRITE, needs="a/file"),
         part("no-file", "pass"),
         part("prints", "print('12 ms')", writes=False),
         part("works", WRITE),
     ]
     found = run_parts(parts, tmp_path, tmp_path, budget_seconds=600)
-    assert [found[each.name].state for each in parts] == [FAILED, ABSENT, FAILED, DONE, DONE]
+    assert [found[each.name].state for each in parts] == [FAILED, FAILED, DONE, DONE]
     assert found["fails"].reason == "exit status 1: no luck"
-    assert found["not-there"].reason == "there is no a/file"
     assert found["works"].command.endswith("--output works.json")
     assert json.loads((tmp_path / "prints.json").read_text())["lines"] == ["12 ms"]
 
@@ -78,7 +79,7 @@ def test_what_the_time_does_not_reach_is_left_out(
     assert not (tmp_path / "late.json").exists()
     hanging = part("hangs", "import threading; threading.Event().wait()", limit_seconds=60.0)
     monkeypatch.setattr(running, "LEAST_SECONDS", 0.0)
-    cut = run_part(hanging, tmp_path, tmp_path, seconds=1.0)
+    cut = run_parts([hanging], tmp_path, tmp_path, budget_seconds=1.0)["hangs"]
     assert (cut.state, cut.reason) == (LEFT_OUT, "the time was up within it")
 
 
@@ -90,10 +91,72 @@ async def test_a_part_that_hangs_ends_with_all_it_started(tmp_path: Path) -> Non
         "child.wait()"
     )
     hanging = part("hangs", code, limit_seconds=3.0)
-    found = await asyncio.to_thread(run_part, hanging, tmp_path, tmp_path, 100.0)
+    found = (await asyncio.to_thread(run_parts, [hanging], tmp_path, tmp_path, 100.0))["hangs"]
     assert (found.state, found.reason) == (TIMED_OUT, "not within 3 seconds")
     pid = int((tmp_path / "pid").read_text())
     await until(lambda: not is_running(pid), "the part's child has ended")
+
+
+class Clusters:
+    """Takes down what is started and ended, and fails at one size."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    @contextmanager
+    def start(self, grow: str) -> Iterator[Cluster]:
+        if grow == "7b":
+            raise Unavailable("it does not start")
+        self.seen.append(f"+{grow}")
+        yield {"router": f"router-of-{grow}:1"}
+        self.seen.append(f"-{grow}")
+
+
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch) -> Clusters:
+    found = Clusters()
+    monkeypatch.setattr(running, "SharedCluster", partial(SharedCluster, start=found.start))
+    return found
+
+
+KEEP = "import sys, json, pathlib; pathlib.Path(sys.argv[-1]).write_text(json.dumps(sys.argv[1:]))"
+
+
+def test_parts_in_a_row_share_a_cluster_of_one_size(tmp_path: Path, clusters: Clusters) -> None:
+    parts = [
+        part("a", KEEP, grow="200m", joins=BY_ADDRESS),
+        part("b", f"{KEEP}; open(sys.argv[2]).read()", grow="200m", joins=BY_FILE),
+        part("c", KEEP, grow="1b", joins=BY_ADDRESS),
+        part("alone", KEEP, grow="1b"),
+        part("d", KEEP, grow="1b", joins=BY_ADDRESS),
+    ]
+    found = run_parts(parts, tmp_path, tmp_path, budget_seconds=600)
+    assert {each.state for each in found.values()} == {DONE}
+    assert clusters.seen == ["+200m", "-200m", "+1b", "-1b", "+1b", "-1b"]
+    told = {name: json.loads((tmp_path / f"{name}.json").read_text())[:2] for name in found}
+    assert told == {
+        "a": ["--router", "router-of-200m:1"],
+        "b": ["--cluster", "cluster.json"],
+        "c": ["--router", "router-of-1b:1"],
+        "alone": ["--grow", "1b"],
+        "d": ["--router", "router-of-1b:1"],
+    }
+    for each in parts:
+        assert f"--grow {each.grow} --output" in found[each.name].command, "it runs by itself"
+    assert not (tmp_path / "cluster.json").exists()
+
+
+def test_a_part_that_fails_takes_its_cluster_with_it(tmp_path: Path, clusters: Clusters) -> None:
+    parts = [
+        part("fails", "raise SystemExit('no')", grow="200m", joins=BY_ADDRESS),
+        part("works", KEEP, grow="200m", joins=BY_ADDRESS),
+        part("too-large", KEEP, grow="7b", joins=BY_ADDRESS),
+        part("after", KEEP, grow="200m", joins=BY_ADDRESS),
+    ]
+    found = run_parts(parts, tmp_path, tmp_path, budget_seconds=600)
+    assert [each.state for each in found.values()] == [FAILED, DONE, FAILED, DONE]
+    assert found["too-large"].reason == "it does not start"
+    assert clusters.seen == ["+200m", "-200m"] * 3
 
 
 def is_running(pid: int) -> bool:
@@ -219,7 +282,7 @@ def test_marks_without_a_section_or_an_end_are_refused(text: str) -> None:
 
 def test_a_part_run_again_takes_its_own_place(tmp_path: Path) -> None:
     order = ["a", "b"]
-    old = PartResult("", "", ABSENT, "old")
+    old = PartResult("", "", FAILED, "old")
     write_summary(tmp_path, {"a": old, "b": old, "gone": old}, order)
     write_summary(tmp_path, {"a": replace(old, reason="new")}, order)
     found = Results.read(tmp_path).parts

@@ -24,7 +24,7 @@ from typing import Any
 from specinfer.errors import SpecinferError
 from specinfer_bench.cluster_report import setup_facts, write_report
 from specinfer_bench.load.asking import SPECULATION
-from specinfer_bench.load.cluster import Cluster, given_cluster, started_cluster
+from specinfer_bench.load.cluster import Cluster, demo_cluster, given_cluster
 from specinfer_bench.load.open_loop import OpenLoopOptions
 from specinfer_bench.load.rates import RatesOptions
 from specinfer_bench.load.runs import OpenRun, open_report, rates_report, sweep_report
@@ -36,7 +36,6 @@ from specinfer_bench.prompts import read_prompts
 
 MODULE = "specinfer_bench.load"
 PROMPTS = Path("models/demo/prompts.jsonl")
-TARGET, DRAFT = Path("models/demo/target"), Path("models/demo/draft")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,14 +112,7 @@ def _cluster(arguments: argparse.Namespace) -> Iterator[Cluster]:
         with simulated_cluster() as cluster:
             yield cluster
         return
-    flags = ["--dtype", arguments.dtype]
-    if arguments.grow is not None:
-        # Torch is needed to grow a target, not to put a load on one.
-        from specinfer_bench.grown import grown_target
-
-        target = grown_target(TARGET, arguments.grow, arguments.dtype)
-        flags += ["--model", str(target), "--draft", str(DRAFT)]
-    with started_cluster(flags) as cluster:
+    with demo_cluster(arguments.grow, arguments.dtype) as cluster:
         yield cluster
 
 

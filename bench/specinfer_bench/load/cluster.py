@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from specinfer.errors import InvalidRequest, Unavailable
+from specinfer_bench.grown import grown_target
 
+DEMO = Path("models/demo")
 START_SECONDS = 300.0
 END_SECONDS = 30.0
 FACTS = ("router", "gateway", "model", "model_hash", "dtype")
@@ -51,6 +53,22 @@ def started_cluster(arguments: Sequence[str]) -> Iterator[Cluster]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def demo_cluster(grow: str | None, dtype: str = "bfloat16") -> Iterator[Cluster]:
+    """The demo pair's cluster for the length of the block, its target grown to a preset or not.
+
+    Raises:
+        InvalidRequest: when the target cannot be grown.
+        Unavailable: as `started_cluster`.
+    """
+    flags = ["--dtype", dtype]
+    if grow is not None:
+        target = grown_target(DEMO / "target", grow, dtype)
+        flags += ["--model", str(target), "--draft", str(DEMO / "draft")]
+    with started_cluster(flags) as cluster:
+        yield cluster
 
 
 def _announced(process: subprocess.Popen[str]) -> str:

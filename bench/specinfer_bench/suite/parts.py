@@ -16,7 +16,13 @@ GPU_PREFIX = "gpu_"
 KERNEL_PREFIX = "kernels-"
 KERNEL_SECONDS = 60.0
 # Where a bench by itself would take longer than there is time here.
-KERNEL_OPTIONS = {"packed_linear.py": ("--rows", "1,4,8,16,32,64")}
+KERNEL_OPTIONS = {
+    "packed_linear.py": ("--rows", "1,4,8,16,32"),
+    "whole_pass.py": ("--rows", "1,2,4,8,16,32"),
+}
+SPEED_PREFIX = "speed-"
+# How parts are told of a cluster that runs: by its router's address, or by a file.
+BY_ADDRESS, BY_FILE = "--router", "--cluster"
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,11 @@ class Part:
     Attributes:
         name: of the part and of the file that it leaves, without ".json".
         title: what people call it.
-        words: the command; its first word is `python` or a script beside it.
+        words: the command without --grow; its first word is `python` or a script beside it.
         limit_seconds: after so long it is ended.
-        needs: file or folder below the root without which there is no such part, or "".
+        grow: the size that the demo's target is grown to for it, or "".
+        joins: the option that gives it a running cluster of that target, which parts in a row
+            share, or "".
         writes: whether it takes --output; otherwise what it prints is kept.
     """
 
@@ -36,132 +44,114 @@ class Part:
     title: str
     words: tuple[str, ...]
     limit_seconds: float
-    needs: str = ""
+    grow: str = ""
+    joins: str = ""
     writes: bool = True
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What runs it by itself."""
+        return (*self.words, *(("--grow", self.grow) if self.grow else ()))
+
+
+def speed_target(name: str) -> str:
+    """The size that a part's target is grown to, by the name that `_speed` gives it."""
+    return name.removeprefix(SPEED_PREFIX).partition("-")[0]
 
 
 def _speed(grow: str, temperature: str, *options: str) -> Part:
     return Part(
-        f"speed-{grow}-t{temperature}",
+        f"{SPEED_PREFIX}{grow}-t{temperature}",
         f"speculation off and on, {grow}, temperature {temperature}",
-        (
-            *("specinfer", "bench", "--grow", grow, "--temperature", temperature),
-            *options,
-        ),
+        ("specinfer", "bench", "--temperature", temperature, *options),
         limit_seconds=180.0,
+        grow=grow,
+        joins=BY_ADDRESS,
     )
+
+
+def _load(name: str, title: str, words: str) -> Part:
+    words = f"python -m specinfer_bench.load {words}"
+    return Part(f"load-{name}", title, tuple(words.split()), 180.0, grow="200m", joins=BY_FILE)
+
+
+def _peers(name: str, title: str, words: str, limit_seconds: float, *skipped: str) -> Part:
+    command = ["python", "-m", "specinfer_bench.peers", *words.split()]
+    if skipped:
+        command += ["--skip", *skipped]
+    return Part(name, title, tuple(command), limit_seconds, grow=name.rpartition("-")[2])
+
+
+def _router(name: str, title: str, *loads: str) -> Part:
+    words = ["python", "-m", "specinfer_bench.router_cost", "--windows", "3"]
+    for load in loads:
+        words += ["--load", load]
+    return Part(f"router-{name}", title, tuple(words), limit_seconds=90.0)
 
 
 _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "40", "--repeats", "1")
-_SWEEP = "python -m specinfer_bench.load sweep --grow 200m --sessions 1,2,4,8,16,32,64"
-_OPEN = "python -m specinfer_bench.load open --grow 200m --rate 2.5 --requests 28 --max-tokens 32"
-_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 32 --max-seconds 20"
-_SHORT_PEERS = "python -m specinfer_bench.peers --num-prompts 2 --max-tokens 24 --max-seconds 50"
+_SWEEP = "sweep --sessions 1,2,4,8,16,32,64 --max-tokens 24 --max-seconds 75"
+_OPEN = "open --rate 2.5 --requests 28 --max-tokens 32"
+_RATES = "rates --rates 2,4,8 --seconds 3 --max-tokens 24"
+_SIMULATED = "python -m specinfer_bench.load sweep --simulated --max-tokens 16 --repeats 1"
+_PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
-_PLAIN = f"{_PEERS} --plain --grow 200m --temperatures 0 --repeats 3 --loads 2"
+_PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 3 --loads 2"
+_SHORT_PEERS = "--num-prompts 2 --max-tokens 24 --max-seconds 50 --repeats 1 --temperatures 0"
+_ONE_PROCESS = "specinfer in one process"
 _SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
 _ABLATIONS = (
-    "python -m specinfer_bench.peers.ablations --grow 200m --num-prompts 2 --max-tokens 32"
-    " --max-seconds 30 --temperatures 0.8"
+    "python -m specinfer_bench.peers.ablations --num-prompts 2 --max-tokens 32 --max-seconds 30"
+    " --temperatures 0.8"
 )
-_ROUTER_COST = "python -m specinfer_bench.router_cost --windows 3"
 
+# Those that share a cluster stand together.
 PARTS = (
     _speed("200m", "0", *_SHORT_200M),
     _speed("200m", "0.8", *_SHORT_200M),
+    _load("sweep", "speed by number of sessions", _SWEEP),
+    _load("open-off", "requests at random times, speculation off", f"{_OPEN} --speculation off"),
+    _load(
+        "open-by-cost",
+        "requests at random times, speculation chosen by cost",
+        f"{_OPEN} --speculation by_cost",
+    ),
+    _load("rates", "requests at random times, by how many come", _RATES),
     _speed("1b", "0", *_SHORT_1B),
     _speed("1b", "0.8", *_SHORT_1B),
-    Part(
-        "load-sweep",
-        "speed by number of sessions",
-        (*_SWEEP.split(), *"--max-tokens 24 --max-seconds 75".split()),
-        limit_seconds=240.0,
+    _peers(
+        *("plain-200m", "plain decoding beside llama.cpp's, 200m", _PLAIN, 150.0),
+        *(_ONE_PROCESS, *_SLOWER),
     ),
-    Part(
-        "plain-200m",
-        "plain decoding beside llama.cpp's, 200m",
-        (*_PLAIN.split(), "--skip", *_SLOWER),
-        limit_seconds=150.0,
-        needs="bench/specinfer_bench/peers/__main__.py",
-    ),
-    Part(
-        "peers-200m",
-        "other engines, 200m",
-        (*_PEERS.split(), "--grow", "200m", "--repeats", "2"),
-        limit_seconds=180.0,
-        needs="bench/specinfer_bench/peers/__main__.py",
-    ),
-    Part(
-        "peers-1b",
-        "other engines, 1b",
-        (*_SHORT_PEERS.split(), "--grow", "1b", "--repeats", "1", "--temperatures", "0"),
-        limit_seconds=240.0,
-        needs="bench/specinfer_bench/peers/__main__.py",
-    ),
-    Part(
-        "load-open-off",
-        "requests at random times, speculation off",
-        (*_OPEN.split(), "--speculation", "off"),
-        limit_seconds=120.0,
-    ),
-    Part(
-        "load-open-by-cost",
-        "requests at random times, speculation chosen by cost",
-        (*_OPEN.split(), "--speculation", "by_cost"),
-        limit_seconds=120.0,
-    ),
+    _peers("peers-200m", "other engines, 200m", f"{_PEERS} --repeats 2", 180.0),
+    # Two targets of ours at once would leave the others little memory.
+    _peers("peers-1b", "other engines, 1b", _SHORT_PEERS, 240.0, _ONE_PROCESS),
     Part(
         "load-simulated",
         "speed by number of sessions, a target of stated cost",
-        tuple(
-            "python -m specinfer_bench.load sweep --simulated --max-tokens 16 --repeats 1".split()
-        ),
+        tuple(_SIMULATED.split()),
         limit_seconds=120.0,
     ),
-    Part(
-        "router-cost",
+    _router(
+        "cost",
         "the router's processor time",
-        (
-            *(*_ROUTER_COST.split(), "--load", "64 sessions, answers at once"),
-            *("--load", "64 long sessions, answers at once"),
-        ),
-        limit_seconds=90.0,
-        needs="bench/specinfer_bench/router_cost.py",
+        "64 sessions, answers at once",
+        "64 long sessions, answers at once",
     ),
-    Part(
-        "router-loss",
+    _router(
+        "loss",
         "the cluster against one process at steps of 50 ms",
-        (*_ROUTER_COST.split(), "--load", "1 session, steps of 50 ms"),
-        limit_seconds=90.0,
-        needs="bench/specinfer_bench/router_cost.py",
+        "1 session, steps of 50 ms",
     ),
     Part(
         "overlap",
         "drafting and committing beside verifying",
         tuple("python -m specinfer_bench.overlap".split()),
         limit_seconds=90.0,
-        needs="bench/specinfer_bench/overlap.py",
     ),
-    Part(
-        "ablations",
-        "what each idea brings",
-        tuple(_ABLATIONS.split()),
-        limit_seconds=150.0,
-        needs="bench/specinfer_bench/peers/ablations.py",
-    ),
-)
-
-# Where there is time left.
-_RATES = Part(
-    "load-rates",
-    "requests at random times, by how many come",
-    tuple(
-        "python -m specinfer_bench.load rates --grow 200m --rates 2,4,8 --seconds 3"
-        " --max-tokens 24".split()
-    ),
-    limit_seconds=150.0,
+    Part("ablations", "what each idea brings", tuple(_ABLATIONS.split()), 150.0, grow="200m"),
 )
 
 
@@ -169,7 +159,7 @@ def all_parts(root: Path) -> tuple[Part, ...]:
     """The parts, among them one for each benchmark of kernels below `root`."""
     files = sorted(path.name for path in (root / KERNELS).glob("*.py"))
     here = [name for name in files if name not in NO_BENCH and not name.startswith(GPU_PREFIX)]
-    return (*PARTS, *(_kernel(name) for name in here), _RATES)
+    return (*PARTS, *(_kernel(name) for name in here))
 
 
 def _kernel(file: str) -> Part:

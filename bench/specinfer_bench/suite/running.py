@@ -1,7 +1,7 @@
 """Runs parts one after the other, each as a process that cannot take the others with it.
 
-A part that fails, hangs or is not there is told of with its reason, and the next one runs. This
-module knows nothing of what parts measure.
+A part that fails or hangs is told of with its reason, and the next one runs. This module knows
+nothing of what parts measure.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from specinfer.errors import SpecinferError
 from specinfer_bench.machine import machine_facts
 from specinfer_bench.suite.parts import Part
+from specinfer_bench.suite.sharing import SharedCluster
 
-DONE, FAILED, TIMED_OUT, ABSENT, LEFT_OUT = "done", "failed", "timed out", "absent", "left out"
+DONE, FAILED, TIMED_OUT, LEFT_OUT = "done", "failed", "timed out", "left out"
 # Less time than this is not worth starting anything in.
 LEAST_SECONDS = 20.0
 END_SECONDS = 15.0
@@ -40,7 +42,7 @@ class PartResult:
     Attributes:
         title: of the part.
         command: as others would write it.
-        state: done, failed, timed out, absent or left out.
+        state: done, failed, timed out or left out.
         reason: why it is not done, or "".
         seconds: how long it ran.
         busy_cores: cores that other work kept busy just before it began.
@@ -72,40 +74,51 @@ def run_parts(
     """
     deadline = time.monotonic() + budget_seconds
     found: dict[str, PartResult] = {}
-    for part in parts:
-        tell(f"{part.name}: {part.title}")
-        found[part.name] = run_part(part, root, results, deadline - time.monotonic())
-        tell(f"  {found[part.name].state}, {found[part.name].seconds:.0f} s")
+    with SharedCluster(results, root) as shared:
+        for part in parts:
+            tell(f"{part.name}: {part.title}")
+            result = run_part(part, root, results, deadline, shared)
+            if result.state != DONE:
+                # Whatever it was, the next one does not meet it.
+                shared.end()
+            found[part.name] = result
+            tell(f"  {result.state}, {result.seconds:.0f} s")
     return found
 
 
-def run_part(part: Part, root: Path, results: Path, seconds: float) -> PartResult:
-    """Run one part, for at most `seconds` and at most its limit."""
+def run_part(
+    part: Part, root: Path, results: Path, deadline: float, shared: SharedCluster
+) -> PartResult:
+    """Run one part, until a moment of time.monotonic() and for at most its limit.
+
+    A cluster that is started for it counts to its seconds and not to its limit.
+    """
     output = results / f"{part.name}.json"
-    words = list(part.words)
-    if part.writes:
-        words += ["--output", str(output.relative_to(root))]
-    command = shlex.join(words)
-    if part.needs and not (root / part.needs).exists():
-        return PartResult(part.title, command, ABSENT, f"there is no {part.needs}")
-    if seconds < LEAST_SECONDS:
+    written = ("--output", str(output.relative_to(root))) if part.writes else ()
+    command = shlex.join((*part.command, *written))
+    begun = time.monotonic()
+    if deadline - begun < LEAST_SECONDS:
         return PartResult(part.title, command, LEFT_OUT, "the time was up before it")
     busy = busy_cores(LOOK_SECONDS)
-    begun = time.monotonic()
+    printed: list[str] = []
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        state, reason = _run(_resolved(words), root, min(seconds, part.limit_seconds), said)
+        try:
+            words = _resolved((*shared.joined(part), *written))
+            left = deadline - time.monotonic()
+            state, reason = _run(words, root, min(left, part.limit_seconds), said)
+            if state == TIMED_OUT and left < part.limit_seconds:
+                state, reason = LEFT_OUT, "the time was up within it"
+        except SpecinferError as error:
+            state, reason = FAILED, error.message
         # Where the files were on this machine is nobody's business.
         printed = [line.replace(f"{root}{os.sep}", "") for line in _lines(said)]
-    took = round(time.monotonic() - begun, 1)
-    if state == TIMED_OUT and seconds < part.limit_seconds:
-        state, reason = LEFT_OUT, "the time was up within it"
     if state == DONE and part.writes and not output.is_file():
         state, reason = FAILED, "it left no file"
     if state == DONE and not part.writes:
         _keep(printed, command, busy, output)
     if state != DONE and printed:
         reason = f"{reason}: {printed[-1]}"[:REASON_CHARACTERS]
-    return PartResult(part.title, command, state, reason, took, busy)
+    return PartResult(part.title, command, state, reason, round(time.monotonic() - begun, 1), busy)
 
 
 def busy_cores(seconds: float) -> float:

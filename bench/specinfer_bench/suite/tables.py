@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from specinfer_bench.suite.parts import speed_target
 from specinfer_bench.suite.results import Document
 
 ARM_NAMES = {"off": "off", "static": "on, one shape", "by_cost": "chosen by cost"}
@@ -31,15 +32,15 @@ def speed_table(documents: Mapping[str, Document]) -> str:
         *("target", "temperature", "speedup (min to max)", "tokens/s off", "on"),
         *("tokens a round", "first token ms off", "on", "identical"),
     )
-    return table(head, [_speed_row(each) for each in documents.values()])
+    return table(head, [_speed_row(name, each) for name, each in documents.items()])
 
 
-def _speed_row(report: Document) -> list[str]:
-    options, arms = report["setup"]["options"], report["arms"]
+def _speed_row(name: str, report: Document) -> list[str]:
+    temperature, arms = report["setup"]["options"]["temperature"], report["arms"]
     off, on = arms["off"], arms["on"]
     return [
-        options["grow"] or "demo",
-        f"{options['temperature']:g}",
+        speed_target(name),
+        f"{temperature:g}",
         _speedup(report),
         f"{off['tokens_per_second']:.1f}",
         f"{on['tokens_per_second']:.1f}",
