@@ -44,6 +44,7 @@ from specinfer_draft.worker import build_worker as build_drafter
 from specinfer_router.answer import Answer
 from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.cluster import Cluster
+from specinfer_router.crowd import RecentMost
 from specinfer_router.hedging import MovingQuantile
 from specinfer_router.policy import TreeShapePolicy
 from specinfer_router.pool import WorkerPool
@@ -96,6 +97,7 @@ class LocalLink:
         self.load = WorkerLoad()
         self.name = info.model_name
         self.num_seats = 0
+        self.recent_seats = RecentMost()
         self.num_late = 0
         self.heard = 0.0
         self.breaker = Breaker(BreakerLimits())

@@ -1,9 +1,44 @@
-"""How many sessions are a crowd: one number for all who treat a crowd otherwise than a few.
+"""How many sessions are a crowd, and when there are fewer: for all who treat a crowd otherwise.
 
 It knows nothing of what they do with it.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable
+
 # More sessions than this at one worker are decided for as one, and hardly wait for each other.
 CROWD = 8
+# A request that ends makes room for the next one, which takes the way to its user and back.
+DIP_SECONDS = 0.1
+
+
+class RecentMost:
+    """How many there were at most within the last DIP_SECONDS.
+
+    Sessions that began together end together, and for a moment, until those who follow them have
+    come, the others seem to be alone.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # When there were how many for the last time, the most first and thus the earliest.
+        self._before: deque[tuple[float, int]] = deque()
+
+    def falls(self, number: int) -> None:
+        """Note that there are `number` for the last time."""
+        while self._before and self._before[-1][1] <= number:
+            self._before.pop()
+        self._before.append((self._clock(), number))
+
+    def most(self, number: int) -> int:
+        """The most of late, where there are `number` now."""
+        earliest = self._clock() - DIP_SECONDS
+        while self._before and self._before[0][0] < earliest:
+            self._before.popleft()
+        return max(number, self._before[0][1]) if self._before else number

@@ -120,8 +120,9 @@ class VerifySeat:
 
     @property
     def num_sharing(self) -> int:
-        """Sessions of this router at the same worker, ours included; 0 without a place."""
-        return self._link.num_seats if self._link is not None else 0
+        """Sessions of this router at the same worker of late, ours included; 0 without a place."""
+        link = self._link
+        return link.recent_seats.most(link.num_seats) if link is not None else 0
 
     async def step(
         self,
@@ -185,6 +186,7 @@ class VerifySeat:
         """Give the place up and let the worker free the session's KV."""
         if self._link is None:
             return
+        self._link.recent_seats.falls(self._link.num_seats)
         self._link.num_seats -= 1
         if self._link.connected and self._link.generation == self._generation:
             try:
