@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,13 @@ from specinfer_bench.peers.__main__ import (
     run_comparison,
 )
 from specinfer_bench.peers.interleave import WARM_UP_TOKENS, Outcome, joined, run_all
-from specinfer_bench.peers.llama_cpp import LlamaCpp, read_answer, read_tree_report, running_driver
+from specinfer_bench.peers.llama_cpp import (
+    LlamaCpp,
+    _run_tree,
+    read_answer,
+    read_tree_report,
+    running_driver,
+)
 from specinfer_bench.peers.others import Vllm
 from specinfer_bench.peers.peer import Answer, Arm, Pair, Task
 from specinfer_bench.peers.report import build_report, first_differences
@@ -271,10 +278,15 @@ def test_there_is_no_report_without_our_own_arms() -> None:
 
 def test_the_table_names_every_arm_and_every_reason() -> None:
     setup = {"model": "demo grown to 1b", "dtype": "bfloat16"}
-    result = {"reports": [report_of(0.0)], "skipped": {"vLLM": "not\nthere"}, "setup": setup}
+    result: dict[str, Any] = {
+        "reports": [report_of(0.0)],
+        "skipped": {"vLLM": "not\nthere"},
+        "setup": setup,
+    }
+    result["reports"][0]["arms"]["other"]["over_plain"]["high"] = 2.5
     table = peers_table(result)
-    assert "| ours | 2.7 | 375 | 4.00 (4.00 to 4.00) |  | 2 of 2 |" in table
-    assert "| other | 1.3 | 750 | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) | 1 of 2" in table
+    assert "| ours | 2.7 | 375 | 4.00 |  | 2 of 2 |" in table, "what has no spread shows none"
+    assert "| other | 1.3 | 750 | 2.00 (2.00 to 2.50) | 2.00 | 1 of 2" in table
     assert "from token 1 on" in table
     assert "* gone: failed: Unavailable: ended" in table
     assert "* vLLM: skipped: not there" in table
@@ -297,6 +309,26 @@ def test_a_driver_answers_lines_and_its_end_is_an_error() -> None:
 def test_a_line_that_is_no_answer_is_refused(line: str) -> None:
     with pytest.raises(Unavailable):
         read_answer(line)
+
+
+def tree_program(tmp_path: Path, num_failures: int) -> Path:
+    """A program that ends early so often, and then prints what llama-speculative does."""
+    program, tries = tmp_path / "program", tmp_path / "tries"
+    program.write_text(
+        f"#!/bin/sh\necho >> {tries}\n[ $(wc -l < {tries}) -gt {num_failures} ] || exit 3\n"
+        "echo encoded 2 tokens in 0.5 seconds; echo decoded 12 tokens in 1.5 seconds\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_llama_cpps_tree_gets_a_second_try(tmp_path: Path) -> None:
+    assert _run_tree([str(tree_program(tmp_path, 1))], TASK) == Answer(12, 2.0)
+
+
+def test_llama_cpps_tree_gets_no_third_try(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="ended with 3"):
+        _run_tree([str(tree_program(tmp_path, 2))], TASK)
 
 
 def test_what_llama_cpp_prints_of_a_tree_is_read_and_checked() -> None:

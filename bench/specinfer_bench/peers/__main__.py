@@ -86,6 +86,11 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_skip(parser: argparse.ArgumentParser, what: str) -> None:
+    """The option that leaves some out by their names."""
+    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help=what)
+
+
 def at_least_one(text: str) -> int:
     """A number of a command line that counts something; raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
@@ -249,7 +254,7 @@ def say(text: str) -> None:
 def main() -> None:
     """Compare, write the results and print the table."""
     parser = bench_parser(MODULE, __doc__)
-    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help="engines to leave")
+    add_skip(parser, "engines to leave")
     parser.add_argument("--plain", action="store_true", help="only decoding without guesses")
     arguments = parser.parse_args()
     kept = [peer for peer in PEERS if peer.name not in arguments.skip]

@@ -21,7 +21,7 @@ import torch
 from specinfer.messages import SpeculationOptions
 from specinfer.sampling import SamplingParams
 from specinfer_bench.local import LocalDraftLink, built, built_drafter, router_over, running
-from specinfer_bench.peers.__main__ import bench_parser, run_comparison
+from specinfer_bench.peers.__main__ import add_skip, bench_parser, run_comparison
 from specinfer_bench.peers.apart import Apart
 from specinfer_bench.peers.ours import run_router
 from specinfer_bench.peers.peer import Arm, Pair
@@ -143,9 +143,12 @@ def other_layouts(dtype: str) -> tuple[Layout, ...]:
 
 def main() -> None:
     """Run all arms, write the results and print the table."""
-    arguments = bench_parser(MODULE, __doc__).parse_args()
+    parser = bench_parser(MODULE, __doc__)
+    add_skip(parser, "layouts of weights to leave")
+    arguments = parser.parse_args()
     others = [Apart(OtherLayout, layout) for layout in other_layouts(arguments.dtype)]
-    run_comparison(MODULE, [Apart(Ablations), *others], arguments, PLAIN, FULL)
+    kept = [peer for peer in others if peer.name not in arguments.skip]
+    run_comparison(MODULE, [Apart(Ablations), *kept], arguments, PLAIN, FULL)
 
 
 if __name__ == "__main__":

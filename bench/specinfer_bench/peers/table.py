@@ -51,7 +51,9 @@ def _row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 
 def _spread(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+    median, low, high = (f"{spread[name]:.2f}" for name in ("median", "low", "high"))
+    # One run has no spread.
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 def _agreement(arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:

@@ -100,12 +100,17 @@ _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
 _PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 3 --loads 2"
 _SHORT_PEERS = "--num-prompts 2 --max-tokens 24 --max-seconds 50 --repeats 1 --temperatures 0"
 _ONE_PROCESS = "specinfer in one process"
-_SLOWER = ("transformers", "OpenVINO GenAI", "vLLM", "SGLang")
-# With noise: one of the ideas is about that.
-_ABLATIONS = (
-    "python -m specinfer_bench.peers.ablations --num-prompts 2 --max-tokens 32 --max-seconds 30"
-    " --temperatures 0.8"
-)
+_SLOWER = (_ONE_PROCESS, "transformers", "OpenVINO GenAI", "vLLM", "SGLang")
+_IDEAS = "--num-prompts 3 --max-tokens 48 --repeats 3 --max-seconds 30"
+_PACKING = "--num-prompts 1 --max-tokens 16 --repeats 1"
+_PACKINGS = ("oneDNN's packing", "no packing")
+
+
+def _ablations(name: str, title: str, words: str, *skipped: str) -> Part:
+    # With noise: one of the ideas is about that.
+    words = f"python -m specinfer_bench.peers.ablations --temperatures 0.8 {words}"
+    return Part(name, title, (*words.split(), "--skip", *skipped), 120.0, grow="200m")
+
 
 # Those that share a cluster stand together.
 PARTS = (
@@ -121,10 +126,7 @@ PARTS = (
     _load("rates", "requests at random times, by how many come", _RATES),
     _speed("1b", "0", *_SHORT_1B),
     _speed("1b", "0.8", *_SHORT_1B),
-    _peers(
-        *("plain-200m", "plain decoding beside llama.cpp's, 200m", _PLAIN, 150.0),
-        *(_ONE_PROCESS, *_SLOWER),
-    ),
+    _peers("plain-200m", "plain decoding beside llama.cpp's, 200m", _PLAIN, 150.0, *_SLOWER),
     _peers("peers-200m", "other engines, 200m", f"{_PEERS} --repeats 2", 180.0),
     # Two targets of ours at once would leave the others little memory.
     _peers("peers-1b", "other engines, 1b", _SHORT_PEERS, 240.0, _ONE_PROCESS),
@@ -151,7 +153,9 @@ PARTS = (
         tuple("python -m specinfer_bench.overlap".split()),
         limit_seconds=90.0,
     ),
-    Part("ablations", "what each idea brings", tuple(_ABLATIONS.split()), 150.0, grow="200m"),
+    _ablations("ablations", "what each idea brings", _IDEAS, *_PACKINGS),
+    # Where a processor cannot multiply bfloat16 it takes many times as long as all else.
+    _ablations("ablations-packing", "what packing brings", _PACKING, _PACKINGS[0]),
 )
 
 
