@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def default_cache() -> Path:
     return Path(base) / "specinfer" / "grown"
 
 
+def main() -> None:
+    """Grow a checkpoint in a process of its own: `python -m specinfer_bench.grown FOLDER SIZE`."""
+    source, preset = sys.argv[1:]
+    print(grown_target(Path(source), preset, "bfloat16"))
+
+
 def _fingerprint(source: Path) -> str:
     digest = hashlib.sha256((source / "config.json").read_bytes())
     for file in sorted(source.glob("*.safetensors")):
@@ -64,3 +71,7 @@ def _fingerprint(source: Path) -> str:
             while chunk := weights.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()

@@ -97,7 +97,6 @@ class LocalLink:
         self.load = WorkerLoad()
         self.name = info.model_name
         self.num_seats = 0
-        self.recent_seats = RecentMost()
         self.num_late = 0
         self.heard = 0.0
         self.breaker = Breaker(BreakerLimits())
@@ -158,6 +157,7 @@ class LocalVerifyLink(LocalLink):
 
     def __init__(self, engine: VerifyEngine, info: WorkerInfo) -> None:
         super().__init__(info)
+        self.recent_seats = RecentMost()
         self._engine = engine
 
     def open(

@@ -150,18 +150,19 @@ def compare(overlap: Overlap, turns: int, tokens: int = TOKENS) -> dict[str, obj
     }
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def overlap_parser() -> argparse.ArgumentParser:
+    """Arguments of this benchmark."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--rounds", type=int, default=3, help="turns of each arm that count")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
-    return parser.parse_args(given)
+    return parser
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Compare all, print the report and write it."""
-    arguments, before = _arguments(given), os.getloadavg()[0]
+    arguments, before = overlap_parser().parse_args(given), os.getloadavg()[0]
     setup = {
         "command": f"python -m {MODULE} " + shlex.join(sys.argv[1:]),
         "machine": machine_facts(),

@@ -330,7 +330,8 @@ async def report(
     return found
 
 
-def _arguments() -> argparse.Namespace:
+def router_cost_parser() -> argparse.ArgumentParser:
+    """Arguments of this benchmark."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description=(__doc__ or "").splitlines()[0]
     )
@@ -339,12 +340,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sockets", type=Path, help="folder for unix sockets instead of TCP")
     parser.add_argument("--profile", type=Path, help="profile the router into this file")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Measure and print the report."""
-    arguments = _arguments()
+    arguments = router_cost_parser().parse_args()
     before = os.getloadavg()[0]
     found = {}
     for name in arguments.load or LOADS:

@@ -129,13 +129,14 @@ def still_true(runner: ProfiledRunner, costs: Sequence[StepCost]) -> bool:
 def _agrees(runner: ProfiledRunner, cost: StepCost) -> bool:
     """Whether the fastest of some looks is near; few are enough where it is."""
     _time_pass(runner, cost.num_rows, cost.context_len)
-    fastest, near = math.inf, False
+    fastest = math.inf
     for look in range(1, MEASURED_PASSES + 1):
         fastest = min(fastest, _time_pass(runner, cost.num_rows, cost.context_len))
-        near = cost.seconds / AGREEMENT <= fastest <= cost.seconds * AGREEMENT
-        if near and look >= FEWEST_LOOKS:
-            break
-    return near
+        if fastest * AGREEMENT < cost.seconds:
+            return False
+        if fastest <= cost.seconds * AGREEMENT and look >= FEWEST_LOOKS:
+            return True
+    return False
 
 
 def _time_pass(runner: ProfiledRunner, num_rows: int, context_len: int) -> float:

@@ -9,11 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specinfer.messages import ShapeQuery, SpeculationOptions
+from specinfer.step_curve import StepCurve
 from specinfer_router import crowd
+from specinfer_router.calibration import Calibration
 from specinfer_router.crowd import DIP_SECONDS, RecentMost
+from specinfer_router.goodput import AdaptiveShape
 from specinfer_router.policy import StaticShape
-from specinfer_router.round_history import RoundHistory
-from tests.kit.router import Bench, request_of, running_router
+from specinfer_router.round_history import RoundHistory, RoundLoad
+from tests.kit.fake_workers import FakeVerifier, info_of
+from tests.kit.router import request_of, running_router
 
 
 class Clock:
@@ -75,14 +79,16 @@ class Listening(StaticShape):
     def __init__(self) -> None:
         super().__init__(ShapeQuery(max_nodes=4, max_depth=2))
         self.told: list[tuple[int, int]] = []
-        self.bench: Bench | None = None
 
     def plan(
-        self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
+        self,
+        options: SpeculationOptions,
+        history: RoundHistory,
+        num_sessions: int,
+        of_late: int = 0,
     ) -> ShapeQuery:
-        assert self.bench is not None
-        self.told.append((num_sessions, self.bench.cluster.verifiers.links[0].num_seats))
-        return super().plan(options, history, num_sessions)
+        self.told.append((of_late, num_sessions))
+        return super().plan(options, history, num_sessions, of_late)
 
 
 @pytest.mark.parametrize(("seconds", "counted"), [(60.0, True), (0.0, False)])
@@ -92,9 +98,31 @@ async def test_a_session_that_goes_on_is_told_of_who_left(
     monkeypatch.setattr(crowd, "DIP_SECONDS", seconds)
     policy = Listening()
     async with running_router(policy=policy) as bench:
-        policy.bench = bench
         requests = (request_of(max_tokens=400), request_of(max_tokens=10))
         await asyncio.gather(*(bench.generate(request) for request in requests))
     assert (2, 2) in policy.told
     assert ((2, 1) in policy.told) is counted
     assert ((1, 1) in policy.told[-10:]) is not counted
+
+
+async def test_each_verify_worker_has_a_crowd_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crowd, "DIP_SECONDS", 60.0)
+    policy = Listening()
+    verifiers = [FakeVerifier(info_of(name)) for name in ("one", "two")]
+    async with running_router(policy=policy, verifiers=verifiers) as bench:
+        await asyncio.gather(*(bench.generate(request_of(seed=seed)) for seed in range(4)))
+        assert [link.recent_seats.most(0) for link in bench.cluster.verifiers.links] == [2, 2]
+    assert max(policy.told) == (2, 2)
+
+
+def test_those_who_take_the_places_of_others_are_not_planned_for_on_top_of_them() -> None:
+    policy = AdaptiveShape(ShapeQuery(max_nodes=8, max_depth=4), Calibration(StepCurve(())))
+    straggler = policy.history(0.0, 100)
+    policy.plan(SpeculationOptions(), straggler, 1, of_late=16)
+    assert straggler.load == RoundLoad(16, 1), "only one is drafted for"
+    loads = []
+    followers = [policy.history(0.0, 100) for _ in range(20)]
+    for follower in followers:
+        policy.plan(SpeculationOptions(), follower, 0)
+        loads.append(follower.load.num_sessions)
+    assert loads == [16] * 15 + [17, 18, 19, 20, 21]

@@ -315,7 +315,8 @@ def tree_program(tmp_path: Path, num_failures: int) -> Path:
     """A program that ends early so often, and then prints what llama-speculative does."""
     program, tries = tmp_path / "program", tmp_path / "tries"
     program.write_text(
-        f"#!/bin/sh\necho >> {tries}\n[ $(wc -l < {tries}) -gt {num_failures} ] || exit 3\n"
+        f"#!/bin/sh\necho >> {tries}\n"
+        f"[ $(wc -l < {tries}) -gt {num_failures} ] || {{ echo in the middle; exit 3; }}\n"
         "echo encoded 2 tokens in 0.5 seconds; echo decoded 12 tokens in 1.5 seconds\n"
     )
     program.chmod(0o755)
@@ -327,7 +328,7 @@ def test_llama_cpps_tree_gets_a_second_try(tmp_path: Path) -> None:
 
 
 def test_llama_cpps_tree_gets_no_third_try(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="ended with 3"):
+    with pytest.raises(Unavailable, match="llama-speculative: in the middle"):
         _run_tree([str(tree_program(tmp_path, 2))], TASK)
 
 

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from specinfer.errors import InvalidRequest, Unavailable
+from specinfer_bench.load import cluster as cluster_module
+from specinfer_bench.load.__main__ import load_parser
 from specinfer_bench.load.agreement import SERIES, Agreement
 from specinfer_bench.load.arrivals import Arrival
 from specinfer_bench.load.asking import BY_COST, OFF
-from specinfer_bench.load.cluster import Cluster
+from specinfer_bench.load.cluster import Cluster, demo_cluster
 from specinfer_bench.load.observation import DONE as REQUEST_DONE
 from specinfer_bench.load.observation import Observation
 from specinfer_bench.load.open_loop import Clock
 from specinfer_bench.load.rates import RatesOptions, run_rates
 from specinfer_bench.load.summary import Objective, summary
 from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
+from specinfer_bench.overlap import overlap_parser
+from specinfer_bench.peers.__main__ import peers_parser
+from specinfer_bench.peers.ablations import ablations_parser
 from specinfer_bench.report import ArmReport, BenchReport
+from specinfer_bench.router_cost import router_cost_parser
 from specinfer_bench.suite import running
 from specinfer_bench.suite.page import PICTURES, SECTIONS, filled
 from specinfer_bench.suite.parts import BY_ADDRESS, BY_FILE, Part, all_parts
@@ -40,10 +49,18 @@ from specinfer_bench.suite.running import (
     run_parts,
 )
 from specinfer_bench.suite.sharing import SharedCluster
+from specinfer_cli.app import app
 from tests.kit.virtual_time import run_in_virtual_time
 from tests.kit.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "specinfer_bench.load": load_parser,
+    "specinfer_bench.peers": peers_parser,
+    "specinfer_bench.peers.ablations": ablations_parser,
+    "specinfer_bench.router_cost": router_cost_parser,
+    "specinfer_bench.overlap": overlap_parser,
+}
 MACHINE = {"processor": "a processor", "cores": 2}
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text('{}')"
 
@@ -57,6 +74,10 @@ def part(name: str, code: str, **options: Any) -> Part:
     return Part(name, name, ("python", "-c", code), **{"limit_seconds": 60.0, **options})
 
 
+def ran(parts: list[Part], folder: Path, seconds: float = 600.0) -> dict[str, PartResult]:
+    return dict(run_parts(parts, folder, folder, budget_seconds=seconds))
+
+
 def test_each_part_is_told_of_and_none_stops_the_others(tmp_path: Path) -> None:
     parts = [
         part("fails", "raise SystemExit('no luck')"),
@@ -64,7 +85,7 @@ def test_each_part_is_told_of_and_none_stops_the_others(tmp_path: Path) -> None:
         part("prints", "print('12 ms')", writes=False),
         part("works", WRITE),
     ]
-    found = run_parts(parts, tmp_path, tmp_path, budget_seconds=600)
+    found = dict(run_parts(parts, tmp_path, tmp_path, budget_seconds=600))
     assert [found[each.name].state for each in parts] == [FAILED, FAILED, DONE, DONE]
     assert found["fails"].reason == "exit status 1: no luck"
     assert found["works"].command.endswith("--output works.json")
@@ -74,12 +95,12 @@ def test_each_part_is_told_of_and_none_stops_the_others(tmp_path: Path) -> None:
 def test_what_the_time_does_not_reach_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = run_parts([part("late", WRITE)], tmp_path, tmp_path, budget_seconds=1.0)
+    found = dict(run_parts([part("late", WRITE)], tmp_path, tmp_path, budget_seconds=1.0))
     assert found["late"].state == LEFT_OUT
     assert not (tmp_path / "late.json").exists()
     hanging = part("hangs", "import threading; threading.Event().wait()", limit_seconds=60.0)
     monkeypatch.setattr(running, "LEAST_SECONDS", 0.0)
-    cut = run_parts([hanging], tmp_path, tmp_path, budget_seconds=1.0)["hangs"]
+    cut = dict(run_parts([hanging], tmp_path, tmp_path, budget_seconds=1.0))["hangs"]
     assert (cut.state, cut.reason) == (LEFT_OUT, "the time was up within it")
 
 
@@ -91,7 +112,7 @@ async def test_a_part_that_hangs_ends_with_all_it_started(tmp_path: Path) -> Non
         "child.wait()"
     )
     hanging = part("hangs", code, limit_seconds=3.0)
-    found = (await asyncio.to_thread(run_parts, [hanging], tmp_path, tmp_path, 100.0))["hangs"]
+    found = (await asyncio.to_thread(ran, [hanging], tmp_path))["hangs"]
     assert (found.state, found.reason) == (TIMED_OUT, "not within 3 seconds")
     pid = int((tmp_path / "pid").read_text())
     await until(lambda: not is_running(pid), "the part's child has ended")
@@ -104,12 +125,15 @@ class Clusters:
         self.seen: list[str] = []
 
     @contextmanager
-    def start(self, grow: str) -> Iterator[Cluster]:
+    def start(self, grow: str, seconds: float) -> Iterator[Cluster]:
+        assert 0 < seconds <= 600
+        self.seen.append(f"+{grow}")
         if grow == "7b":
             raise Unavailable("it does not start")
-        self.seen.append(f"+{grow}")
-        yield {"router": f"router-of-{grow}:1"}
-        self.seen.append(f"-{grow}")
+        try:
+            yield {"router": f"router-of-{grow}:1"}
+        finally:
+            self.seen.append(f"-{grow}")
 
 
 @pytest.fixture
@@ -119,44 +143,100 @@ def clusters(monkeypatch: pytest.MonkeyPatch) -> Clusters:
     return found
 
 
-KEEP = "import sys, json, pathlib; pathlib.Path(sys.argv[-1]).write_text(json.dumps(sys.argv[1:]))"
+KEEP = "import sys, json, pathlib; pathlib.Path(sys.argv[-1]).write_text(json.dumps({'got': %s}))"
+TOLD = KEEP % "sys.argv[1:3]"
+READ = KEEP % "json.load(open(sys.argv[2]))"
 
 
 def test_parts_in_a_row_share_a_cluster_of_one_size(tmp_path: Path, clusters: Clusters) -> None:
     parts = [
-        part("a", KEEP, grow="200m", joins=BY_ADDRESS),
-        part("b", f"{KEEP}; open(sys.argv[2]).read()", grow="200m", joins=BY_FILE),
-        part("c", KEEP, grow="1b", joins=BY_ADDRESS),
-        part("alone", KEEP, grow="1b"),
-        part("d", KEEP, grow="1b", joins=BY_ADDRESS),
+        part("a", TOLD, grow="200m", joins=BY_ADDRESS),
+        part("b", READ, grow="200m", joins=BY_FILE),
+        part("c", TOLD, grow="1b", joins=BY_ADDRESS),
+        part("alone", TOLD, grow="1b"),
+        part("d", TOLD, grow="1b", joins=BY_ADDRESS),
     ]
-    found = run_parts(parts, tmp_path, tmp_path, budget_seconds=600)
+    found = ran(parts, tmp_path)
     assert {each.state for each in found.values()} == {DONE}
     assert clusters.seen == ["+200m", "-200m", "+1b", "-1b", "+1b", "-1b"]
-    told = {name: json.loads((tmp_path / f"{name}.json").read_text())[:2] for name in found}
-    assert told == {
+    files = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in found}
+    assert {name: file["got"] for name, file in files.items()} == {
         "a": ["--router", "router-of-200m:1"],
-        "b": ["--cluster", "cluster.json"],
+        "b": {"router": "router-of-200m:1"},
         "c": ["--router", "router-of-1b:1"],
         "alone": ["--grow", "1b"],
         "d": ["--router", "router-of-1b:1"],
     }
     for each in parts:
-        assert f"--grow {each.grow} --output" in found[each.name].command, "it runs by itself"
-    assert not (tmp_path / "cluster.json").exists()
+        setup = files[each.name]["setup"]
+        assert f"--grow {each.grow} --output" in setup["command"], "it runs by itself"
+        assert (setup["grow"], setup["shared_cluster"]) == (each.grow, bool(each.joins))
 
 
 def test_a_part_that_fails_takes_its_cluster_with_it(tmp_path: Path, clusters: Clusters) -> None:
     parts = [
         part("fails", "raise SystemExit('no')", grow="200m", joins=BY_ADDRESS),
-        part("works", KEEP, grow="200m", joins=BY_ADDRESS),
-        part("too-large", KEEP, grow="7b", joins=BY_ADDRESS),
-        part("after", KEEP, grow="200m", joins=BY_ADDRESS),
+        part("works", TOLD, grow="200m", joins=BY_ADDRESS),
+        part("too-large", TOLD, grow="7b", joins=BY_ADDRESS),
+        part("too-large-again", TOLD, grow="7b", joins=BY_ADDRESS),
+        part("after", TOLD, grow="200m", joins=BY_ADDRESS),
     ]
-    found = run_parts(parts, tmp_path, tmp_path, budget_seconds=600)
-    assert [each.state for each in found.values()] == [FAILED, DONE, FAILED, DONE]
-    assert found["too-large"].reason == "it does not start"
-    assert clusters.seen == ["+200m", "-200m"] * 3
+    found = ran(parts, tmp_path)
+    assert [each.state for each in found.values()] == [FAILED, DONE, FAILED, FAILED, DONE]
+    assert found["too-large-again"].reason == "it does not start"
+    assert clusters.seen == ["+200m", "-200m", "+200m", "-200m", "+7b", "+200m", "-200m"]
+
+
+def test_a_cluster_ends_with_the_run_and_its_start_counts(
+    tmp_path: Path, clusters: Clusters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = part("one", TOLD, grow="200m", joins=BY_ADDRESS)
+    run = run_parts([one, one], tmp_path, tmp_path, budget_seconds=600)
+    assert next(run)[1].state == DONE
+    run.close()
+    assert clusters.seen == ["+200m", "-200m"]
+    # A start that takes all the time leaves none for the part.
+    clock = iter([0.0, 0.0, 1.0, 599.0, 600.0])
+    monkeypatch.setattr(running, "busy_cores", lambda _: 0.0)
+    monkeypatch.setattr("specinfer_bench.suite.running.time.monotonic", lambda: next(clock))
+    assert ran([one], tmp_path)["one"].state == LEFT_OUT
+
+
+@pytest.mark.parametrize("each", all_parts(ROOT), ids=lambda each: each.name)
+def test_every_part_is_a_command_that_exists(each: Part) -> None:
+    joins = (each.joins, "of-it") if each.joins else ()
+    for words in (each.command, (*each.words, *joins)):
+        head, *rest = [word for word in words if word != "python"]
+        if each.writes:
+            rest += ["--output", "file.json"]
+        if head == "specinfer":
+            command = cast(TyperGroup, get_command(app))
+            with command.make_context("specinfer", rest[:1], resilient_parsing=True) as context:
+                found = command.get_command(context, rest[0])
+                assert found is not None
+                found.make_context(rest[0], rest[1:], parent=context)
+        elif head == "-m":
+            PARSERS[rest[0]]().parse_args(rest[1:])
+        else:
+            assert (ROOT / head).is_file()
+
+
+def test_the_demo_cluster_serves_the_target_that_was_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    @contextmanager
+    def started(flags: list[str], seconds: float) -> Iterator[Cluster]:
+        asked.extend((*flags, seconds))
+        yield {}
+
+    monkeypatch.setattr(cluster_module, "started_cluster", started)
+    monkeypatch.setattr(cluster_module, "grown_target", lambda *words: tmp_path / str(words[1]))
+    with demo_cluster("1b", seconds=3.0):
+        assert asked[asked.index("--model") + 1] == str(tmp_path / "1b")
+        assert asked[asked.index("--draft") + 1] == str(ROOT / "models/demo/draft")
+        assert asked[-1] == 3.0
 
 
 def is_running(pid: int) -> bool:
@@ -176,8 +256,8 @@ def test_the_parts_have_names_of_their_own_and_the_kernels_are_found() -> None:
 
 def speed_report(speedup: float) -> dict[str, object]:
     arm = ArmReport(40.0, 25.0, 4.0, {})
-    options = {"grow": "200m", "temperature": 0.8}
-    setup = {"machine": MACHINE, "options": options}
+    options = {"grow": None, "temperature": 0.8}
+    setup = {"machine": MACHINE, "options": options, "grow": "200m"}
     arms = {"off": arm, "on": replace(arm, tokens_per_second=40.0 * speedup)}
     report = BenchReport(speedup, speedup, speedup, True, (), 3.0, None, arms, 2, 64, setup)
     return report.as_dict()

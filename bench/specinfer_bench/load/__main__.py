@@ -38,7 +38,8 @@ MODULE = "specinfer_bench.load"
 PROMPTS = Path("models/demo/prompts.jsonl")
 
 
-def _parser() -> argparse.ArgumentParser:
+def load_parser() -> argparse.ArgumentParser:
+    """Arguments of every kind of load."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=_first_line())
     kinds = parser.add_subparsers(dest="kind", required=True)
     _open_arguments(kinds.add_parser("open", help="requests when they are due"))
@@ -157,7 +158,7 @@ def _rounded(value: Any) -> Any:
 
 def main() -> int:
     """Run, print the report and write it; 1 when the numbers cannot be trusted."""
-    arguments = _parser().parse_args()
+    arguments = load_parser().parse_args()
     try:
         with _cluster(arguments) as cluster:
             report = asyncio.run(_report(arguments, cluster))

@@ -17,7 +17,7 @@ from typing import Any
 from specinfer.errors import InvalidRequest, Unavailable
 from specinfer_bench.grown import grown_target
 
-DEMO = Path("models/demo")
+DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
 START_SECONDS = 300.0
 END_SECONDS = 30.0
 FACTS = ("router", "gateway", "model", "model_hash", "dtype")
@@ -34,8 +34,10 @@ def given_cluster(path: Path) -> Cluster:
 
 
 @contextmanager
-def started_cluster(arguments: Sequence[str]) -> Iterator[Cluster]:
+def started_cluster(arguments: Sequence[str], seconds: float = START_SECONDS) -> Iterator[Cluster]:
     """Run `specinfer up` with some arguments for the length of the block.
+
+    It has so many seconds to start.
 
     Raises:
         Unavailable: when it is not up in time, or ends.
@@ -45,7 +47,7 @@ def started_cluster(arguments: Sequence[str]) -> Iterator[Cluster]:
     # In our process group: whoever ends that ends this too.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        yield _facts(_announced(process))
+        yield _facts(_announced(process, seconds))
     finally:
         process.terminate()
         try:
@@ -56,7 +58,9 @@ def started_cluster(arguments: Sequence[str]) -> Iterator[Cluster]:
 
 
 @contextmanager
-def demo_cluster(grow: str | None, dtype: str = "bfloat16") -> Iterator[Cluster]:
+def demo_cluster(
+    grow: str | None, dtype: str = "bfloat16", seconds: float = START_SECONDS
+) -> Iterator[Cluster]:
     """The demo pair's cluster for the length of the block, its target grown to a preset or not.
 
     Raises:
@@ -67,16 +71,16 @@ def demo_cluster(grow: str | None, dtype: str = "bfloat16") -> Iterator[Cluster]
     if grow is not None:
         target = grown_target(DEMO / "target", grow, dtype)
         flags += ["--model", str(target), "--draft", str(DEMO / "draft")]
-    with started_cluster(flags) as cluster:
+    with started_cluster(flags, seconds) as cluster:
         yield cluster
 
 
-def _announced(process: subprocess.Popen[str]) -> str:
+def _announced(process: subprocess.Popen[str], seconds: float) -> str:
     """The line that it prints once every process is healthy."""
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], START_SECONDS)
+    ready, _, _ = select.select([process.stdout], [], [], max(0.0, seconds))
     if not ready:
-        raise Unavailable("specinfer up is not up in time")
+        raise Unavailable(f"specinfer up is not up within {seconds:.0f} seconds")
     line = process.stdout.readline()
     if not line:
         raise Unavailable(f"specinfer up ended with {process.wait()}; it said why above")

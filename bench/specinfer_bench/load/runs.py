@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specinfer import AsyncClient
-from specinfer_bench.load.agreement import COUNTS, EXACT, agreement, scraped_after
+from specinfer_bench.load.agreement import COUNTS, EXACT, agreement, scraped, scraped_after
 from specinfer_bench.load.arrivals import Arrival, from_trace, poisson, read_trace
 from specinfer_bench.load.asking import (
     NO_RETRY,
@@ -79,8 +79,9 @@ async def open_report(cluster: Cluster, prompts: Sequence[str], run: OpenRun) ->
             speculation=SPECULATION[run.speculation],
         )
         # A connection and the first step's lazy set-up are nobody's waiting time.
-        await run_open_loop([Arrival(0.0, prompts[0], 2, run.seed)], ask, options)
-        before = await _settled(cluster["gateway"])
+        earlier = await scraped(cluster["gateway"])
+        warm_up = await run_open_loop([Arrival(0.0, prompts[0], 2, run.seed)], ask, options)
+        before = await scraped_after(cluster["gateway"], earlier, warm_up)
         seen = await run_open_loop(arrivals, ask, options)
         after = await scraped_after(cluster["gateway"], before, seen)
         empty_call = await empty_call_seconds(client)
@@ -97,11 +98,6 @@ async def open_report(cluster: Cluster, prompts: Sequence[str], run: OpenRun) ->
         "times_agree": all(each.agrees for name, each in found.items() if name not in COUNTS),
         "requests": [_row(one) for one in seen],
     }
-
-
-async def _settled(gateway: str) -> dict[str, float]:
-    """The router's numbers once it has counted the request before."""
-    return await scraped_after(gateway, {"requests": 0.0}, [Observation(0.0, sent=0.0)])
 
 
 async def _arrivals(

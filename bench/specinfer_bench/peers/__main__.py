@@ -86,11 +86,6 @@ def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_skip(parser: argparse.ArgumentParser, what: str) -> None:
-    """The option that leaves some out by their names."""
-    parser.add_argument("--skip", nargs="*", default=[], metavar="NAME", help=what)
-
-
 def at_least_one(text: str) -> int:
     """A number of a command line that counts something; raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
@@ -168,12 +163,18 @@ def load_peers(
 
 
 def run_comparison(
-    module: str, peers: Sequence[Peer], arguments: argparse.Namespace, baseline: str, ours: str
+    module: str,
+    peers: Sequence[Peer],
+    arguments: argparse.Namespace,
+    baseline: str,
+    ours: str,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Load, run every temperature, write the results and print the table.
 
     The file is written after each temperature, so that a run that is cut short leaves what it has.
-    Where `ours` is `baseline`, only what decodes without guesses runs.
+    Where `ours` is `baseline`, only what decodes without guesses runs. The results say who was
+    `left_out`.
 
     Raises:
         InvalidRequest: when models or prompts are none.
@@ -182,7 +183,7 @@ def run_comparison(
     pair = make_pair(arguments)
     outcomes: dict[float, Outcome] = {}
     reports: dict[float, dict[str, object]] = {}
-    skipped: dict[str, str] = {}
+    skipped = dict.fromkeys(left_out, "left out by --skip")
     result: dict[str, object] = {}
     for load in range(arguments.loads):
         with ExitStack() as stack:
@@ -251,14 +252,22 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def peers_parser() -> argparse.ArgumentParser:
+    """Arguments of this comparison."""
+    parser = bench_parser(MODULE, __doc__)
+    names = [peer.name for peer in PEERS]
+    add = parser.add_argument
+    add("--skip", nargs="*", default=[], choices=names, metavar="NAME", help="engines to leave")
+    add("--plain", action="store_true", help="only decoding without guesses")
+    return parser
+
+
 def main() -> None:
     """Compare, write the results and print the table."""
-    parser = bench_parser(MODULE, __doc__)
-    add_skip(parser, "engines to leave")
-    parser.add_argument("--plain", action="store_true", help="only decoding without guesses")
-    arguments = parser.parse_args()
+    arguments = peers_parser().parse_args()
     kept = [peer for peer in PEERS if peer.name not in arguments.skip]
-    run_comparison(MODULE, kept, arguments, PLAIN, PLAIN if arguments.plain else SPECULATIVE)
+    ours = PLAIN if arguments.plain else SPECULATIVE
+    run_comparison(MODULE, kept, arguments, PLAIN, ours, arguments.skip)
 
 
 if __name__ == "__main__":

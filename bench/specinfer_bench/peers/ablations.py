@@ -9,6 +9,7 @@ measured by `specinfer_bench.overlap`, for it takes a store that answers over a 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ import torch
 from specinfer.messages import SpeculationOptions
 from specinfer.sampling import SamplingParams
 from specinfer_bench.local import LocalDraftLink, built, built_drafter, router_over, running
-from specinfer_bench.peers.__main__ import add_skip, bench_parser, run_comparison
+from specinfer_bench.peers.__main__ import bench_parser, run_comparison
 from specinfer_bench.peers.apart import Apart
 from specinfer_bench.peers.ours import run_router
 from specinfer_bench.peers.peer import Arm, Pair
@@ -36,8 +37,10 @@ from specinfer_verify.worker import build_worker as build_verifier
 
 MODULE = "specinfer_bench.peers.ablations"
 PLAIN, FULL = "plain", "full"
+ALL_IDEAS, WHOLE = "all ideas", "whole"
 _LAYOUTS: Mapping[Layout, str] = {"onednn": "oneDNN's packing", "plain": "no packing"}
 _CHAINS = (8, 16)
+_MOST_ROWS = 16
 # The modules that lay weights out at load, by the names they call.
 _PACKERS = ("specinfer_engine.fused.pack_linear", "specinfer_engine.linear.pack_linear")
 
@@ -62,9 +65,16 @@ class OwnLawLink(LocalDraftLink):
 
 
 class Ablations:
-    """Specinfer without a network, and less one thing at a time."""
+    """Specinfer without a network, and less one thing at a time.
+
+    Args:
+        what: ALL_IDEAS, or WHOLE for what other layouts are compared with alone.
+    """
 
     name = "specinfer"
+
+    def __init__(self, what: str = ALL_IDEAS) -> None:
+        self._what = what
 
     def missing(self) -> str | None:
         """Always there."""
@@ -83,10 +93,16 @@ class Ablations:
             asyncio.Runner() as loop,
         ):
             full = router_over(verifier, drafter)
-            own_law = OwnLawLink(drafter.engine, drafter.info)
-            yield {
+            arms = {
                 PLAIN: _arm(loop, full, SpeculationOptions(enabled=False)),
                 FULL: _arm(loop, full),
+            }
+            if self._what == WHOLE:
+                yield arms
+                return
+            own_law = OwnLawLink(drafter.engine, drafter.info)
+            yield {
+                **arms,
                 **{
                     f"no tree, chain of {length}": _arm(loop, full, _chain(length))
                     for length in _CHAINS
@@ -123,8 +139,10 @@ class OtherLayout:
         with ExitStack() as stack:
             for name in _PACKERS:
                 stack.enter_context(patch(name, partial(pack_linear, layout=self._layout)))
-            # Its passes cost other times than those that are kept for this model.
-            return build_verifier(replace(settings, profile="off"))
+            # Its passes cost other times than those that are kept for this model, and long ones
+            # take too long to be measured.
+            few = replace(settings, max_rows=_MOST_ROWS, max_tree_nodes=_MOST_ROWS)
+            return build_verifier(replace(few, min_prefill_rows=1, profile="off"))
 
 
 def _arm(loop: asyncio.Runner, router: Router, options: SpeculationOptions | None = None) -> Arm:
@@ -141,14 +159,25 @@ def other_layouts(dtype: str) -> tuple[Layout, ...]:
     return layouts(torch.empty(16, 16, dtype=getattr(torch, dtype)))[1:]
 
 
+def ablations_parser() -> argparse.ArgumentParser:
+    """Arguments of this comparison."""
+    parser = bench_parser(MODULE, __doc__)
+    add, kinds = parser.add_argument, tuple(_LAYOUTS)
+    add("--layouts", nargs="*", choices=kinds, default=kinds, help="other layouts of weights")
+    add("--ideas", action=argparse.BooleanOptionalAction, default=True, help="all but layouts")
+    return parser
+
+
 def main() -> None:
     """Run all arms, write the results and print the table."""
-    parser = bench_parser(MODULE, __doc__)
-    add_skip(parser, "layouts of weights to leave")
-    arguments = parser.parse_args()
-    others = [Apart(OtherLayout, layout) for layout in other_layouts(arguments.dtype)]
-    kept = [peer for peer in others if peer.name not in arguments.skip]
-    run_comparison(MODULE, [Apart(Ablations), *kept], arguments, PLAIN, FULL)
+    arguments = ablations_parser().parse_args()
+    others = [
+        Apart(OtherLayout, layout)
+        for layout in other_layouts(arguments.dtype)
+        if layout in arguments.layouts
+    ]
+    first = Apart(Ablations, ALL_IDEAS if arguments.ideas else WHOLE)
+    run_comparison(MODULE, [first, *others], arguments, PLAIN, FULL)
 
 
 if __name__ == "__main__":

@@ -136,15 +136,15 @@ def _run_tree(command: list[str], task: Task) -> Answer:
     asked = ["-p", task.text, "-n", str(task.max_tokens - 1), "--temp", "0", "--no-escape"]
     asked += ["--spec-draft-n-max", str(_TREE_TOKENS), "-np", str(_TREE_BRANCHES)]
     asked += ["--top-k", "0", "-s", str(task.seed)]
-    try:
-        return read_tree_report(_printed([*command, *asked]), task)
-    except Unavailable:
+    text = _printed([*command, *asked])
+    if _DECODED.search(text) is None:
         # Seen once in some seventy runs: it ended in the middle of a text.
-        return read_tree_report(_printed([*command, *asked]), task)
+        text = _printed([*command, *asked])
+    return read_tree_report(text, task)
 
 
 def _printed(command: list[str]) -> str:
-    """What a program prints that ends well; raises Unavailable."""
+    """What a program prints; raises Unavailable where it does not end."""
     try:
         done = subprocess.run(
             command,
@@ -155,10 +155,7 @@ def _printed(command: list[str]) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"llama-speculative took more than {_TREE_SECONDS:.0f} s") from error
-    text = (done.stdout + done.stderr).decode(errors="replace")
-    if done.returncode:
-        raise Unavailable(f"llama-speculative ended with {done.returncode}: {text[-500:]}")
-    return text
+    return (done.stdout + done.stderr).decode(errors="replace")
 
 
 _ENCODED = re.compile(r"encoded +(\d+) tokens in +([\d.]+) seconds")

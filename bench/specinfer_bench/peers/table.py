@@ -52,7 +52,7 @@ def _row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 def _spread(spread: Mapping[str, float]) -> str:
     median, low, high = (f"{spread[name]:.2f}" for name in ("median", "low", "high"))
-    # One run has no spread.
+    # One run has no spread, and several that agree have none to show.
     return median if low == high else f"{median} ({low} to {high})"
 
 

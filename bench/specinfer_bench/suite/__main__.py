@@ -3,16 +3,18 @@
     make bench
     make bench ARGS="--only load-sweep peers-200m"
 
-Each part is a process of its own: one that fails, hangs or is not there is told of with its reason,
-and the rest goes on. What the time does not reach on a slow machine is left out, and said so; it
+Each part is a process of its own: one that fails or hangs is told of with its reason, and the rest
+goes on. What the time does not reach on a slow machine is left out, and said so; it
 can be run by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from specinfer_bench.suite.parts import Part, all_parts
@@ -65,9 +67,14 @@ def main() -> int:
 
 def _run(parts: list[Part], order: list[str], budget: float) -> dict[str, str]:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    found = run_parts(parts, ROOT, RESULTS, budget, tell=_say)
-    write_summary(RESULTS, found, order)
-    return {name: part.state for name, part in found.items()}
+    # Ended from outside it ends what it has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    states = {}
+    with closing(run_parts(parts, ROOT, RESULTS, budget, tell=_say)) as run:
+        for name, part in run:
+            write_summary(RESULTS, {name: part}, order)
+            states[name] = part.state
+    return states
 
 
 def _make_pages() -> None:

@@ -54,11 +54,6 @@ class Part:
         return (*self.words, *(("--grow", self.grow) if self.grow else ()))
 
 
-def speed_target(name: str) -> str:
-    """The size that a part's target is grown to, by the name that `_speed` gives it."""
-    return name.removeprefix(SPEED_PREFIX).partition("-")[0]
-
-
 def _speed(grow: str, temperature: str, *options: str) -> Part:
     return Part(
         f"{SPEED_PREFIX}{grow}-t{temperature}",
@@ -101,16 +96,12 @@ _PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 3 --loads 2"
 _SHORT_PEERS = "--num-prompts 2 --max-tokens 24 --max-seconds 50 --repeats 1 --temperatures 0"
 _ONE_PROCESS = "specinfer in one process"
 _SLOWER = (_ONE_PROCESS, "transformers", "OpenVINO GenAI", "vLLM", "SGLang")
-_IDEAS = "--num-prompts 3 --max-tokens 48 --repeats 3 --max-seconds 30"
-_PACKING = "--num-prompts 1 --max-tokens 16 --repeats 1"
-_PACKINGS = ("oneDNN's packing", "no packing")
-
-
-def _ablations(name: str, title: str, words: str, *skipped: str) -> Part:
-    # With noise: one of the ideas is about that.
-    words = f"python -m specinfer_bench.peers.ablations --temperatures 0.8 {words}"
-    return Part(name, title, (*words.split(), "--skip", *skipped), 120.0, grow="200m")
-
+# With noise: one of the ideas is about that.
+_ABLATIONS = "python -m specinfer_bench.peers.ablations --temperatures 0.8"
+_IDEAS = f"{_ABLATIONS} --num-prompts 3 --max-tokens 48 --repeats 2 --max-seconds 20 --layouts"
+# Last, and few tokens: where a processor cannot multiply bfloat16, a pass without packing takes ten
+# times as long as with it.
+_NO_PACKING = f"{_ABLATIONS} --num-prompts 1 --max-tokens 16 --no-ideas --layouts plain"
 
 # Those that share a cluster stand together.
 PARTS = (
@@ -153,9 +144,11 @@ PARTS = (
         tuple("python -m specinfer_bench.overlap".split()),
         limit_seconds=90.0,
     ),
-    _ablations("ablations", "what each idea brings", _IDEAS, *_PACKINGS),
-    # Where a processor cannot multiply bfloat16 it takes many times as long as all else.
-    _ablations("ablations-packing", "what packing brings", _PACKING, _PACKINGS[0]),
+    Part("ablations", "what each idea brings", tuple(_IDEAS.split()), 120.0, grow="200m"),
+)
+
+PACKING = Part(
+    "ablations-packing", "what packing brings", tuple(_NO_PACKING.split()), 120.0, grow="200m"
 )
 
 
@@ -163,7 +156,7 @@ def all_parts(root: Path) -> tuple[Part, ...]:
     """The parts, among them one for each benchmark of kernels below `root`."""
     files = sorted(path.name for path in (root / KERNELS).glob("*.py"))
     here = [name for name in files if name not in NO_BENCH and not name.startswith(GPU_PREFIX)]
-    return (*PARTS, *(_kernel(name) for name in here))
+    return (*PARTS, *(_kernel(name) for name in here), PACKING)
 
 
 def _kernel(file: str) -> Part:

@@ -14,7 +14,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from specinfer_bench.suite.parts import speed_target
 from specinfer_bench.suite.pictures import OPEN, RATES, SOURCES, SPEED, SWEEP, expected_digest
 from specinfer_bench.suite.results import Document, Results
 from specinfer_bench.suite.tables import ARM_NAMES
@@ -143,16 +142,14 @@ def _speed(documents: Mapping[str, Document]) -> Figure:
                 at + shift, value, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label
             )
             axes.bar_label(bar, fmt="%.0f")
-    axes.set_xticks(
-        range(len(documents)), [_target(name, each) for name, each in documents.items()]
-    )
+    axes.set_xticks(range(len(documents)), [_target(each) for each in documents.values()])
     axes.set_ylabel("tokens a second, one session")
     axes.legend(frameon=False)
     axes.grid(axis="x", visible=False)
     return figure
 
 
-def _target(name: str, report: Document) -> str:
+def _target(report: Document) -> str:
     temperature = report["setup"]["options"]["temperature"]
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    return f"{speed_target(name)}, {how}\n{report['speedup']:.2f} times"
+    return f"{report['setup']['grow']}, {how}\n{report['speedup']:.2f} times"

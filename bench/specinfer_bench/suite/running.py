@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,8 @@ def run_parts(
     results: Path,
     budget_seconds: float,
     tell: Callable[[str], None] = lambda _: None,
-) -> dict[str, PartResult]:
-    """Run the parts in order while there is time; returns how each went, by its name.
+) -> Generator[tuple[str, PartResult]]:
+    """Run the parts in order while there is time; yields each one's name and how it went.
 
     Args:
         parts: what to run.
@@ -73,17 +73,15 @@ def run_parts(
         tell: told of each part as it begins and ends.
     """
     deadline = time.monotonic() + budget_seconds
-    found: dict[str, PartResult] = {}
-    with SharedCluster(results, root) as shared:
+    with SharedCluster() as shared:
         for part in parts:
             tell(f"{part.name}: {part.title}")
             result = run_part(part, root, results, deadline, shared)
             if result.state != DONE:
                 # Whatever it was, the next one does not meet it.
                 shared.end()
-            found[part.name] = result
             tell(f"  {result.state}, {result.seconds:.0f} s")
-    return found
+            yield part.name, result
 
 
 def run_part(
@@ -100,25 +98,49 @@ def run_part(
     if deadline - begun < LEAST_SECONDS:
         return PartResult(part.title, command, LEFT_OUT, "the time was up before it")
     busy = busy_cores(LOOK_SECONDS)
-    printed: list[str] = []
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         try:
-            words = _resolved((*shared.joined(part), *written))
-            left = deadline - time.monotonic()
-            state, reason = _run(words, root, min(left, part.limit_seconds), said)
-            if state == TIMED_OUT and left < part.limit_seconds:
-                state, reason = LEFT_OUT, "the time was up within it"
+            joined = shared.joined(part, deadline - time.monotonic())
+            state, reason = _run_in_time(part, (*joined, *written), root, deadline, said)
         except SpecinferError as error:
             state, reason = FAILED, error.message
         # Where the files were on this machine is nobody's business.
         printed = [line.replace(f"{root}{os.sep}", "") for line in _lines(said)]
-    if state == DONE and part.writes and not output.is_file():
-        state, reason = FAILED, "it left no file"
-    if state == DONE and not part.writes:
-        _keep(printed, command, busy, output)
-    if state != DONE and printed:
+    if state == DONE:
+        state, reason = _signed(part, command, printed, busy, output)
+    elif printed:
         reason = f"{reason}: {printed[-1]}"[:REASON_CHARACTERS]
-    return PartResult(part.title, command, state, reason, round(time.monotonic() - begun, 1), busy)
+    took = round(time.monotonic() - begun, 1)
+    return PartResult(part.title, command, state, reason, took, busy)
+
+
+def _run_in_time(
+    part: Part, words: Sequence[str], root: Path, deadline: float, said: IO[str]
+) -> tuple[str, str]:
+    """How a part's command went, and why not well."""
+    left = deadline - time.monotonic()
+    if left < LEAST_SECONDS:
+        return LEFT_OUT, "the time was up before it"
+    state, reason = _run(_resolved(words), root, min(left, part.limit_seconds), said)
+    if state == TIMED_OUT and left < part.limit_seconds:
+        return LEFT_OUT, "the time was up within it"
+    return state, reason
+
+
+def _signed(
+    part: Part, command: str, printed: Sequence[str], busy: float, output: Path
+) -> tuple[str, str]:
+    """Have a part's file say what repeats it; how the part went then, and why not well."""
+    if not part.writes:
+        _keep(printed, command, busy, output)
+        return DONE, ""
+    if not output.is_file():
+        return FAILED, "it left no file"
+    document = json.loads(output.read_text(encoding="utf-8"))
+    ran = {"command": command, "grow": part.grow, "shared_cluster": bool(part.joins)}
+    document["setup"] = {**document.get("setup", {}), **ran}
+    output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return DONE, ""
 
 
 def busy_cores(seconds: float) -> float:

@@ -6,63 +6,87 @@ This module knows nothing of what parts measure.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from specinfer_bench.load.cluster import Cluster, demo_cluster
-from specinfer_bench.suite.parts import BY_FILE, Part
+from specinfer.errors import SpecinferError, Unavailable
+from specinfer_bench.load.cluster import DEMO, Cluster, demo_cluster
+from specinfer_bench.suite.parts import BY_ADDRESS, BY_FILE, Part
 
-FILE = "cluster.json"
+Start = Callable[[str, float], AbstractContextManager[Cluster]]
+
+
+@contextmanager
+def grown_cluster(grow: str, seconds: float) -> Iterator[Cluster]:
+    """The demo pair's cluster, its target grown to a preset, within so many seconds.
+
+    Raises:
+        Unavailable: when the target is not grown or the cluster does not start, or not in time.
+    """
+    # In a process of its own: it takes much memory where the target is not there yet.
+    command = [sys.executable, "-m", "specinfer_bench.grown", str(DEMO / "target"), grow]
+    try:
+        subprocess.run(command, stdout=subprocess.DEVNULL, timeout=seconds, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"the target does not grow: {error}") from error
+    with demo_cluster(grow, seconds=seconds) as cluster:
+        yield cluster
 
 
 class SharedCluster:
     """At most one cluster at a time, from the first part that joins it to the first that does not.
 
     Args:
-        folder: where the file that tells parts of it is while it runs.
-        root: where parts run, above `folder`.
-        start: starts a cluster of a target grown to a preset.
+        start: starts a cluster of a target grown to a preset, within some seconds.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        root: Path,
-        start: Callable[[str], AbstractContextManager[Cluster]] = demo_cluster,
-    ) -> None:
-        self._file, self._root = folder / FILE, root
+    def __init__(self, start: Start = grown_cluster) -> None:
         self._start = start
         self._running = ExitStack()
         self._grow = ""
-        self._cluster: Cluster = {}
+        self._told: dict[str, str] = {}
+        self._failed: dict[str, SpecinferError] = {}
 
-    def joined(self, part: Part) -> tuple[str, ...]:
+    def joined(self, part: Part, seconds: float) -> tuple[str, ...]:
         """A part's command on the cluster that it joins, or as it is by itself.
 
         A cluster of another target ends; the one that it joins is started unless it runs.
 
         Raises:
-            SpecinferError: when the cluster does not start.
+            SpecinferError: when the cluster does not start within so many seconds, or did not
+                before.
         """
         if not part.joins or part.grow != self._grow:
             self.end()
         if not part.joins:
             return part.command
         if not self._grow:
-            self._cluster = self._running.enter_context(self._start(part.grow))
-            self._running.callback(self._file.unlink)
-            self._file.write_text(json.dumps(dict(self._cluster)), encoding="utf-8")
-            self._grow = part.grow
-        by_file = part.joins == BY_FILE
-        told = self._file.relative_to(self._root) if by_file else self._cluster["router"]
-        return (*part.words, part.joins, str(told))
+            self._begin(part.grow, seconds)
+        return (*part.words, part.joins, self._told[part.joins])
+
+    def _begin(self, grow: str, seconds: float) -> None:
+        if grow in self._failed:
+            raise self._failed[grow]
+        try:
+            cluster = self._running.enter_context(self._start(grow, seconds))
+        except SpecinferError as error:
+            self._failed[grow] = error
+            raise
+        folder = self._running.enter_context(tempfile.TemporaryDirectory())
+        file = Path(folder) / "cluster.json"
+        file.write_text(json.dumps(dict(cluster)), encoding="utf-8")
+        self._told = {BY_ADDRESS: str(cluster["router"]), BY_FILE: str(file)}
+        self._grow = grow
 
     def end(self) -> None:
         """End the cluster that runs, if any."""
-        self._grow, self._cluster = "", {}
+        self._grow = ""
         self._running.close()
 
     def __enter__(self) -> Self:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from specinfer_bench.suite.parts import speed_target
 from specinfer_bench.suite.results import Document
 
 ARM_NAMES = {"off": "off", "static": "on, one shape", "by_cost": "chosen by cost"}
@@ -32,14 +31,14 @@ def speed_table(documents: Mapping[str, Document]) -> str:
         *("target", "temperature", "speedup (min to max)", "tokens/s off", "on"),
         *("tokens a round", "first token ms off", "on", "identical"),
     )
-    return table(head, [_speed_row(name, each) for name, each in documents.items()])
+    return table(head, [_speed_row(each) for each in documents.values()])
 
 
-def _speed_row(name: str, report: Document) -> list[str]:
+def _speed_row(report: Document) -> list[str]:
     temperature, arms = report["setup"]["options"]["temperature"], report["arms"]
     off, on = arms["off"], arms["on"]
     return [
-        speed_target(name),
+        report["setup"]["grow"],
         f"{temperature:g}",
         _speedup(report),
         f"{off['tokens_per_second']:.1f}",

@@ -167,8 +167,9 @@ class AdaptiveShape:
         self._default = default
         self._plain_seconds = plain_seconds
         self._calibration = calibration
-        # Sessions at once when that was last known, and those that began since and still are.
-        self._num_sessions = 0
+        # Sessions at once and of late when that was last known, and those that began since and
+        # still are.
+        self._num_sessions = self._of_late = 0
         self._beginning: WeakSet[RoundHistory] = WeakSet()
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
@@ -186,17 +187,21 @@ class AdaptiveShape:
         return RoundHistory(self._calibration, temperature=temperature, context_len=context_len)
 
     def plan(
-        self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
+        self,
+        options: SpeculationOptions,
+        history: RoundHistory,
+        num_sessions: int,
+        of_late: int = 0,
     ) -> ShapeQuery:
         """The nodes and depth of highest goodput, possibly none."""
-        sharing = self._sharing(history, num_sessions)
         asked = requested(options, self._default)
-        history.load = RoundLoad(sharing, sharing)
+        history.load = self._load(history, num_sessions, of_late)
+        sharing = history.load.num_sessions
         if asked.widths or is_root_alone(asked):
             return asked
         record, crowded = history.record, sharing > CROWD
         if num_sessions:
-            _notice_load(record, num_sessions)
+            _notice_load(record, sharing)
         choice = self._choice(record, history, asked)
         going = history.speculating
         if going is None or crowded:
@@ -214,18 +219,20 @@ class AdaptiveShape:
         """Whether the request and the cluster leave no room for a guess."""
         return is_root_alone(requested(options, self._default))
 
-    def _sharing(self, history: RoundHistory, num_sessions: int) -> int:
+    def _load(self, history: RoundHistory, num_sessions: int, of_late: int) -> RoundLoad:
         """Sessions at once, this one included; a guess where it has no place yet and is told 0.
 
-        Such a session comes on top of those that have a place: many may begin at once.
+        Such a session comes on top of those that have a place, for many may begin at once, or takes
+        the place of one that was there of late.
         """
         if not num_sessions:
             self._beginning.add(history)
-            return self._num_sessions + len(self._beginning)
-        self._num_sessions = num_sessions
+            now = self._num_sessions + len(self._beginning)
+            return RoundLoad(max(now, self._of_late), now)
+        self._num_sessions, self._of_late = num_sessions, max(num_sessions, of_late)
         if self._beginning:
             self._beginning.clear()
-        return num_sessions
+        return RoundLoad(self._of_late, num_sessions)
 
     def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
         """The best choice; for a crowd by what costs were at most a round of every session ago."""

@@ -37,7 +37,7 @@ from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
 from specinfer.tasks import end_task
 from specinfer_router.answer import Answer
 from specinfer_router.breaker import Breaker, BreakerLimits
-from specinfer_router.crowd import CROWD, RecentMost
+from specinfer_router.crowd import CROWD
 from specinfer_router.hedging import MovingQuantile
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,6 @@ class WorkerLink(ABC, Generic[FrameT]):
         generation: connections so far; a worker closes a stream's sessions when the stream ends,
             so that none outlives its generation.
         num_seats: sessions of ours that use this worker.
-        recent_seats: how many those were of late.
         breaker: opens when it fails those who ask it; they tell it so.
         answer_seconds: how long answers took lately; who asks says so.
         heard: when the last frame came, by time.monotonic().
@@ -125,7 +124,6 @@ class WorkerLink(ABC, Generic[FrameT]):
         self.refusal: SpecinferError | None = None
         self.generation = 0
         self.num_seats = 0
-        self.recent_seats = RecentMost()
         self.breaker = Breaker(limits.breaker)
         self.answer_seconds = MovingQuantile()
         self.heard = 0.0

@@ -31,9 +31,16 @@ class TreeShapePolicy(Protocol):
         ...
 
     def plan(
-        self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
+        self,
+        options: SpeculationOptions,
+        history: RoundHistory,
+        num_sessions: int,
+        of_late: int = 0,
     ) -> ShapeQuery:
-        """The shape to ask for when `num_sessions` share the verify worker; 0: not known yet."""
+        """The shape to ask for when `num_sessions` share the verify worker; 0: not known yet.
+
+        A moment ago there were `of_late`, if that is more.
+        """
         ...
 
     def never_guesses(self, options: SpeculationOptions) -> bool:
@@ -55,7 +62,11 @@ class StaticShape:
         return RoundHistory(self.calibration, temperature=temperature, context_len=context_len)
 
     def plan(
-        self, options: SpeculationOptions, history: RoundHistory, num_sessions: int
+        self,
+        options: SpeculationOptions,
+        history: RoundHistory,
+        num_sessions: int,
+        of_late: int = 0,
     ) -> ShapeQuery:
         """The same shape in every round."""
         return requested(options, self.default)

@@ -262,8 +262,11 @@ class Session:
 
     def _shape(self) -> ShapeQuery:
         """The policy's wish within the room that is left: guesses past the end are of no use."""
+        verifier = self._verifier
         return clip(
-            self._policy.plan(self._options, self._history, self._verifier.num_sharing),
+            self._policy.plan(
+                self._options, self._history, verifier.num_sharing, verifier.num_of_late
+            ),
             max_nodes=min(self._limits.max_tree_nodes - 1, self._room),
             max_depth=self._max_depth,
         )

@@ -120,7 +120,12 @@ class VerifySeat:
 
     @property
     def num_sharing(self) -> int:
-        """Sessions of this router at the same worker of late, ours included; 0 without a place."""
+        """Sessions of this router at the same worker, ours included; 0 without a place."""
+        return self._link.num_seats if self._link is not None else 0
+
+    @property
+    def num_of_late(self) -> int:
+        """As `num_sharing`, those included who left a moment ago; see `crowd.RecentMost`."""
         link = self._link
         return link.recent_seats.most(link.num_seats) if link is not None else 0
 

@@ -28,6 +28,7 @@ from specinfer.sampling import SamplingParams
 from specinfer.tree import TokenTree
 from specinfer.v1 import draft_pb2, draft_pb2_grpc, verify_pb2, verify_pb2_grpc
 from specinfer_router.answer import Answer
+from specinfer_router.crowd import RecentMost
 from specinfer_router.links import WorkerLink
 
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
@@ -141,9 +142,18 @@ class DraftLink(WorkerLink[draft_pb2.DraftRequest]):
 
 
 class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
-    """A stream to a verify worker. Methods raise as `WorkerLink._send` does."""
+    """A stream to a verify worker. Methods raise as `WorkerLink._send` does.
+
+    Attributes:
+        recent_seats: how many sessions of ours used it of late.
+    """
 
     tier = "verify"
+
+    def __init__(self, address: str, **options: Any) -> None:
+        """As `WorkerLink`."""
+        super().__init__(address, **options)
+        self.recent_seats = RecentMost()
 
     def open(
         self,
