@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from specinfer.errors import Unavailable
 from specinfer_bench.suite.parts import Part
-from specinfer_bench.suite.running import DONE, PartResult, run_parts
+from specinfer_bench.suite.running import DONE, PartResult, exit_on_term, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -27,22 +28,23 @@ _KERNEL_SECONDS, _MODEL_SECONDS, _BUDGET_SECONDS = 540.0, 1800.0, 7200.0
 
 def parts() -> dict[str, Part]:
     """The parts by their names."""
-    model = ("--grow", GROWN)
     found = [_kernel(name) for name in _KERNELS]
     found.append(
         Part(
             "gpu-step",
             "one pass: products, attention and the rest",
-            ("python", "-m", "specinfer_bench.gpu_step", *model),
+            ("python", "-m", "specinfer_bench.gpu_step"),
             _MODEL_SECONDS,
+            grow=GROWN,
         )
     )
     found.append(
         Part(
             "gpu-peers",
             "tokens per second beside transformers",
-            ("python", "-m", "specinfer_bench.gpu_peers", *model),
+            ("python", "-m", "specinfer_bench.gpu_peers"),
             _MODEL_SECONDS,
+            grow=GROWN,
         )
     )
     return {part.name.removeprefix("gpu-"): part for part in found}
@@ -50,7 +52,7 @@ def parts() -> dict[str, Part]:
 
 def _kernel(name: str) -> Part:
     script = f"bench/kernels/gpu_{name}.py"
-    return Part(f"gpu-{name}", f"kernels: {name}", ("python", script), _KERNEL_SECONDS, script)
+    return Part(f"gpu-{name}", f"kernels: {name}", ("python", script), _KERNEL_SECONDS)
 
 
 def require_cuda() -> None:
@@ -68,7 +70,8 @@ def measure(names: list[str]) -> dict[str, PartResult]:
     require_cuda()
     known = parts()
     chosen = [known[name] for name in names]
-    return dict(run_parts(chosen, ROOT, RESULTS, _BUDGET_SECONDS, tell=print))
+    with closing(run_parts(chosen, ROOT, RESULTS, _BUDGET_SECONDS, tell=print)) as run:
+        return dict(run)
 
 
 def main() -> int:
@@ -76,6 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m specinfer_bench.gpu", description=(__doc__ or "").splitlines()[0]
     )
+    exit_on_term()
     names = list(parts())
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these parts alone")
     try:

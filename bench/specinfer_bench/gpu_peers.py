@@ -9,6 +9,7 @@ drafter, and with prompt lookup. This module knows nothing of how it is reported
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 from collections.abc import Iterator, Mapping
@@ -64,11 +65,16 @@ class OneDevice:
 PEERS: tuple[Peer, ...] = (OneDevice(), Transformers())
 
 
-def main() -> int:
-    """Compare, write the results and print the table; 2 where the device is not there."""
+def gpu_peers_parser() -> argparse.ArgumentParser:
+    """Arguments of this comparison."""
     parser = bench_parser(MODULE, __doc__)
     parser.add_argument("--device", default="cuda:0", help="of all models")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Compare, write the results and print the table; 2 where the device is not there."""
+    arguments = gpu_peers_parser().parse_args()
     try:
         if arguments.device != "cpu":
             require_cuda()

@@ -205,7 +205,8 @@ def _products_seconds(
     return float(events[0].elapsed_time(events[1])) / 1e3
 
 
-def _arguments() -> argparse.Namespace:
+def gpu_step_parser() -> argparse.ArgumentParser:
+    """Arguments of this benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m specinfer_bench.gpu_step", description="where one pass goes on a GPU"
     )
@@ -214,12 +215,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="JSON file for the tables")
     parser.add_argument("--check", action="store_true", help="run once on a CPU, measure nothing")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
     """Measure, print and write; 2 without a CUDA device."""
-    arguments = _arguments()
+    arguments = gpu_step_parser().parse_args()
     check, rounds = arguments.check, 1 if arguments.check else arguments.rounds
     try:
         if not check:

@@ -328,7 +328,7 @@ def test_llama_cpps_tree_gets_a_second_try(tmp_path: Path) -> None:
 
 
 def test_llama_cpps_tree_gets_no_third_try(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="llama-speculative: in the middle"):
+    with pytest.raises(Unavailable, match="ended with 3 twice, last with: in the middle"):
         _run_tree([str(tree_program(tmp_path, 2))], TASK)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +19,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from specinfer.errors import InvalidRequest, Unavailable
+from specinfer_bench import gpu, gpu_peers, gpu_step
 from specinfer_bench.load import cluster as cluster_module
 from specinfer_bench.load.__main__ import load_parser
 from specinfer_bench.load.agreement import SERIES, Agreement
@@ -49,6 +52,7 @@ from specinfer_bench.suite.running import (
     run_parts,
 )
 from specinfer_bench.suite.sharing import SharedCluster
+from specinfer_bench.suite.tables import grown_to
 from specinfer_cli.app import app
 from tests.kit.virtual_time import run_in_virtual_time
 from tests.kit.waiting import until
@@ -60,6 +64,8 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "specinfer_bench.peers.ablations": ablations_parser,
     "specinfer_bench.router_cost": router_cost_parser,
     "specinfer_bench.overlap": overlap_parser,
+    "specinfer_bench.gpu_step": gpu_step.gpu_step_parser,
+    "specinfer_bench.gpu_peers": gpu_peers.gpu_peers_parser,
 }
 MACHINE = {"processor": "a processor", "cores": 2}
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text('{}')"
@@ -123,10 +129,16 @@ class Clusters:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        # Kept, so that none ends for having been forgotten.
+        self.started: list[AbstractContextManager[Cluster]] = []
+
+    def start(self, grow: str, seconds: float) -> AbstractContextManager[Cluster]:
+        self.started.append(self._start(grow, seconds))
+        return self.started[-1]
 
     @contextmanager
-    def start(self, grow: str, seconds: float) -> Iterator[Cluster]:
-        assert 0 < seconds <= 600
+    def _start(self, grow: str, seconds: float) -> Iterator[Cluster]:
+        assert 0 < seconds <= 300
         self.seen.append(f"+{grow}")
         if grow == "7b":
             raise Unavailable("it does not start")
@@ -170,7 +182,7 @@ def test_parts_in_a_row_share_a_cluster_of_one_size(tmp_path: Path, clusters: Cl
     for each in parts:
         setup = files[each.name]["setup"]
         assert f"--grow {each.grow} --output" in setup["command"], "it runs by itself"
-        assert (setup["grow"], setup["shared_cluster"]) == (each.grow, bool(each.joins))
+        assert (setup["grow"], setup["shared_cluster"]) == (each.grow, each.name == "b")
 
 
 def test_a_part_that_fails_takes_its_cluster_with_it(tmp_path: Path, clusters: Clusters) -> None:
@@ -198,11 +210,71 @@ def test_a_cluster_ends_with_the_run_and_its_start_counts(
     # A start that takes all the time leaves none for the part.
     clock = iter([0.0, 0.0, 1.0, 599.0, 600.0])
     monkeypatch.setattr(running, "busy_cores", lambda _: 0.0)
-    monkeypatch.setattr("specinfer_bench.suite.running.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert ran([one], tmp_path)["one"].state == LEFT_OUT
 
 
-@pytest.mark.parametrize("each", all_parts(ROOT), ids=lambda each: each.name)
+ENDED = """
+import contextlib, pathlib, sys
+from specinfer_bench.suite import running
+from specinfer_bench.suite.parts import Part
+from specinfer_bench.suite.sharing import SharedCluster
+from specinfer_bench.suite.tables import grown_to
+
+folder = pathlib.Path(sys.argv[1])
+
+@contextlib.contextmanager
+def start(grow, seconds):
+    try:
+        yield {"router": "here:1"}
+    finally:
+        (folder / "ended").touch()
+
+running.exit_on_term()
+running.SharedCluster = lambda: SharedCluster(start)
+code = "import pathlib, sys, threading as t; pathlib.Path(sys.argv[-1]).touch(); t.Event().wait()"
+part = Part("begun", "begun", ("python", "-c", code), 600.0, grow="200m", joins="--router")
+for _ in running.run_parts([part], folder, folder, 600.0):
+    pass
+"""
+
+
+async def test_whoever_is_told_to_end_ends_the_cluster_too(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", ENDED, str(tmp_path))
+    process = await asyncio.create_subprocess_exec(*command)
+    try:
+        await until(lambda: (tmp_path / "begun.json").exists(), "the part has begun", seconds=30)
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 30) == 128 + 15
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"cut": '])
+def test_a_file_that_is_none_of_ours_fails_its_part_alone(tmp_path: Path, text: str) -> None:
+    write = f"import sys, pathlib; pathlib.Path(sys.argv[-1]).write_text({text!r})"
+    found = ran([part("bad", write), part("good", WRITE)], tmp_path)
+    assert [each.state for each in found.values()] == [FAILED, DONE]
+    assert "none of ours" in found["bad"].reason
+
+
+def test_a_file_of_yesterday_is_not_todays(tmp_path: Path) -> None:
+    (tmp_path / "silent.json").write_text("{}")
+    assert ran([part("silent", "pass")], tmp_path)["silent"].reason == "it left no file"
+
+
+def test_a_report_by_itself_says_what_its_target_was_grown_to() -> None:
+    assert grown_to({"setup": {"options": {"grow": "1b"}}}) == "1b"
+    assert grown_to({"setup": {"options": {"grow": None}, "grow": "200m"}}) == "200m"
+    assert grown_to({"setup": {"options": {"grow": None}}}) == "demo"
+
+
+EVERY_PART = (*all_parts(ROOT), *gpu.parts().values())
+
+
+@pytest.mark.parametrize("each", EVERY_PART, ids=lambda each: each.name)
 def test_every_part_is_a_command_that_exists(each: Part) -> None:
     joins = (each.joins, "of-it") if each.joins else ()
     for words in (each.command, (*each.words, *joins)):

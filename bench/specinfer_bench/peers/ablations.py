@@ -84,7 +84,8 @@ class Ablations:
     def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
         """All arms but those of other layouts; raises InvalidCheckpoint."""
         draft = DraftSettings(model=pair.draft, dtype=pair.dtype)
-        verifier = built(build_verifier, VerifySettings(model=pair.target, dtype=pair.dtype))
+        settings = VerifySettings(model=pair.target, dtype=pair.dtype)
+        verifier = built(build_verifier, _short(settings) if self._what == WHOLE else settings)
         drafter, ahead = built_drafter(draft), built_drafter(replace(draft, ahead="on"))
         with (
             running(drafter.engine),
@@ -139,10 +140,14 @@ class OtherLayout:
         with ExitStack() as stack:
             for name in _PACKERS:
                 stack.enter_context(patch(name, partial(pack_linear, layout=self._layout)))
-            # Its passes cost other times than those that are kept for this model, and long ones
-            # take too long to be measured.
-            few = replace(settings, max_rows=_MOST_ROWS, max_tree_nodes=_MOST_ROWS)
-            return build_verifier(replace(few, min_prefill_rows=1, profile="off"))
+            return build_verifier(_short(settings))
+
+
+def _short(settings: VerifySettings) -> VerifySettings:
+    """Passes of few rows, for those with many take too long to be measured without packing."""
+    few = replace(settings, max_rows=_MOST_ROWS, max_tree_nodes=_MOST_ROWS, min_prefill_rows=1)
+    # What is kept for this model are costs of its usual layout.
+    return replace(few, profile="off")
 
 
 def _arm(loop: asyncio.Runner, router: Router, options: SpeculationOptions | None = None) -> Arm:

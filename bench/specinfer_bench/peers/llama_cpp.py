@@ -136,15 +136,22 @@ def _run_tree(command: list[str], task: Task) -> Answer:
     asked = ["-p", task.text, "-n", str(task.max_tokens - 1), "--temp", "0", "--no-escape"]
     asked += ["--spec-draft-n-max", str(_TREE_TOKENS), "-np", str(_TREE_BRANCHES)]
     asked += ["--top-k", "0", "-s", str(task.seed)]
-    text = _printed([*command, *asked])
-    if _DECODED.search(text) is None:
+    status, text = _ended([*command, *asked])
+    if status:
         # Seen once in some seventy runs: it ended in the middle of a text.
-        text = _printed([*command, *asked])
+        status, text = _ended([*command, *asked])
+    if status:
+        last = text.strip().rpartition("\n")[2]
+        raise Unavailable(f"llama-speculative ended with {status} twice, last with: {last}")
     return read_tree_report(text, task)
 
 
-def _printed(command: list[str]) -> str:
-    """What a program prints; raises Unavailable where it does not end."""
+def _ended(command: list[str]) -> tuple[int, str]:
+    """A program's exit status, or less than 0 for a signal, and what it printed.
+
+    Raises:
+        Unavailable: when it does not end.
+    """
     try:
         done = subprocess.run(
             command,
@@ -155,7 +162,9 @@ def _printed(command: list[str]) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"llama-speculative took more than {_TREE_SECONDS:.0f} s") from error
-    return (done.stdout + done.stderr).decode(errors="replace")
+    text = (done.stdout + done.stderr).decode(errors="replace")
+    # Whatever its status, without its report it has not done what it was asked.
+    return done.returncode or int(_DECODED.search(text) is None), text
 
 
 _ENCODED = re.compile(r"encoded +(\d+) tokens in +([\d.]+) seconds")

@@ -11,7 +11,6 @@ can be run by itself.
 from __future__ import annotations
 
 import argparse
-import signal
 import subprocess
 import sys
 from contextlib import closing
@@ -21,7 +20,7 @@ from specinfer_bench.suite.parts import Part, all_parts
 from specinfer_bench.suite.pictures import stale
 from specinfer_bench.suite.plots import draw_all
 from specinfer_bench.suite.results import Results, write_summary
-from specinfer_bench.suite.running import FAILED, LEFT_OUT, TIMED_OUT, run_parts
+from specinfer_bench.suite.running import FAILED, LEFT_OUT, TIMED_OUT, exit_on_term, run_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "bench" / "results" / "suite"
@@ -67,8 +66,7 @@ def main() -> int:
 
 def _run(parts: list[Part], order: list[str], budget: float) -> dict[str, str]:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    # Ended from outside it ends what it has started.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    exit_on_term()
     states = {}
     with closing(run_parts(parts, ROOT, RESULTS, budget, tell=_say)) as run:
         for name, part in run:

@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 KERNELS = Path("bench/kernels")
@@ -44,6 +44,7 @@ class Part:
     title: str
     words: tuple[str, ...]
     limit_seconds: float
+    _: KW_ONLY
     grow: str = ""
     joins: str = ""
     writes: bool = True

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from specinfer_bench.suite.pictures import OPEN, RATES, SOURCES, SPEED, SWEEP, expected_digest
 from specinfer_bench.suite.results import Document, Results
-from specinfer_bench.suite.tables import ARM_NAMES
+from specinfer_bench.suite.tables import ARM_NAMES, grown_to
 
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 STYLES = {"off": (BLACK, "o", "-"), "static": (ORANGE, "s", "--"), "by_cost": (BLUE, "D", "-")}
@@ -152,4 +152,4 @@ def _speed(documents: Mapping[str, Document]) -> Figure:
 def _target(report: Document) -> str:
     temperature = report["setup"]["options"]["temperature"]
     how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-    return f"{report['setup']['grow']}, {how}\n{report['speedup']:.2f} times"
+    return f"{grown_to(report)}, {how}\n{report['speedup']:.2f} times"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +101,17 @@ def run_part(
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         try:
             joined = shared.joined(part, deadline - time.monotonic())
+            # Yesterday's would pass for today's.
+            output.unlink(missing_ok=True)
             state, reason = _run_in_time(part, (*joined, *written), root, deadline, said)
         except SpecinferError as error:
-            state, reason = FAILED, error.message
+            late = deadline - time.monotonic() < LEAST_SECONDS
+            state, reason = LEFT_OUT if late else FAILED, error.message
         # Where the files were on this machine is nobody's business.
         printed = [line.replace(f"{root}{os.sep}", "") for line in _lines(said)]
     if state == DONE:
-        state, reason = _signed(part, command, printed, busy, output)
+        ran = {"command": command, "grow": part.grow, "shared_cluster": shared.had_answered}
+        state, reason = _kept(part, ran, printed, busy, output)
     elif printed:
         reason = f"{reason}: {printed[-1]}"[:REASON_CHARACTERS]
     took = round(time.monotonic() - begun, 1)
@@ -127,20 +131,27 @@ def _run_in_time(
     return state, reason
 
 
-def _signed(
-    part: Part, command: str, printed: Sequence[str], busy: float, output: Path
+def _kept(
+    part: Part, ran: Mapping[str, object], printed: Sequence[str], busy: float, output: Path
 ) -> tuple[str, str]:
-    """Have a part's file say what repeats it; how the part went then, and why not well."""
+    """Have a part's file say how it `ran`; how the part went then, and why not well."""
     if not part.writes:
-        _keep(printed, command, busy, output)
+        _keep(printed, str(ran["command"]), busy, output)
         return DONE, ""
     if not output.is_file():
         return FAILED, "it left no file"
-    document = json.loads(output.read_text(encoding="utf-8"))
-    ran = {"command": command, "grow": part.grow, "shared_cluster": bool(part.joins)}
-    document["setup"] = {**document.get("setup", {}), **ran}
+    try:
+        document = json.loads(output.read_text(encoding="utf-8"))
+        document["setup"] = {**document.get("setup", {}), **ran}
+    except (ValueError, TypeError, AttributeError) as error:
+        return FAILED, f"its file is none of ours: {error}"
     output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return DONE, ""
+
+
+def exit_on_term() -> None:
+    """Let SIGTERM end this process the way that ends what it has started, too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def busy_cores(seconds: float) -> float:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from specinfer.errors import SpecinferError, Unavailable
-from specinfer_bench.load.cluster import DEMO, Cluster, demo_cluster
+from specinfer_bench.load.cluster import DEMO, START_SECONDS, Cluster, demo_cluster
 from specinfer_bench.suite.parts import BY_ADDRESS, BY_FILE, Part
 
 Start = Callable[[str, float], AbstractContextManager[Cluster]]
@@ -24,29 +25,34 @@ Start = Callable[[str, float], AbstractContextManager[Cluster]]
 
 @contextmanager
 def grown_cluster(grow: str, seconds: float) -> Iterator[Cluster]:
-    """The demo pair's cluster, its target grown to a preset, within so many seconds.
+    """The demo pair's cluster, its target grown to a preset: in so many seconds, both together.
 
     Raises:
         Unavailable: when the target is not grown or the cluster does not start, or not in time.
     """
     # In a process of its own: it takes much memory where the target is not there yet.
     command = [sys.executable, "-m", "specinfer_bench.grown", str(DEMO / "target"), grow]
+    deadline = time.monotonic() + seconds
     try:
         subprocess.run(command, stdout=subprocess.DEVNULL, timeout=seconds, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise Unavailable(f"the target does not grow: {error}") from error
-    with demo_cluster(grow, seconds=seconds) as cluster:
+        raise Unavailable(f"the target does not grow: {type(error).__name__}") from error
+    with demo_cluster(grow, seconds=deadline - time.monotonic()) as cluster:
         yield cluster
 
 
 class SharedCluster:
     """At most one cluster at a time, from the first part that joins it to the first that does not.
 
+    Attributes:
+        had_answered: whether the cluster that the last part joined had answered others before.
+
     Args:
         start: starts a cluster of a target grown to a preset, within some seconds.
     """
 
     def __init__(self, start: Start = grown_cluster) -> None:
+        self.had_answered = False
         self._start = start
         self._running = ExitStack()
         self._grow = ""
@@ -62,7 +68,8 @@ class SharedCluster:
             SpecinferError: when the cluster does not start within so many seconds, or did not
                 before.
         """
-        if not part.joins or part.grow != self._grow:
+        self.had_answered = bool(part.joins) and part.grow == self._grow
+        if not self.had_answered:
             self.end()
         if not part.joins:
             return part.command
@@ -74,7 +81,8 @@ class SharedCluster:
         if grow in self._failed:
             raise self._failed[grow]
         try:
-            cluster = self._running.enter_context(self._start(grow, seconds))
+            start = self._start(grow, min(seconds, START_SECONDS))
+            cluster = self._running.enter_context(start)
         except SpecinferError as error:
             self._failed[grow] = error
             raise

@@ -38,7 +38,7 @@ def _speed_row(report: Document) -> list[str]:
     temperature, arms = report["setup"]["options"]["temperature"], report["arms"]
     off, on = arms["off"], arms["on"]
     return [
-        report["setup"]["grow"],
+        grown_to(report),
         f"{temperature:g}",
         _speedup(report),
         f"{off['tokens_per_second']:.1f}",
@@ -48,6 +48,12 @@ def _speed_row(report: Document) -> list[str]:
         f"{on['first_token_ms']:.0f}",
         _yes(report["identical"]),
     ]
+
+
+def grown_to(report: Document) -> str:
+    """The size of a report's target: the suite's word, or that of `specinfer bench` by itself."""
+    setup = report["setup"]
+    return str(setup.get("grow") or setup["options"]["grow"] or "demo")
 
 
 def _speedup(report: Document) -> str:

@@ -21,7 +21,7 @@ from specinfer_router.calibration import (
     Calibration,
     DrafterRecord,
 )
-from specinfer_router.crowd import CROWD
+from specinfer_router.crowd import CROWD, RecentMost
 from specinfer_router.plain_pace import tokens_within
 from specinfer_router.policy import is_root_alone, requested
 from specinfer_router.round_history import RoundHistory, RoundLoad
@@ -167,9 +167,10 @@ class AdaptiveShape:
         self._default = default
         self._plain_seconds = plain_seconds
         self._calibration = calibration
-        # Sessions at once and of late when that was last known, and those that began since and
+        # Sessions at once when that was last known, those of late, and those that began since and
         # still are.
-        self._num_sessions = self._of_late = 0
+        self._num_sessions = 0
+        self._recent = RecentMost()
         self._beginning: WeakSet[RoundHistory] = WeakSet()
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
@@ -228,11 +229,12 @@ class AdaptiveShape:
         if not num_sessions:
             self._beginning.add(history)
             now = self._num_sessions + len(self._beginning)
-            return RoundLoad(max(now, self._of_late), now)
-        self._num_sessions, self._of_late = num_sessions, max(num_sessions, of_late)
+            return RoundLoad(self._recent.most(now), now)
+        self._num_sessions, sharing = num_sessions, max(num_sessions, of_late)
+        self._recent.falls(sharing)
         if self._beginning:
             self._beginning.clear()
-        return RoundLoad(self._of_late, num_sessions)
+        return RoundLoad(sharing, num_sessions)
 
     def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
         """The best choice; for a crowd by what costs were at most a round of every session ago."""
