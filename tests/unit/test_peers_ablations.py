@@ -17,6 +17,7 @@ from specinfer.sampling import SamplingParams
 from specinfer_bench.peers.ablations import (
     FULL,
     PLAIN,
+    WHOLE,
     Ablations,
     OtherLayout,
     OwnLawLink,
@@ -69,6 +70,14 @@ def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
     assert [name for name, arm in arms.items() if arm.plain][:1] == [PLAIN]
     assert "plain" in laid_out
     assert laid_out[0] != "plain" or layouts(torch.empty(16, 16)) == ("plain",)
+
+
+def test_beside_layouts_there_is_what_they_are_compared_with(pair: Pair) -> None:
+    with Ablations(WHOLE).load(pair) as arms:
+        outcome = run_all(arms, TASK, [TASK], repeats=1)
+    assert list(outcome.answers) == [PLAIN, FULL]
+    plain, full = (answers[0][0].token_ids for answers in outcome.answers.values())
+    assert plain == full
 
 
 def test_a_drafter_without_the_noise_is_told_that_the_session_is_greedy() -> None:
