@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -70,8 +69,7 @@ def measure(names: list[str]) -> dict[str, PartResult]:
     require_cuda()
     known = parts()
     chosen = [known[name] for name in names]
-    with closing(run_parts(chosen, ROOT, RESULTS, _BUDGET_SECONDS, tell=print)) as run:
-        return dict(run)
+    return dict(run_parts(chosen, ROOT, RESULTS, _BUDGET_SECONDS, tell=print))
 
 
 def main() -> int:

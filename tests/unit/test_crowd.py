@@ -38,7 +38,7 @@ def test_those_who_left_a_moment_ago_are_still_counted(clock: Clock) -> None:
     recent = RecentMost(clock)
     assert recent.most(3) == 3
     for number in (32, 31, 30):
-        recent.falls(number)
+        recent.note(number)
     assert recent.most(29) == 32
     clock.now = 0.9 * DIP_SECONDS
     assert recent.most(2) == 32
@@ -49,9 +49,9 @@ def test_those_who_left_a_moment_ago_are_still_counted(clock: Clock) -> None:
 
 def test_each_fall_counts_for_as_long_as_any_other(clock: Clock) -> None:
     recent = RecentMost(clock)
-    recent.falls(9)
+    recent.note(9)
     clock.now = 0.6 * DIP_SECONDS
-    recent.falls(5)
+    recent.note(5)
     clock.now = 1.2 * DIP_SECONDS
     assert recent.most(1) == 5
 
@@ -66,7 +66,7 @@ def test_it_is_the_most_of_the_window_and_keeps_little(moves: list[tuple[int, in
             if change < 0:
                 # Until now there were as many.
                 seen.append((clock.now, number))
-                recent.falls(number)
+                recent.note(number)
             number += change
         within = [most for at, most in seen if at >= clock.now - DIP_SECONDS]
         assert recent.most(number) == max([number, *within])

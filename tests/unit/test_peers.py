@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from specinfer.errors import Unavailable
+from specinfer_bench.load.cluster import DEMO
 from specinfer_bench.peers.__main__ import (
-    DEMO,
     bench_parser,
     load_peers,
     make_pair,

@@ -17,9 +17,8 @@ from specinfer.sampling import SamplingParams
 from specinfer_bench.peers.ablations import (
     FULL,
     PLAIN,
-    WHOLE,
     Ablations,
-    OtherLayout,
+    OneLayout,
     OwnLawLink,
     other_layouts,
 )
@@ -54,7 +53,7 @@ def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
     with ExitStack() as stack:
         arms = dict(stack.enter_context(Ablations().load(pair)))
         for layout in other_layouts(pair.dtype):
-            arms.update(stack.enter_context(OtherLayout(layout).load(pair)))
+            arms.update(stack.enter_context(OneLayout(layout).load(pair)))
         outcome = run_all(arms, TASK, [TASK], repeats=1)
         report = build_report(
             outcome,
@@ -73,7 +72,7 @@ def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
 
 
 def test_beside_layouts_there_is_what_they_are_compared_with(pair: Pair) -> None:
-    with Ablations(WHOLE).load(pair) as arms:
+    with OneLayout().load(pair) as arms:
         outcome = run_all(arms, TASK, [TASK], repeats=1)
     assert list(outcome.answers) == [PLAIN, FULL]
     plain, full = (answers[0][0].token_ids for answers in outcome.answers.values())

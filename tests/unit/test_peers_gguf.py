@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from specinfer.errors import InvalidCheckpoint
-from specinfer_bench.peers.__main__ import DEMO
+from specinfer_bench.load.cluster import DEMO
 from specinfer_bench.peers.gguf_file import cached_gguf, interleave_halves, write_gguf
 
 SOURCE = DEMO / "draft"

@@ -22,6 +22,7 @@ from specinfer.cores import usable_cores, whole_cores
 from specinfer.errors import SpecinferError
 from specinfer.messages import ChatMessage
 from specinfer_bench.grown import default_cache, grown_target
+from specinfer_bench.load.cluster import DEMO
 from specinfer_bench.machine import machine_facts
 from specinfer_bench.options import GROWN_PRESETS
 from specinfer_bench.peers.apart import Apart
@@ -48,7 +49,6 @@ PEERS: tuple[Peer, ...] = (
     Apart(Sglang),
     Apart(OpenVino),
 )
-DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
 
 
 def bench_parser(module: str, document: str | None) -> argparse.ArgumentParser:

@@ -37,7 +37,6 @@ from specinfer_verify.worker import build_worker as build_verifier
 
 MODULE = "specinfer_bench.peers.ablations"
 PLAIN, FULL = "plain", "full"
-ALL_IDEAS, WHOLE = "all ideas", "whole"
 _LAYOUTS: Mapping[Layout, str] = {"onednn": "oneDNN's packing", "plain": "no packing"}
 _CHAINS = (8, 16)
 _MOST_ROWS = 16
@@ -65,16 +64,9 @@ class OwnLawLink(LocalDraftLink):
 
 
 class Ablations:
-    """Specinfer without a network, and less one thing at a time.
-
-    Args:
-        what: ALL_IDEAS, or WHOLE for what other layouts are compared with alone.
-    """
+    """Specinfer without a network, and less one thing at a time."""
 
     name = "specinfer"
-
-    def __init__(self, what: str = ALL_IDEAS) -> None:
-        self._what = what
 
     def missing(self) -> str | None:
         """Always there."""
@@ -84,8 +76,7 @@ class Ablations:
     def load(self, pair: Pair) -> Iterator[Mapping[str, Arm]]:
         """All arms but those of other layouts; raises InvalidCheckpoint."""
         draft = DraftSettings(model=pair.draft, dtype=pair.dtype)
-        settings = VerifySettings(model=pair.target, dtype=pair.dtype)
-        verifier = built(build_verifier, _short(settings) if self._what == WHOLE else settings)
+        verifier = built(build_verifier, VerifySettings(model=pair.target, dtype=pair.dtype))
         drafter, ahead = built_drafter(draft), built_drafter(replace(draft, ahead="on"))
         with (
             running(drafter.engine),
@@ -94,16 +85,10 @@ class Ablations:
             asyncio.Runner() as loop,
         ):
             full = router_over(verifier, drafter)
-            arms = {
-                PLAIN: _arm(loop, full, SpeculationOptions(enabled=False)),
-                FULL: _arm(loop, full),
-            }
-            if self._what == WHOLE:
-                yield arms
-                return
             own_law = OwnLawLink(drafter.engine, drafter.info)
             yield {
-                **arms,
+                PLAIN: _arm(loop, full, SpeculationOptions(enabled=False)),
+                FULL: _arm(loop, full),
                 **{
                     f"no tree, chain of {length}": _arm(loop, full, _chain(length))
                     for length in _CHAINS
@@ -113,12 +98,18 @@ class Ablations:
             }
 
 
-class OtherLayout:
-    """Specinfer without a network, its target's weights in a layout that no setting offers."""
+class OneLayout:
+    """Specinfer without a network, its target's weights in one layout and in passes of few rows.
 
-    def __init__(self, layout: Layout) -> None:
-        self.name = _LAYOUTS[layout]
-        self._layout: Layout = layout
+    Args:
+        layout: one that no setting offers, or None for the usual one, which others are compared
+            with.
+    """
+
+    def __init__(self, layout: Layout | None = None) -> None:
+        self.name = _LAYOUTS[layout] if layout else "specinfer"
+        self._arms = (f"plain, {self.name}", self.name) if layout else (PLAIN, FULL)
+        self._layout = layout
 
     def missing(self) -> str | None:
         """Always there."""
@@ -129,25 +120,22 @@ class OtherLayout:
         """Without guesses and with them; raises InvalidCheckpoint."""
         verifier = built(self._build, VerifySettings(model=pair.target, dtype=pair.dtype))
         drafter = built_drafter(DraftSettings(model=pair.draft, dtype=pair.dtype))
+        plain, full = self._arms
         with running(drafter.engine), running(verifier.engine), asyncio.Runner() as loop:
             router = router_over(verifier, drafter)
             yield {
-                f"plain, {self.name}": _arm(loop, router, SpeculationOptions(enabled=False)),
-                self.name: _arm(loop, router),
+                plain: _arm(loop, router, SpeculationOptions(enabled=False)),
+                full: _arm(loop, router),
             }
 
     def _build(self, settings: VerifySettings) -> Worker:
+        # Passes with many rows take too long to be measured without packing.
+        few = replace(settings, max_rows=_MOST_ROWS, max_tree_nodes=_MOST_ROWS, min_prefill_rows=1)
         with ExitStack() as stack:
-            for name in _PACKERS:
+            for name in _PACKERS if self._layout else ():
                 stack.enter_context(patch(name, partial(pack_linear, layout=self._layout)))
-            return build_verifier(_short(settings))
-
-
-def _short(settings: VerifySettings) -> VerifySettings:
-    """Passes of few rows, for those with many take too long to be measured without packing."""
-    few = replace(settings, max_rows=_MOST_ROWS, max_tree_nodes=_MOST_ROWS, min_prefill_rows=1)
-    # What is kept for this model are costs of its usual layout.
-    return replace(few, profile="off")
+            # What is kept for this model are costs of its usual layout.
+            return build_verifier(replace(few, profile="off"))
 
 
 def _arm(loop: asyncio.Runner, router: Router, options: SpeculationOptions | None = None) -> Arm:
@@ -177,11 +165,11 @@ def main() -> None:
     """Run all arms, write the results and print the table."""
     arguments = ablations_parser().parse_args()
     others = [
-        Apart(OtherLayout, layout)
+        Apart(OneLayout, layout)
         for layout in other_layouts(arguments.dtype)
         if layout in arguments.layouts
     ]
-    first = Apart(Ablations, ALL_IDEAS if arguments.ideas else WHOLE)
+    first = Apart(Ablations) if arguments.ideas else Apart(OneLayout)
     run_comparison(MODULE, [first, *others], arguments, PLAIN, FULL)
 
 

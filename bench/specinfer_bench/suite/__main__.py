@@ -4,8 +4,8 @@
     make bench ARGS="--only load-sweep peers-200m"
 
 Each part is a process of its own: one that fails or hangs is told of with its reason, and the rest
-goes on. What the time does not reach on a slow machine is left out, and said so; it
-can be run by itself.
+goes on. What the time does not reach on a slow machine is left out, and said so; it can be run by
+itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `make bench` runs: each part a command of its own, with a limit of its own.
 
-The most telling parts come first, for what the time does not reach is left out. This module runs
-nothing.
+Parts that share a cluster stand together, and kernels come late, for what the time does not reach
+is left out. This module runs nothing.
 """
 
 from __future__ import annotations

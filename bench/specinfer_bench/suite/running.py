@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -73,13 +73,13 @@ def run_parts(
         tell: told of each part as it begins and ends.
     """
     deadline = time.monotonic() + budget_seconds
-    with SharedCluster() as shared:
+    with closing(SharedCluster()) as shared:
         for part in parts:
             tell(f"{part.name}: {part.title}")
             result = run_part(part, root, results, deadline, shared)
             if result.state != DONE:
                 # Whatever it was, the next one does not meet it.
-                shared.end()
+                shared.close()
             tell(f"  {result.state}, {result.seconds:.0f} s")
             yield part.name, result
 
@@ -136,7 +136,7 @@ def _kept(
 ) -> tuple[str, str]:
     """Have a part's file say how it `ran`; how the part went then, and why not well."""
     if not part.writes:
-        _keep(printed, str(ran["command"]), busy, output)
+        _write_printed(printed, str(ran["command"]), busy, output)
         return DONE, ""
     if not output.is_file():
         return FAILED, "it left no file"
@@ -217,7 +217,7 @@ def _lines(said: IO[str]) -> list[str]:
     return lines[-KEPT_LINES:]
 
 
-def _keep(printed: Sequence[str], command: str, busy: float, output: Path) -> None:
+def _write_printed(printed: Sequence[str], command: str, busy: float, output: Path) -> None:
     """Write what a part printed as its file."""
     setup = {"command": command, "machine": machine_facts(), "busy_cores": busy}
     text = json.dumps({"lines": printed, "setup": setup}, indent=2)

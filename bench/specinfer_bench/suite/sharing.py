@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from specinfer.errors import SpecinferError, Unavailable
 from specinfer_bench.load.cluster import DEMO, START_SECONDS, Cluster, demo_cluster
@@ -70,7 +68,7 @@ class SharedCluster:
         """
         self.had_answered = bool(part.joins) and part.grow == self._grow
         if not self.had_answered:
-            self.end()
+            self.close()
         if not part.joins:
             return part.command
         if not self._grow:
@@ -92,18 +90,7 @@ class SharedCluster:
         self._told = {BY_ADDRESS: str(cluster["router"]), BY_FILE: str(file)}
         self._grow = grow
 
-    def end(self) -> None:
-        """End the cluster that runs, if any."""
+    def close(self) -> None:
+        """End the cluster that runs, if any; another may be joined after it."""
         self._grow = ""
         self._running.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()

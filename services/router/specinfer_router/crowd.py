@@ -30,8 +30,8 @@ class RecentMost:
         # When there were how many for the last time, the most first and thus the earliest.
         self._before: deque[tuple[float, int]] = deque()
 
-    def falls(self, number: int) -> None:
-        """Note that there are `number` for the last time."""
+    def note(self, number: int) -> None:
+        """Take in that there are `number` until now."""
         while self._before and self._before[-1][1] <= number:
             self._before.pop()
         self._before.append((self._clock(), number))

@@ -231,7 +231,7 @@ class AdaptiveShape:
             now = self._num_sessions + len(self._beginning)
             return RoundLoad(self._recent.most(now), now)
         self._num_sessions, sharing = num_sessions, max(num_sessions, of_late)
-        self._recent.falls(sharing)
+        self._recent.note(sharing)
         if self._beginning:
             self._beginning.clear()
         return RoundLoad(sharing, num_sessions)

@@ -191,7 +191,7 @@ class VerifySeat:
         """Give the place up and let the worker free the session's KV."""
         if self._link is None:
             return
-        self._link.recent_seats.falls(self._link.num_seats)
+        self._link.recent_seats.note(self._link.num_seats)
         self._link.num_seats -= 1
         if self._link.connected and self._link.generation == self._generation:
             try:
