@@ -109,7 +109,7 @@ class OneLayout:
     def __init__(self, layout: Layout | None = None) -> None:
         self.name = _LAYOUTS[layout] if layout else "specinfer"
         self._arms = (f"plain, {self.name}", self.name) if layout else (PLAIN, FULL)
-        self._layout = layout
+        self._layout: Layout | None = layout
 
     def missing(self) -> str | None:
         """Always there."""
