@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from specinfer.registry import check_group
 from specinfer_cli.cores import CoreShares, share_cores
 from specinfer_cli.processes import (
     Child,
-    claim_address,
-    free_port,
+    held_address,
     reach_redis,
     start_child,
     stop_children,
@@ -167,20 +166,17 @@ def running_cluster(
         Unavailable: when the cluster is not healthy in time.
         KeyboardInterrupt: when interrupted.
     """
-    # What the router would refuse is told before anybody waits for workers to load.
-    insecure = settings.insecure_bind
-    router = claim_address("--grpc", settings.grpc_address, insecure_bind=insecure)
-    gateway = claim_address("--gateway", settings.gateway_address, insecure_bind=insecure)
-    admin = claim_address("--admin", settings.admin_address) if settings.admin_address else ""
-    if settings.redis is not None:
-        reach_redis(settings.redis)
-    children: list[Child] = []
-    with tempfile.TemporaryDirectory(prefix="specinfer-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="specinfer-") as temporary, ExitStack() as held:
+        # What the router would refuse is told before anybody waits for workers to load.
+        router, gateway, admin = _router_addresses(settings, held)
+        if settings.redis is not None:
+            reach_redis(settings.redis)
+        children: list[Child] = []
         folder = settings.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             sockets = Path(temporary) if settings.unix_sockets else None
-            verifiers, drafters = _start_workers(settings, folder, sockets, children)
+            verifiers, drafters = _start_workers(settings, folder, sockets, children, held)
             deadline = time.monotonic() + settings.startup_seconds
             wait_healthy(children, deadline, interrupted)
             flags = _router_flags(settings, router, gateway, verifiers, drafters)
@@ -203,8 +199,20 @@ def running_cluster(
             stop_children(children[:-1], settings.grace_seconds)
 
 
+def _router_addresses(settings: ClusterSettings, held: ExitStack) -> tuple[str, str, str]:
+    """Where the router listens: for clients, over HTTP and, or "", for operators."""
+    hold, insecure, admin = held.enter_context, settings.insecure_bind, settings.admin_address
+    grpc = hold(held_address("--grpc", settings.grpc_address, insecure_bind=insecure))
+    gateway = hold(held_address("--gateway", settings.gateway_address, insecure_bind=insecure))
+    return grpc, gateway, hold(held_address("--admin", admin)) if admin else ""
+
+
 def _start_workers(
-    settings: ClusterSettings, folder: Path, sockets: Path | None, children: list[Child]
+    settings: ClusterSettings,
+    folder: Path,
+    sockets: Path | None,
+    children: list[Child],
+    held: ExitStack,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Start all workers at once; returns the addresses of the verifiers and of the drafters."""
     kinds = [("verify", settings.model)] * settings.num_verifiers
@@ -213,7 +221,10 @@ def _start_workers(
     addresses: dict[str, list[str]] = {"verify": [], "draft": []}
     for kind, model in kinds:
         index = len(addresses[kind])
-        address = _worker_address(sockets, f"{kind}-{index + 1}")
+        if sockets is not None:
+            address = f"unix:{sockets / f'{kind}-{index + 1}'}.sock"
+        else:
+            address = held.enter_context(held_address("--address", "127.0.0.1:0"))
         addresses[kind].append(address)
         children.append(
             start_child(
@@ -226,10 +237,6 @@ def _start_workers(
             )
         )
     return tuple(addresses["verify"]), tuple(addresses["draft"])
-
-
-def _worker_address(sockets: Path | None, name: str) -> str:
-    return f"127.0.0.1:{free_port()}" if sockets is None else f"unix:{sockets / name}.sock"
 
 
 def _worker_flags(

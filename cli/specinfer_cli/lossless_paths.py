@@ -17,7 +17,7 @@ from specinfer.errors import Unavailable
 from specinfer.metrics.metric import PREFIX
 from specinfer_cli.cluster import ClusterSettings, running_cluster
 from specinfer_cli.lossless_check import Tally
-from specinfer_cli.processes import Child, free_port
+from specinfer_cli.processes import Child, held_address
 
 ANSWER_SECONDS = 10.0
 MAX_PAGE_BYTES = 4 * 1024 * 1024
@@ -147,8 +147,11 @@ def check_paths(
     """
     found = []
     for paths in ways:
-        begun, metrics = time.perf_counter(), f"127.0.0.1:{free_port()}"
-        with running_cluster(paths.over(base, metrics)) as cluster:
+        begun = time.perf_counter()
+        with (
+            held_address("--metrics", "127.0.0.1:0") as metrics,
+            running_cluster(paths.over(base, metrics)) as cluster,
+        ):
             capabilities, tally = check(cluster.router)
             seconds, ahead = time.perf_counter() - begun, ahead_trees(metrics)
             kernels = tuple(map(kernels_of, cluster.children[:-1]))

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,16 +156,19 @@ def free_port() -> int:
         return port
 
 
-def claim_address(flag: str, address: str, *, insecure_bind: bool = False) -> str:
-    """The address with a port of its own instead of port 0.
+@contextmanager
+def held_address(flag: str, address: str, *, insecure_bind: bool = False) -> Iterator[str]:
+    """The address with a port of its own instead of port 0, kept for a child in the block.
+
+    A child takes seconds to start, in which the system would give a free port to the next that
+    connects somewhere. One that is bound it gives to nobody, and as long as nothing listens there
+    a server may.
 
     Raises:
         InvalidRequest: naming the flag, when the address is none, its port is in use, or it can be
             reached from other machines and `insecure_bind` does not allow it.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidRequest(f"{flag} is HOST:PORT, got {address!r}", field=flag.lstrip("-"))
+    host, port = _host_and_port(flag, address)
     bare = host.strip("[]")
     if not (insecure_bind or bare in LOOPBACK or bare.startswith("127.")):
         raise InvalidRequest(
@@ -172,19 +176,25 @@ def claim_address(flag: str, address: str, *, insecure_bind: bool = False) -> st
             "take 127.0.0.1, or allow it with --insecure-bind",
             field=flag.lstrip("-"),
         )
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    with socket.socket(family) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET) as holder:
         # A port whose last connection has just ended may be bound; one that is listened on not.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((bare, int(port)))
+            holder.bind((bare, port))
         except OSError as error:
             raise InvalidRequest(
                 f"{flag}: cannot listen on {address}: {error.strerror or error}; "
                 f"choose another port, or 0 for a free one",
                 field=flag.lstrip("-"),
             ) from error
-        return f"{host}:{probe.getsockname()[1]}"
+        yield f"{host}:{holder.getsockname()[1]}"
+
+
+def _host_and_port(flag: str, address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidRequest(f"{flag} is HOST:PORT, got {address!r}", field=flag.lstrip("-"))
+    return host, int(port)
 
 
 def reach_redis(url: str) -> None:
