@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Odd widths, one output more than a panel, and large enough for threads and for several blocks.
 THREADS = 3
 SHAPES = [(1, 1), (7, 33), (130, 64), (705, 250), (2050, 160)]
-COUNTS = (1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 16, 25, 28, 29, 64, 257)
+COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 24, 25, 28, 29, 64, 257)
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@
 // linear_tiles.h. Nothing else is ever summed, so a row's bits depend on neither the other rows nor
 // the threads. Rows lie side by side in registers (a tile), and all tiles take a block of steps of a
 // panel while it is in the nearest cache, so memory sees each weight once. int8 weights become words
-// by blocks.
+// by blocks, and so do halves of words where each of several tiles would widen them again.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "linear_tiles.h"
@@ -44,13 +45,17 @@ struct LinearRows {
 
 namespace specinfer {
 
-constexpr int kLeastRows = SPECINFER_TILES == 512 ? 3 : 1;  // of a second tile; changes no bit
-constexpr int64_t kBlockSteps = SPECINFER_TILES == 512 ? 256 : 128;  // most between tiles; no bit
-constexpr int64_t kWidenedSteps = 64;   // the same of int8, whose words share the nearest cache
-constexpr int64_t kPassRows = 256;      // most rows for one reading of the weight; changes no bit
+// None of these changes a bit. Up to kWaitingRows memory is waited for, and tiles pass over a panel
+// once; words are widened beforehand for more rows than kWideningRows.
+constexpr int64_t kWaitingRows = SPECINFER_TILES == 512 ? 0 : 5;
+constexpr int64_t kWideningRows = SPECINFER_TILES == 512 ? 24 : kWholeRows;
+constexpr int64_t kLeastRows = 3;  // of a second tile
+constexpr int64_t kBlockSteps = SPECINFER_TILES == 512 ? 256 : 128;  // most between tiles
+constexpr int64_t kWidenedSteps = 64;     // the same of words that were widened, which are larger
+constexpr int64_t kPassRows = 256;        // most rows for one reading of the weight
 constexpr int64_t kChunkBytes = 1 << 17;  // weights that a thread takes at a time
 // Where fewer rows share a weight the loads run ahead by themselves, and fetching is in their way;
-// those of int8 are too few to run ahead.
+// those of words that were widened are too few to run ahead.
 constexpr int64_t kFetchRows = 6;
 constexpr int64_t kSerialLinear = 1 << 20;
 constexpr int64_t kAloneRows = 14;      // most rows that a thread lays out for itself
@@ -62,7 +67,7 @@ inline bool linear_serves(int64_t kind) { return kind >= kFloat && kind <= kInt8
 struct LinearPlan {
     LinearWeight weight;
     LinearRows rows;
-    int64_t steps, panels, num_tiles, tile_rows, panel_bytes;
+    int64_t steps, panels, num_tiles, tile_rows, step_bytes, panel_bytes;
     int64_t row_words;      // of a row: kParts of each step
     const uint32_t* words;  // rows as words, [tile][step][part][row of the tile]
     bool alone;             // each thread lays the rows out for itself
@@ -71,7 +76,8 @@ struct LinearPlan {
     // fewer than kLeastRows would not fill the multiplier's pipeline.
     int64_t tile_start(int64_t tile) const {
         if (num_tiles == 2 && tile == 1)
-            return std::min<int64_t>(tile_rows, rows.num_rows - kLeastRows);
+            return std::max((rows.num_rows + 1) / 2,
+                            std::min(tile_rows, rows.num_rows - kLeastRows));
         return rows.num_rows * tile / num_tiles;
     }
 };
@@ -91,36 +97,59 @@ template <class Kind> void store_panel(const LinearPlan& plan, int64_t panel, co
     }
 }
 
-// All rows of the pass through one panel. WIDENED: weights are int8 and go through a block of words.
-template <class Kind, bool WIDENED> void run_panel(const LinearPlan& plan, int64_t panel) {
+// STORED: of weights that become words by blocks, before they are multiplied; else void.
+template <class STORED> constexpr bool kWidens = !std::is_void<STORED>::value;
+
+template <class Kind, class STORED> int64_t tile_rows_of(int64_t num_rows) {
+    if (kWidens<STORED>) return Kind::Widened::kTileRows;
+    return num_rows <= kWaitingRows ? kWholeRows : Kind::kTileRows;
+}
+
+// All rows of the pass through steps [start, start + steps) of one panel, which are at `block`.
+template <class Kind>
+void run_block(const LinearPlan& plan, const char* block, int64_t start, int64_t steps,
+               float* sums) {
+    const bool fetch = plan.rows.num_rows >= kFetchRows;
+    for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
+        const int64_t row = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - row;
+        const uint32_t* words = plan.words + row * plan.row_words + start * rows * Kind::kParts;
+        const AddTile add = fetch ? tile_of<Kind, kAlong>(rows) : tile_of<Kind, kNothing>(rows);
+        add((const float*)block, (const float*)words, sums + row * kPanel, steps, start == 0,
+            {block + kFetchAhead, plan.step_bytes});
+    }
+}
+
+// The same where `widened` are the words of the block.
+template <class Kind>
+void run_widened(const LinearPlan& plan, const char* block, const float* widened, int64_t start,
+                 int64_t steps, float* sums) {
+    // Each tile fetches its part of the next block: memory has the time of all of them.
+    constexpr int64_t kTimes = Kind::kParts / Kind::Widened::kParts;
+    const int64_t bytes = steps * plan.step_bytes, num_rows = plan.rows.num_rows;
+    for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
+        const int64_t row = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - row;
+        const uint32_t* words = plan.words + row * plan.row_words + start * rows * Kind::kParts;
+        tile_of<typename Kind::Widened, kShare>(rows)(
+            widened, (const float*)words, sums + row * kPanel, steps * kTimes, start == 0,
+            {block + bytes + bytes * row / num_rows, plan.step_bytes * rows / num_rows / kTimes});
+    }
+}
+
+// All rows of the pass through one panel.
+template <class Kind, class STORED> void run_panel(const LinearPlan& plan, int64_t panel) {
     alignas(64) float sums[kPassRows * kPanel];
-    alignas(64) float widened[WIDENED ? kWidenedSteps * kPanel * Kind::kParts : 1];
-    const int64_t step_bytes = plan.panel_bytes / plan.steps;
+    alignas(64) float widened[kWidens<STORED> ? kWidenedSteps * kPanel * Kind::kParts : 1];
     const char* source = (const char*)plan.weight.panels + panel * plan.panel_bytes;
-    const bool whole = !WIDENED && plan.num_tiles == 1;
-    const bool fetch = WIDENED || plan.rows.num_rows >= kFetchRows;
-    const int64_t most = whole ? plan.steps : WIDENED ? kWidenedSteps : kBlockSteps;
+    const bool once = plan.num_tiles == 1 && plan.rows.num_rows <= kWholeRows;
+    const int64_t most = kWidens<STORED> ? kWidenedSteps : once ? plan.steps : kBlockSteps;
     for (int64_t start = 0; start < plan.steps; start += most) {
         const int64_t steps = std::min(most, plan.steps - start);
-        const char* block = source + start * step_bytes;
-        if (WIDENED) widen_int8(Kind(), (const int8_t*)block, steps, widened);
-        for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
-            const int64_t row = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - row;
-            const uint32_t* words = plan.words + row * plan.row_words + start * rows * Kind::kParts;
-            if (!WIDENED) {
-                tile_of<Kind>(rows, fetch)((const float*)block, (const float*)words,
-                                           sums + row * kPanel, steps, start == 0,
-                                           {block + kFetchAhead, step_bytes});
-                continue;
-            }
-            // Each tile fetches its part of the next block: memory has the time of all of them.
-            const int64_t block_bytes = steps * step_bytes;
-            const char* ahead = block + block_bytes + block_bytes * row / plan.rows.num_rows;
-            constexpr int64_t kTimes = Kind::kParts / Kind::Widened::kParts;
-            static_assert(Kind::Widened::kTileRows >= Kind::kTileRows, "tiles must be as large");
-            tile_of<typename Kind::Widened>(rows, fetch)(
-                widened, (const float*)words, sums + row * kPanel, steps * kTimes, start == 0,
-                {ahead, step_bytes * rows / plan.rows.num_rows / kTimes});
+        const char* block = source + start * plan.step_bytes;
+        if constexpr (kWidens<STORED>) {
+            widen_block(Kind(), (const STORED*)block, steps, widened);
+            run_widened<Kind>(plan, block, widened, start, steps, sums);
+        } else {
+            run_block<Kind>(plan, block, start, steps, sums);
         }
     }
     store_panel<Kind>(plan, panel, sums);
@@ -165,7 +194,7 @@ struct alignas(64) Share {
 };
 
 // One pass over the weight for at most kPassRows rows.
-template <class Kind, bool WIDENED>
+template <class Kind, class STORED>
 void run_pass(LinearPlan plan, uint32_t* words, int threads) {
     std::vector<Share> shares(static_cast<size_t>(threads));
     for (int thread = 0; thread < threads; ++thread) {
@@ -194,20 +223,21 @@ void run_pass(LinearPlan plan, uint32_t* words, int threads) {
             Share& share = shares[size_t((own + turn) % threads)];
             for (int64_t start; (start = share.next.fetch_add(chunk)) < share.end;)
                 for (int64_t panel = start; panel < std::min(start + chunk, share.end); ++panel)
-                    run_panel<Kind, WIDENED>(own_plan, panel);
+                    run_panel<Kind, STORED>(own_plan, panel);
         }
     }
 }
 
-template <class Kind, bool WIDENED>
+template <class Kind, class STORED>
 void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_threads) {
     LinearPlan plan{};
     plan.weight = weight;
     plan.steps = (weight.in_features + Kind::kInputs - 1) / Kind::kInputs;
     plan.row_words = plan.steps * Kind::kParts;
-    plan.tile_rows = Kind::kTileRows;
     plan.panels = (weight.out_features + kPanel - 1) / kPanel;
-    plan.panel_bytes = plan.steps * kPanel * (WIDENED ? Kind::kInputs : 4);
+    constexpr int kBytes = std::is_same<STORED, int8_t>::value ? 1 : sizeof(typename Kind::Stored);
+    plan.step_bytes = kPanel * Kind::kInputs * kBytes;
+    plan.panel_bytes = plan.steps * plan.step_bytes;
     const int64_t work = weight.in_features * weight.out_features * (rows.num_rows + 8);
     const int threads = work < kSerialLinear ? 1 : int(std::min(num_threads, plan.panels));
     const int64_t passes = (rows.num_rows + kPassRows - 1) / kPassRows;
@@ -222,14 +252,19 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
         plan.rows.num_rows = rows.num_rows * (pass + 1) / passes - start;
         plan.rows.input = (const typename Kind::Stored*)rows.input + start * rows.row_stride;
         plan.rows.output = (typename Kind::Stored*)rows.output + start * weight.out_features;
+        plan.tile_rows = tile_rows_of<Kind, STORED>(plan.rows.num_rows);
         plan.num_tiles = (plan.rows.num_rows + plan.tile_rows - 1) / plan.tile_rows;
-        run_pass<Kind, WIDENED>(plan, words.get(), threads);
+        run_pass<Kind, STORED>(plan, words.get(), threads);
     }
 }
 
 template <class Kind>
 void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t threads, bool int8) {
-    int8 ? multiply<Kind, true>(weight, rows, threads) : multiply<Kind, false>(weight, rows, threads);
+    if (int8) return multiply<Kind, int8_t>(weight, rows, threads);
+    if constexpr (Kind::kParts > 1)
+        if (rows.num_rows > kWideningRows)
+            return multiply<Kind, typename Kind::Stored>(weight, rows, threads);
+    multiply<Kind, void>(weight, rows, threads);
 }
 
 inline bool linear(const LinearWeight& weight, const LinearRows& rows, int64_t num_threads) {

@@ -60,6 +60,11 @@ typedef int32_t LaneInts __attribute__((vector_size(SPECINFER_TILES / 8)));
 
 constexpr int kVectorLanes = SPECINFER_TILES / 32;
 constexpr int kPanelVectors = kPanel / kVectorLanes;
+// Most rows whose sums of a whole panel stay in registers; of more, of half a panel at a time.
+constexpr int kWholeRows = SPECINFER_TILES == 512 ? 14 : 2;
+constexpr int vectors_at_once(int rows) {
+    return rows <= kWholeRows ? kPanelVectors : kPanelVectors / 2;
+}
 
 SPECINFER_TILE Lanes fused(float row, Lanes weight, Lanes sum) {
 #if SPECINFER_TILES == 512
@@ -80,13 +85,13 @@ SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
 
 // What a kind says: Stored, of rows and outputs; kInputs of a word of weights; kParts, the words of
 // a row at a step; kTileRows, the most rows whose sums the registers hold, which changes no bit;
-// Widened, the kind that multiplies int8 weights once they are words, whose tiles are as large.
+// Widened, the kind that multiplies weights once they are words, whose tiles are no smaller.
 struct FloatKind {
     typedef float Stored;
     typedef FloatKind Widened;
     static constexpr int kInputs = 1;
     static constexpr int kParts = 1;
-    static constexpr int kTileRows = SPECINFER_TILES == 512 ? 14 : 2;
+    static constexpr int kTileRows = SPECINFER_TILES == 512 ? kWholeRows : 6;
     SPECINFER_TILE static Lanes part(Lanes words, int) { return words; }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
         return fused(row, weight, sum);
@@ -99,7 +104,7 @@ struct PairKind {
     typedef PairKind Widened;
     static constexpr int kInputs = 2;
     static constexpr int kParts = 1;
-    static constexpr int kTileRows = 14;
+    static constexpr int kTileRows = kWholeRows;
     SPECINFER_TILE static Lanes part(Lanes words, int) { return words; }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
         return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(row),
@@ -113,7 +118,7 @@ struct HalvesKind {
     typedef FloatKind Widened;
     static constexpr int kInputs = 2;
     static constexpr int kParts = 2;
-    static constexpr int kTileRows = SPECINFER_TILES == 512 ? 12 : 2;
+    static constexpr int kTileRows = SPECINFER_TILES == 512 ? 12 : kWholeRows;
     SPECINFER_TILE static Lanes part(Lanes words, int part) {
         const LaneBits bits = (LaneBits)words;
         return (Lanes)(part ? bits & 0xFFFF0000u : bits << 16);
@@ -123,7 +128,12 @@ struct HalvesKind {
     }
 };
 
-// Where the next block of weights is, for a tile to fetch.
+// What a tile fetches meanwhile.
+enum Fetch {
+    kNothing,
+    kAlong,  // the weights that follow its own, two lines a step
+    kShare,  // some of the next block, a line a step
+};
 struct Ahead {
     const char* from;
     int64_t step;  // bytes from one step to the next
@@ -131,16 +141,18 @@ struct Ahead {
 constexpr int64_t kFetchAhead = 1024;  // bytes, into the nearest cache
 constexpr int64_t kFetchFar = 7168;    // bytes beyond those, into the next one
 
-// Adds `steps` steps of one panel to the sums [ROWS][kPanel] of a tile, whose words are
-// [steps][kParts][ROWS]. FETCH: and fetches what is ahead.
-template <class Kind, bool FETCH, int ROWS>
-SPECINFER_TILE_TARGET void add_tile(const float* weights, const float* words, float* sums,
-                                    int64_t steps, bool fresh, Ahead ahead) {
-    Lanes kept[ROWS][kPanelVectors];
+// Adds `steps` steps of some vectors of a panel to the sums [ROWS][kPanel] of a tile, whose words
+// are [steps][kParts][ROWS].
+template <class Kind, Fetch FETCH, int ROWS>
+SPECINFER_TILE void add_vectors(const float* weights, const float* words, float* sums,
+                                int64_t steps, bool fresh, Ahead ahead) {
+    constexpr int kVectors = vectors_at_once(ROWS);
+    constexpr int kLines = FETCH == kAlong ? 2 : FETCH == kShare ? 1 : 0;
+    Lanes kept[ROWS][kVectors];
 #pragma GCC unroll 14
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 4
-        for (int vector = 0; vector < kPanelVectors; ++vector) {
+        for (int vector = 0; vector < kVectors; ++vector) {
             kept[row][vector] = Lanes{};
             if (!fresh)
                 std::memcpy(&kept[row][vector], sums + row * kPanel + vector * kVectorLanes,
@@ -148,25 +160,24 @@ SPECINFER_TILE_TARGET void add_tile(const float* weights, const float* words, fl
         }
 #pragma GCC unroll 4
     for (int64_t step = 0; step < steps; ++step) {
-        if (FETCH) {
-            _mm_prefetch(ahead.from, _MM_HINT_T0);
-            _mm_prefetch(ahead.from + 64, _MM_HINT_T0);
-            _mm_prefetch(ahead.from + kFetchFar, _MM_HINT_T1);
-            _mm_prefetch(ahead.from + kFetchFar + 64, _MM_HINT_T1);
-            ahead.from += ahead.step;
+#pragma GCC unroll 2
+        for (int line = 0; line < kLines; ++line) {
+            _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
+            _mm_prefetch(ahead.from + 64 * line + kFetchFar, _MM_HINT_T1);
         }
+        if (kLines) ahead.from += ahead.step;
 #pragma GCC unroll 2
         for (int part = 0; part < Kind::kParts; ++part) {
-            Lanes weight[kPanelVectors];
+            Lanes weight[kVectors];
 #pragma GCC unroll 4
-            for (int vector = 0; vector < kPanelVectors; ++vector) {
+            for (int vector = 0; vector < kVectors; ++vector) {
                 std::memcpy(&weight[vector], weights + vector * kVectorLanes, sizeof(Lanes));
                 weight[vector] = Kind::part(weight[vector], part);
             }
 #pragma GCC unroll 14
             for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 4
-                for (int vector = 0; vector < kPanelVectors; ++vector)
+                for (int vector = 0; vector < kVectors; ++vector)
                     kept[row][vector] = Kind::add(kept[row][vector], words[row], weight[vector]);
             words += ROWS;
         }
@@ -175,32 +186,60 @@ SPECINFER_TILE_TARGET void add_tile(const float* weights, const float* words, fl
 #pragma GCC unroll 14
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 4
-        for (int vector = 0; vector < kPanelVectors; ++vector)
+        for (int vector = 0; vector < kVectors; ++vector)
             std::memcpy(sums + row * kPanel + vector * kVectorLanes, &kept[row][vector],
                         sizeof(Lanes));
 }
 
+// The same of all vectors; those of the second half find what the first fetched along.
+template <class Kind, Fetch FETCH, int ROWS>
+SPECINFER_TILE_TARGET void add_tile(const float* weights, const float* words, float* sums,
+                                    int64_t steps, bool fresh, Ahead ahead) {
+    constexpr int kOutputs = vectors_at_once(ROWS) * kVectorLanes;
+    constexpr Fetch kAgain = FETCH == kShare ? kShare : kNothing;
+    if (kOutputs < kPanel && FETCH == kShare) ahead.step /= 2;
+    add_vectors<Kind, FETCH, ROWS>(weights, words, sums, steps, fresh, ahead);
+    if (kOutputs == kPanel) return;
+    ahead.from += steps * ahead.step;
+    add_vectors<Kind, kAgain, ROWS>(weights + kOutputs, words, sums + kOutputs, steps, fresh, ahead);
+}
+
 typedef void (*AddTile)(const float*, const float*, float*, int64_t, bool, Ahead);
 
-template <class Kind, bool FETCH, int... ROWS>
+template <class Kind, Fetch FETCH, int... ROWS>
 inline AddTile tile_of(int rows, std::integer_sequence<int, ROWS...>) {
     static constexpr AddTile kTiles[] = {add_tile<Kind, FETCH, ROWS + 1>...};
     return kTiles[rows - 1];
 }
 
 // The same for every tile of up to kTileRows rows.
-template <class Kind> AddTile tile_of(int64_t rows, bool fetch) {
-    constexpr auto kRows = std::make_integer_sequence<int, Kind::kTileRows>();
-    return fetch ? tile_of<Kind, true>(int(rows), kRows) : tile_of<Kind, false>(int(rows), kRows);
+template <class Kind, Fetch FETCH> AddTile tile_of(int64_t rows) {
+    return tile_of<Kind, FETCH>(int(rows), std::make_integer_sequence<int, Kind::kTileRows>());
 }
 
-// int8 weights from -127 to 127 as words of the kind Kind::Widened, [steps][kParts][kPanel].
-inline void widen_int8(FloatKind, const int8_t* from, int64_t steps, float* to) {
+// Weights as words of the kind Kind::Widened, [steps][kParts][kPanel]: int8 from -127 to 127, or
+// bfloat16.
+inline void widen_block(FloatKind, const int8_t* from, int64_t steps, float* to) {
     for (int64_t index = 0; index < steps * kPanel; ++index) to[index] = float(from[index]);
 }
 
-SPECINFER_TILE_TARGET inline void widen_int8(HalvesKind, const int8_t* from, int64_t steps,
-                                             float* to) {
+SPECINFER_TILE_TARGET inline void widen_block(HalvesKind, const BFloat16* from, int64_t steps,
+                                              float* to) {
+    for (int64_t step = 0; step < steps; ++step, from += 2 * kPanel, to += 2 * kPanel)
+#pragma GCC unroll 4
+        for (int output = 0; output < kPanel; output += kVectorLanes) {
+            Lanes words;
+            std::memcpy(&words, from + 2 * output, sizeof(Lanes));
+#pragma GCC unroll 2
+            for (int part = 0; part < HalvesKind::kParts; ++part) {
+                const Lanes widened = HalvesKind::part(words, part);
+                std::memcpy(to + part * kPanel + output, &widened, sizeof(Lanes));
+            }
+        }
+}
+
+SPECINFER_TILE_TARGET inline void widen_block(HalvesKind, const int8_t* from, int64_t steps,
+                                              float* to) {
     for (int64_t step = 0; step < steps; ++step, from += 2 * kPanel, to += 2 * kPanel)
 #pragma GCC unroll 4
         for (int output = 0; output < kPanel; output += kVectorLanes) {
@@ -262,7 +301,7 @@ SPECINFER_AVX512_VBMI inline void look_up_block(const int8_t* from, int64_t word
     }
 }
 
-inline void widen_int8(PairKind, const int8_t* from, int64_t steps, float* to) {
+inline void widen_block(PairKind, const int8_t* from, int64_t steps, float* to) {
     if (__builtin_cpu_supports("avx512vbmi"))
         look_up_block(from, steps * kPanel, to);
     else
