@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
+
+# Nobody takes as long to grow a target: what is older was left by one that was killed.
+STALE_SECONDS = 3600.0
 
 
 def grown_target(source: Path, preset: str, dtype: str, cache: Path | None = None) -> Path:
@@ -44,12 +50,21 @@ def _grow(source: Path, target: Path, preset: str, dtype: str) -> None:
 
     from specinfer_training.grow import grow_checkpoint
 
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+    prefix = f".{target.name}-"
+    _remove_stale(target.parent.glob(f"{prefix}*"))
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as temporary:
         made = Path(temporary) / "grown"
         grow_checkpoint(source, made, preset, getattr(torch, dtype))
         # A rename shows the folder whole or not at all, whoever else makes it at the same time.
         if not target.exists():
             made.rename(target)
+
+
+def _remove_stale(folders: Iterable[Path]) -> None:
+    """Remove those of `folders` that somebody left long ago."""
+    for folder in folders:
+        if time.time() - folder.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def default_cache() -> Path:

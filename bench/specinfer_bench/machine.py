@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 
@@ -18,6 +19,24 @@ def machine_facts() -> dict[str, object]:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         facts["memory_gib"] = round(memory / 2**30, 1)
     return facts
+
+
+def commit_of(root: Path) -> str:
+    """The commit that runs, and whether its code was changed; "" outside of a repository.
+
+    What benchmarks write themselves is no change.
+    """
+    git = ["git", "-C", str(root)]
+    written = [f":!{name}" for name in ("bench/results", "docs", "README.md")]
+    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", *written])
+    try:
+        commit, changes = (
+            subprocess.run([*git, *command], capture_output=True, check=True, text=True).stdout
+            for command in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit.strip() + (", changed" if changes else "")
 
 
 def _processor() -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from specinfer.messages import (
     TokensEvent,
 )
 from specinfer.sampling import SamplingParams, StopConditions
-from specinfer_bench.grown import default_cache, grown_target
+from specinfer_bench.grown import STALE_SECONDS, default_cache, grown_target
 from specinfer_bench.local import compute_alone, local_router, run_local
 from specinfer_bench.options import GROWN_PRESETS, BenchOptions
 from specinfer_router.policy import StaticShape
@@ -127,6 +130,20 @@ def test_a_grown_target_is_made_once_for_each_source_preset_and_dtype(
     }
     assert len(others | {first}) == 4
     assert len(grown_calls) == 4
+
+
+def test_what_was_left_long_ago_is_removed_and_what_others_make_now_is_not(
+    target: Path, tmp_path: Path, grown_calls: list[str]
+) -> None:
+    made = grown_target(target, "200m", "bfloat16", cache=tmp_path)
+    shutil.rmtree(made)
+    left, going_on = (tmp_path / f".{made.name}-{name}" for name in ("left", "going"))
+    for folder in (left, going_on):
+        (folder / "grown").mkdir(parents=True)
+    long_ago = time.time() - 2 * STALE_SECONDS
+    os.utime(left, (long_ago, long_ago))
+    assert grown_target(target, "200m", "bfloat16", cache=tmp_path) == made
+    assert sorted(tmp_path.iterdir()) == sorted((going_on, made))
 
 
 def test_what_cannot_be_grown_leaves_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,10 @@ from specinfer_router import crowd
 from specinfer_router.calibration import Calibration
 from specinfer_router.crowd import DIP_SECONDS, RecentMost
 from specinfer_router.goodput import AdaptiveShape
+from specinfer_router.opening import SeatLimits
 from specinfer_router.policy import StaticShape
 from specinfer_router.round_history import RoundHistory, RoundLoad
+from specinfer_router.router import RouterLimits
 from tests.kit.fake_workers import FakeVerifier, info_of
 from tests.kit.router import request_of, running_router
 
@@ -105,6 +108,36 @@ async def test_a_session_that_goes_on_is_told_of_who_left(
     assert ((1, 1) in policy.told[-10:]) is not counted
 
 
+class Waiting(Listening):
+    """Guesses nothing for now, and may another time."""
+
+    def plan(
+        self,
+        options: SpeculationOptions,
+        history: RoundHistory,
+        num_sessions: int,
+        of_late: int = 0,
+    ) -> ShapeQuery:
+        return replace(super().plan(options, history, num_sessions, of_late), max_nodes=0)
+
+
+@pytest.mark.parametrize(("seconds", "together"), [(60.0, True), (0.0, False)])
+async def test_tokens_come_together_while_who_left_still_counts(
+    seconds: float, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crowd, "DIP_SECONDS", seconds)
+    policy = Waiting()
+    verifiers = [FakeVerifier(info_of("verify"), most_plain_tokens=16)]
+    limits = RouterLimits(max_tree_nodes=32, seats=SeatLimits(plain_seconds=1000.0))
+    async with running_router(policy=policy, verifiers=verifiers, limits=limits) as bench:
+        requests = [request_of(max_tokens=40, seed=seed) for seed in range(crowd.CROWD)]
+        longest = bench.generate(request_of(max_tokens=400))
+        made, *_ = await asyncio.gather(longest, *map(bench.generate, requests))
+    assert policy.told[-1][1] == 1, "it was the last one"
+    *_, before, _ = made.rounds
+    assert (len(before.token_ids) > 1) is together
+
+
 async def test_each_verify_worker_has_a_crowd_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crowd, "DIP_SECONDS", 60.0)
     policy = Listening()
@@ -136,3 +169,14 @@ def test_those_who_take_the_places_of_others_are_not_planned_for_on_top_of_them(
     policy.plan(SpeculationOptions(), straggler, 1, of_late=1)
     policy.plan(SpeculationOptions(), follower, 0)
     assert follower.load == RoundLoad(2, 2)
+
+
+def test_what_was_in_vain_for_a_crowd_stays_so_while_some_are_away() -> None:
+    policy = AdaptiveShape(ShapeQuery(max_nodes=8, max_depth=4), Calibration(StepCurve(())))
+    straggler = policy.history(0.0, 100)
+    policy.plan(SpeculationOptions(), straggler, 16)
+    straggler.record.num_vain_probes = 3
+    policy.plan(SpeculationOptions(), straggler, 1, of_late=16)
+    assert straggler.record.num_vain_probes == 3
+    policy.plan(SpeculationOptions(), straggler, 1, of_late=1)
+    assert straggler.record.num_vain_probes == 0

@@ -279,7 +279,7 @@ def test_there_is_no_report_without_our_own_arms() -> None:
 def test_the_table_names_every_arm_and_every_reason() -> None:
     setup = {"model": "demo grown to 1b", "dtype": "bfloat16"}
     result: dict[str, Any] = {
-        "reports": [report_of(0.0)],
+        "reports": [report_of(0.0), report_of(0.8)],
         "skipped": {"vLLM": "not\nthere"},
         "setup": setup,
     }
@@ -288,8 +288,12 @@ def test_the_table_names_every_arm_and_every_reason() -> None:
     assert "| ours | 2.7 | 375 | 4.00 |  | 2 of 2 |" in table, "what has no spread shows none"
     assert "| other | 1.3 | 750 | 2.00 (2.00 to 2.50) | 2.00 | 1 of 2" in table
     assert "from token 1 on" in table
-    assert "* gone: failed: Unavailable: ended" in table
-    assert "* vLLM: skipped: not there" in table
+    bullet = "* gone: failed: Unavailable: ended\n"
+    assert f"{bullet}\n**demo grown to 1b, bfloat16, temperature 0.8**\n" in table
+    assert table.endswith(f"{bullet}\n* vLLM: skipped: not there\n")
+    for report in result["reports"]:
+        report["failed"] = {}
+    assert "\n\n\n" not in peers_table(result), "who has no bullets needs no line after them"
 
 
 def test_a_driver_answers_lines_and_its_end_is_an_error() -> None:

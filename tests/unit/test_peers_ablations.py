@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,10 +29,16 @@ from specinfer_bench.peers.peer import Pair, Task
 from specinfer_bench.peers.report import build_report
 from specinfer_draft.engine import DraftEngine
 from specinfer_kernels import PackedLinear
-from specinfer_kernels.packed_linear import layouts
-from tests.kit.tiny_models import write_tiny_llama
+from specinfer_kernels.packed_linear import Layout, layouts
+from specinfer_verify.passes import run_rows
+from specinfer_verify.settings import Settings as VerifySettings
+from specinfer_verify.worker import Worker, build_worker
+from tests.kit.architectures import architectures
+from tests.kit.tiny_models import write_tiny, write_tiny_llama
 
 TASK = Task("", (1, 5, 9, 20, 7), max_tokens=12, temperature=0.8, seed=3)
+# Longer than the passes of one layout may be.
+LONG_TASK = replace(TASK, token_ids=tuple(range(5, 45)))
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +47,31 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(folder, folder, "float32", 1, frozenset({2}), Path("unused"))
 
 
-def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    laid_out: list[str] = []
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> list[set[Layout]]:
+    """The layouts of each target's weights, in the order of loading; drafters' are left out."""
+    laid_out: list[Layout] = []
+    found: list[set[Layout]] = []
     build = PackedLinear.__init__
 
-    def spy(self: PackedLinear, weight: Any, bias: Any, layout: Any) -> None:
+    def note(self: PackedLinear, weight: Any, bias: Any, layout: Layout) -> None:
         laid_out.append(layout)
         build(self, weight, bias, layout)
 
-    monkeypatch.setattr(PackedLinear, "__init__", spy)
+    def build_target(settings: VerifySettings) -> Worker:
+        laid_out.clear()
+        worker = build_worker(settings)
+        found.append(set(laid_out))
+        return worker
+
+    monkeypatch.setattr(PackedLinear, "__init__", note)
+    monkeypatch.setattr("specinfer_bench.peers.ablations.build_verifier", build_target)
+    return found
+
+
+def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
+    pair: Pair, targets: list[set[Layout]]
+) -> None:
     with ExitStack() as stack:
         arms = dict(stack.enter_context(Ablations().load(pair)))
         for layout in other_layouts(pair.dtype):
@@ -67,8 +89,31 @@ def test_every_arm_draws_the_same_tokens_from_weights_in_its_own_layout(
     assert {"plain, no packing", "no shared noise", "with drafting ahead"} <= set(report.arms)
     assert {name: arm.num_same for name, arm in report.arms.items()} == dict.fromkeys(arms, 1)
     assert [name for name, arm in arms.items() if arm.plain][:1] == [PLAIN]
-    assert "plain" in laid_out
-    assert laid_out[0] != "plain" or layouts(torch.empty(16, 16)) == ("plain",)
+    assert targets == [{layout} for layout in layouts(torch.empty(16, 16))]
+
+
+def test_a_target_that_transformers_runs_has_the_layout_too(
+    pair: Pair, targets: list[set[Layout]], tmp_path: Path
+) -> None:
+    folder = write_tiny(tmp_path / "phi", architectures()["phi"])
+    with OneLayout("plain").load(replace(pair, target=folder, draft=folder)):
+        assert targets == [{"plain"}]
+
+
+@pytest.mark.parametrize("layout", [None, "plain"])
+def test_passes_in_one_layout_have_few_rows(
+    layout: Layout | None, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows: list[int] = []
+
+    def note(runner: Any, plan: Sequence[Any]) -> Any:
+        num_rows.append(sum(item.num_rows for item in plan))
+        return run_rows(runner, plan)
+
+    monkeypatch.setattr("specinfer_verify.engine.run_rows", note)
+    with OneLayout(layout).load(pair) as arms:
+        assert not run_all(arms, LONG_TASK, [LONG_TASK], repeats=1).failed
+    assert max(num_rows) == 16
 
 
 def test_beside_layouts_there_is_what_they_are_compared_with(pair: Pair) -> None:

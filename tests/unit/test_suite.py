@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from specinfer_bench.load.open_loop import Clock
 from specinfer_bench.load.rates import RatesOptions, run_rates
 from specinfer_bench.load.summary import Objective, summary
 from specinfer_bench.load.sweep import ARMS, SweepOptions, run_sweep
+from specinfer_bench.machine import commit_of
 from specinfer_bench.report import ArmReport, BenchReport
 from specinfer_bench.suite.page import PICTURES, SECTIONS, filled
 from specinfer_bench.suite.pictures import SWEEP, stale
 from specinfer_bench.suite.plots import draw_all
 from specinfer_bench.suite.results import Results, write_summary
 from specinfer_bench.suite.running import (
+    BROKEN_OFF,
     DONE,
     FAILED,
     PartResult,
@@ -100,7 +104,8 @@ def write_results(folder: Path, speedup: float = 4.5) -> None:
     }
     for name, document in documents.items():
         (folder / f"{name}.json").write_text(json.dumps(document))
-    found = {name: PartResult(name, f"run {name}", DONE, seconds=9.0) for name in documents}
+    done = PartResult("", "", DONE, seconds=9.0, commit="abc1234, changed")
+    found = {name: replace(done, title=name, command=f"run {name}") for name in documents}
     found["overlap"] = PartResult("overlap", "run overlap", FAILED, "exit status 1: a | b")
     write_summary(folder, found, order=list(found))
 
@@ -125,6 +130,7 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
         "A call that generates nothing took 2.2 and 2.2 ms after these runs.",
         "*overlap: failed, exit status 1: a / b.*",
         "Nothing else ran on it.",
+        "| router-cost | `run router-cost` | done | 9 | 0.0 | abc1234, changed |",
     ):
         assert said in page, said
     assert page.count("More.") == len(SECTIONS)
@@ -158,6 +164,20 @@ def test_a_part_run_again_takes_its_own_place(tmp_path: Path) -> None:
     assert list(found) == order
 
 
+def test_a_part_whose_run_was_broken_off_is_not_measured(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    (tmp_path / "load-sweep.json").unlink()
+    found = Results.read(tmp_path)
+    assert found.parts["load-sweep"].state == BROKEN_OFF
+    assert "load-sweep" not in found.documents
+    assert "load-rates" in found.documents
+    assert "*load-sweep: broken off, a later run of it was broken off.*" in filled(EMPTY, found)
+    # The next run goes on from there.
+    again = PartResult("again", "run it", FAILED)
+    write_summary(tmp_path, {"load-rates": again}, order=list(found.parts))
+    assert Results.read(tmp_path).parts["load-sweep"].state == BROKEN_OFF
+
+
 def test_pictures_carry_their_numbers_and_old_ones_are_noticed(tmp_path: Path) -> None:
     write_results(tmp_path)
     pictures = tmp_path / "pictures"
@@ -180,3 +200,19 @@ def test_our_pages_are_those_of_our_files(name: str, pictures: str) -> None:
     results = Results.read(ROOT / "bench" / "results" / "suite")
     assert filled(text, results, pictures) == text
     assert stale(results, ROOT / "docs" / PICTURES) == []
+
+
+def test_a_commit_says_whether_its_code_was_changed(tmp_path: Path) -> None:
+    assert commit_of(tmp_path) == ""
+    code, result = tmp_path / "code.py", tmp_path / "bench" / "results" / "a.json"
+    result.parent.mkdir(parents=True)
+    for file in (code, result):
+        file.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    result.write_text("2")
+    commit = commit_of(tmp_path)
+    assert re.fullmatch("[0-9a-f]{4,}", commit)
+    code.write_text("2")
+    assert commit_of(tmp_path) == f"{commit}, changed"

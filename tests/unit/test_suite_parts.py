@@ -26,7 +26,7 @@ from specinfer_bench.overlap import overlap_parser
 from specinfer_bench.peers.__main__ import peers_parser
 from specinfer_bench.peers.ablations import ablations_parser
 from specinfer_bench.router_cost import router_cost_parser
-from specinfer_bench.suite import running
+from specinfer_bench.suite import running, sharing
 from specinfer_bench.suite.parts import BY_ADDRESS, BY_FILE, Part, all_parts
 from specinfer_bench.suite.running import (
     DONE,
@@ -36,7 +36,7 @@ from specinfer_bench.suite.running import (
     PartResult,
     run_parts,
 )
-from specinfer_bench.suite.sharing import SharedCluster
+from specinfer_bench.suite.sharing import SharedCluster, grown_cluster
 from specinfer_cli.app import app
 from tests.kit.waiting import until
 
@@ -198,10 +198,9 @@ def test_a_cluster_ends_with_the_run_and_its_start_counts(
 
 ENDED = """
 import contextlib, pathlib, sys
-from specinfer_bench.suite import running
+from specinfer_bench.suite import running, sharing
 from specinfer_bench.suite.parts import Part
-from specinfer_bench.suite.sharing import SharedCluster
-from specinfer_bench.suite.tables import grown_to
+from specinfer_bench.suite.sharing import SharedCluster, grown_cluster
 
 folder = pathlib.Path(sys.argv[1])
 
@@ -285,6 +284,46 @@ def test_the_demo_cluster_serves_the_target_that_was_grown(
         assert asked[asked.index("--model") + 1] == str(tmp_path / "1b")
         assert asked[asked.index("--draft") + 1] == str(ROOT / "models/demo/draft")
         assert asked[-1] == 3.0
+
+
+def grow_by(line: str, folder: Path, patch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Have a line of shell for growing; what the cluster is asked for is in the list."""
+    asked: list[tuple[str, float]] = []
+
+    @contextmanager
+    def demo(grow: str, seconds: float) -> Iterator[Cluster]:
+        asked.append((grow, seconds))
+        yield {}
+
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{line}\n")
+    python.chmod(0o755)
+    patch.setattr(sharing, "demo_cluster", demo)
+    patch.setattr(sys, "executable", str(python))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds", "reason"),
+    [("exit 3", 60.0, "ended with 3"), ("exec sleep 600", 0.3, "not grow within 0 seconds")],
+)
+def test_a_target_that_does_not_grow_has_no_cluster(
+    line: str, seconds: float, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = grow_by(line, tmp_path, monkeypatch)
+    with pytest.raises(Unavailable, match=reason), grown_cluster("200m", seconds):
+        pytest.fail("a cluster of nothing")
+    assert not asked
+
+
+def test_growing_and_starting_have_their_time_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = grow_by("exit 0", tmp_path, monkeypatch)
+    with grown_cluster("200m", 60.0):
+        ((grow, seconds),) = asked
+    assert grow == "200m"
+    assert 0.0 < seconds < 60.0
 
 
 def is_running(pid: int) -> bool:

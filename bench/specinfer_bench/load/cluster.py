@@ -42,19 +42,26 @@ def started_cluster(arguments: Sequence[str], seconds: float = START_SECONDS) ->
     Raises:
         Unavailable: when it is not up in time, or ends.
     """
-    command = [str(Path(sys.executable).with_name("specinfer")), "up", "--json", "--admin", ""]
-    command += ["--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", *arguments]
-    # In our process group: whoever ends that ends this too.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield _facts(_announced(process, seconds))
-    finally:
-        process.terminate()
+    # In our process group, so that whoever ends that ends this too; and it ends by itself where
+    # we are not asked to end but killed.
+    command = [sys.executable, "-m", "specinfer_cli.child", "specinfer_cli.main", "up", "--json"]
+    command += ["--admin", "", "--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
-            process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield _facts(_announced(process, seconds))
+        finally:
+            end_process(process)
+
+
+def end_process(process: subprocess.Popen[Any]) -> None:
+    """Have a process end: when it has ended what it started, and soon in any case."""
+    process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextmanager

@@ -24,7 +24,9 @@ def peers_table(result: Mapping[str, Any]) -> str:
         lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [_row(name, arm, report) for name, arm in report["arms"].items()]
         lines.append("")
-        lines += [f"* {name}: failed: {_one_line(why)}" for name, why in report["failed"].items()]
+        failed = [f"* {name}: failed: {_one_line(why)}" for name, why in report["failed"].items()]
+        # Without a blank line Markdown takes the next heading for a part of the last bullet.
+        lines += [*failed, ""] if failed else []
     lines += [f"* {name}: skipped: {_one_line(why)}" for name, why in result["skipped"].items()]
     return "\n".join(lines).strip() + "\n"
 

@@ -135,10 +135,11 @@ def _parts(results: Results, pictures: str) -> str:
             f"{part.state}: {_cell(part.reason)}" if part.reason else part.state,
             f"{part.seconds:.0f}",
             f"{part.busy_cores:.1f}",
+            part.commit,
         )
         for name, part in results.parts.items()
     ]
-    head = ("part", "command", "how it went", "seconds", "cores busy before")
+    head = ("part", "command", "how it went", "seconds", "cores busy before", "commit")
     return f"{_machine(results)}\n\n{table(head, rows)}"
 
 

@@ -16,16 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from specinfer.errors import SpecinferError
-from specinfer_bench.machine import machine_facts
+from specinfer_bench.machine import commit_of, machine_facts
 from specinfer_bench.suite.parts import Part
 from specinfer_bench.suite.sharing import SharedCluster
 
 DONE, FAILED, TIMED_OUT, LEFT_OUT = "done", "failed", "timed out", "left out"
+# It was done and began again, and whoever ran it was ended.
+BROKEN_OFF = "broken off"
 # Less time than this is not worth starting anything in.
 LEAST_SECONDS = 20.0
 END_SECONDS = 15.0
@@ -42,10 +44,11 @@ class PartResult:
     Attributes:
         title: of the part.
         command: as others would write it.
-        state: done, failed, timed out or left out.
+        state: done, failed, timed out, left out or broken off.
         reason: why it is not done, or "".
         seconds: how long it ran.
         busy_cores: cores that other work kept busy just before it began.
+        commit: what ran, or "" where that is not known.
     """
 
     title: str
@@ -54,6 +57,7 @@ class PartResult:
     reason: str = ""
     seconds: float = 0.0
     busy_cores: float = 0.0
+    commit: str = ""
 
 
 def run_parts(
@@ -72,7 +76,7 @@ def run_parts(
         budget_seconds: for all of them.
         tell: told of each part as it begins and ends.
     """
-    deadline = time.monotonic() + budget_seconds
+    deadline, commit = time.monotonic() + budget_seconds, commit_of(root)
     with closing(SharedCluster()) as shared:
         for part in parts:
             tell(f"{part.name}: {part.title}")
@@ -81,7 +85,7 @@ def run_parts(
                 # Whatever it was, the next one does not meet it.
                 shared.close()
             tell(f"  {result.state}, {result.seconds:.0f} s")
-            yield part.name, result
+            yield part.name, replace(result, commit=commit)
 
 
 def run_part(

@@ -15,7 +15,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from specinfer.errors import SpecinferError, Unavailable
-from specinfer_bench.load.cluster import DEMO, START_SECONDS, Cluster, demo_cluster
+from specinfer_bench.load.cluster import (
+    DEMO,
+    START_SECONDS,
+    Cluster,
+    demo_cluster,
+    end_process,
+)
 from specinfer_bench.suite.parts import BY_ADDRESS, BY_FILE, Part
 
 Start = Callable[[str, float], AbstractContextManager[Cluster]]
@@ -31,10 +37,15 @@ def grown_cluster(grow: str, seconds: float) -> Iterator[Cluster]:
     # In a process of its own: it takes much memory where the target is not there yet.
     command = [sys.executable, "-m", "specinfer_bench.grown", str(DEMO / "target"), grow]
     deadline = time.monotonic() + seconds
-    try:
-        subprocess.run(command, stdout=subprocess.DEVNULL, timeout=seconds, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise Unavailable(f"the target does not grow: {type(error).__name__}") from error
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as growing:
+        try:
+            status = growing.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise Unavailable(f"the target does not grow within {seconds:.0f} seconds") from error
+        finally:
+            end_process(growing)
+    if status:
+        raise Unavailable(f"growing the target ended with {status}; it said why above")
     with demo_cluster(grow, seconds=deadline - time.monotonic()) as cluster:
         yield cluster
 
@@ -66,7 +77,7 @@ class SharedCluster:
             SpecinferError: when the cluster does not start within so many seconds, or did not
                 before.
         """
-        self.had_answered = bool(part.joins) and part.grow == self._grow
+        self.had_answered = bool(self._grow and part.joins) and part.grow == self._grow
         if not self.had_answered:
             self.close()
         if not part.joins:

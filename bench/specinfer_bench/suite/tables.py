@@ -93,8 +93,10 @@ def _ratio(arm: Document, *, bold: bool) -> str:
 
 def _goals(report: Document) -> str:
     lowest, low_load = report["lowest_by_cost"], report["lowest_by_cost_low_load"]
+    turns = report["turns"]
+    ran = "once" if turns == 1 else f"{turns} times; ratios are medians (lowest to highest)"
     parts = [
-        f"Every cell ran {report['turns']} times; ratios are medians (lowest to highest). "
+        f"Every cell ran {ran}. "
         f"Chosen by cost, the lowest ratio at any load is {lowest:.2f} "
         f"(goal {report['goal_any_load']:.2f}: {_met(lowest >= report['goal_any_load'])})"
     ]

@@ -224,7 +224,8 @@ class AdaptiveShape:
         """Sessions at once, this one included; a guess where it has no place yet and is told 0.
 
         Such a session comes on top of those that have a place, for many may begin at once, or takes
-        the place of one that was there of late.
+        the place of one that was there of late, at whichever worker: which will be its own nobody
+        knows yet. Those of late are counted from when somebody last planned with them.
         """
         if not num_sessions:
             self._beginning.add(history)

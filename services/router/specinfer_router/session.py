@@ -274,8 +274,9 @@ class Session:
     def _num_plain(self, guess: Guess) -> int:
         """Tokens to decode in one round: several where no later round will have guesses either."""
         reason = guess.root_only_reason
-        # A policy that guesses nothing counts rounds until it tries again; a crowd has many.
-        in_crowd = reason == "budget" and self._verifier.num_sharing > CROWD
+        # A policy that guesses nothing counts rounds until it tries again; a crowd has many, and
+        # the policy still takes for one what was one a moment ago.
+        in_crowd = reason == "budget" and self._verifier.num_of_late > CROWD
         lasting = reason in LASTING_REASONS or in_crowd
         if self._prediction is not None or not lasting:
             return 1
