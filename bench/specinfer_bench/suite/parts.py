@@ -90,7 +90,7 @@ _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "40", "--repeats", "1")
 _SWEEP = "sweep --sessions 1,2,4,8,16,32,64 --max-tokens 24 --max-seconds 75"
 _OPEN = "open --rate 2.5 --requests 28 --max-tokens 32"
 _RATES = "rates --rates 2,4,8 --seconds 3 --max-tokens 24"
-_SIMULATED = "python -m specinfer_bench.load sweep --simulated --max-tokens 16 --repeats 1"
+_SIMULATED = "python -m specinfer_bench.load sweep --simulated --max-tokens 16 --repeats 2"
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
 _PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 3 --loads 2"
