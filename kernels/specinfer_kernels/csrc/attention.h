@@ -67,7 +67,12 @@ enum Status {
 constexpr int kBlock = 64;        // keys of one block; part of the definition of the result's bits
 constexpr int kTileQueries = 64;  // query vectors that share a packed block; changes no bit
 constexpr int kUnitQueries = 256;  // query vectors of all kv heads of a unit; changes no bit
-constexpr int kRowsTogether = 4;  // query vectors side by side in registers; changes no bit
+// Query vectors, and vectors of their keys or values, side by side in registers; change no bit.
+#ifdef __AVX512F__
+constexpr int kRowsTogether = 4, kVectorsTogether = 4;
+#else
+constexpr int kRowsTogether = 2, kVectorsTogether = 2;
+#endif
 
 // Rows of one sequence, some kv heads and a part of each one's query heads, done by one thread.
 struct Unit {
@@ -578,7 +583,8 @@ template <class Stored> class TileAttention {
             if (in_pairs_) return score_all_pairs<ROWS>(queries, used);
         int vector = 0;
         if (used > kBlock - kLanes) {
-            for (; vector < kBlockVectors; vector += 4) score<ROWS, 4>(queries, vector);
+            for (; vector < kBlockVectors; vector += kVectorsTogether)
+                score<ROWS, kVectorsTogether>(queries, vector);
             return;
         }
         for (; vector * kLanes < used; ++vector) score<ROWS, 1>(queries, vector);
@@ -655,8 +661,9 @@ template <class Stored> class TileAttention {
         if constexpr (kPairs)
             if (in_pairs_) return add_all_pair_values<ROWS>(queries, first, last);
         int64_t dim = 0;
-        for (; dim + 4 * kLanes <= padded_dim_; dim += 4 * kLanes)
-            add_values<ROWS, 4>(queries, first, last, dim);
+        constexpr int64_t kTogether = kVectorsTogether * kLanes;
+        for (; dim + kTogether <= padded_dim_; dim += kTogether)
+            add_values<ROWS, kVectorsTogether>(queries, first, last, dim);
         for (; dim < padded_dim_; dim += kLanes) add_values<ROWS, 1>(queries, first, last, dim);
     }
 
