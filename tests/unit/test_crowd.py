@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -79,8 +78,8 @@ def test_it_is_the_most_of_the_window_and_keeps_little(moves: list[tuple[int, in
 class Listening(StaticShape):
     """One shape for all, and what is told of the load: sessions of late, and those there are."""
 
-    def __init__(self) -> None:
-        super().__init__(ShapeQuery(max_nodes=4, max_depth=2))
+    def __init__(self, max_nodes: int = 4) -> None:
+        super().__init__(ShapeQuery(max_nodes=max_nodes, max_depth=2))
         self.told: list[tuple[int, int]] = []
 
     def plan(
@@ -111,14 +110,11 @@ async def test_a_session_that_goes_on_is_told_of_who_left(
 class Waiting(Listening):
     """Guesses nothing for now, and may another time."""
 
-    def plan(
-        self,
-        options: SpeculationOptions,
-        history: RoundHistory,
-        num_sessions: int,
-        of_late: int = 0,
-    ) -> ShapeQuery:
-        return replace(super().plan(options, history, num_sessions, of_late), max_nodes=0)
+    def __init__(self) -> None:
+        super().__init__(max_nodes=0)
+
+    def never_guesses(self, options: SpeculationOptions) -> bool:
+        return False
 
 
 @pytest.mark.parametrize(("seconds", "together"), [(60.0, True), (0.0, False)])
