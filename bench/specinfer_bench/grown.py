@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
@@ -63,8 +65,10 @@ def _grow(source: Path, target: Path, preset: str, dtype: str) -> None:
 def _remove_stale(folders: Iterable[Path]) -> None:
     """Remove those of `folders` that somebody left long ago."""
     for folder in folders:
-        if time.time() - folder.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+        # Who makes the same one at the same time removes them, too.
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def default_cache() -> Path:
@@ -75,6 +79,8 @@ def default_cache() -> Path:
 
 def main() -> None:
     """Grow a checkpoint in a process of its own: `python -m specinfer_bench.grown FOLDER SIZE`."""
+    # As any error does: what is half made is removed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     source, preset = sys.argv[1:]
     print(grown_target(Path(source), preset, "bfloat16"))
 

@@ -28,7 +28,7 @@ def commit_of(root: Path) -> str:
     """
     git = ["git", "-C", str(root)]
     written = [f":!{name}" for name in ("bench/results", "docs", "README.md")]
-    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", *written])
+    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", *written])
     try:
         commit, changes = (
             subprocess.run([*git, *command], capture_output=True, check=True, text=True).stdout

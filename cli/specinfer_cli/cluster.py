@@ -204,7 +204,14 @@ def _router_addresses(settings: ClusterSettings, held: ExitStack) -> tuple[str, 
     hold, insecure, admin = held.enter_context, settings.insecure_bind, settings.admin_address
     grpc = hold(held_address("--grpc", settings.grpc_address, insecure_bind=insecure))
     gateway = hold(held_address("--gateway", settings.gateway_address, insecure_bind=insecure))
-    return grpc, gateway, hold(held_address("--admin", admin)) if admin else ""
+    addresses = grpc, gateway, hold(held_address("--admin", admin)) if admin else ""
+    if len(set(addresses)) < len(addresses):
+        raise InvalidRequest(
+            f"two of --grpc, --gateway and --admin are {max(addresses, key=addresses.count)}; "
+            "each needs a port of its own",
+            field="grpc",
+        )
+    return addresses
 
 
 def _start_workers(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specinfer.errors import InvalidRequest
+from specinfer_cli.cluster import ClusterSettings, running_cluster
 from specinfer_cli.processes import free_port, held_address
 
 
@@ -67,3 +70,18 @@ def test_a_held_address_is_for_who_was_told_of_it() -> None:
     with held_address("--grpc", held) as again:
         assert again == held
     assert 0 < free_port() < 65536
+
+
+@pytest.mark.parametrize("second", ["gateway_address", "admin_address"])
+def test_one_address_for_two_doors_is_refused_before_anything_starts(
+    second: str, tmp_path: Path
+) -> None:
+    with held_address("--grpc", "127.0.0.1:0") as address:
+        pass
+    doors: dict[str, Any] = {"grpc_address": address, second: address}
+    with (
+        pytest.raises(InvalidRequest, match=f"are {address}; each needs a port of its own"),
+        running_cluster(ClusterSettings(tmp_path, logs=tmp_path / "logs", **doors)),
+    ):
+        pytest.fail("a cluster with two servers at one address")
+    assert not (tmp_path / "logs").exists()

@@ -28,7 +28,6 @@ from specinfer_bench.suite.pictures import SWEEP, stale
 from specinfer_bench.suite.plots import draw_all
 from specinfer_bench.suite.results import Results, write_summary
 from specinfer_bench.suite.running import (
-    BROKEN_OFF,
     DONE,
     FAILED,
     PartResult,
@@ -162,20 +161,6 @@ def test_a_part_run_again_takes_its_own_place(tmp_path: Path) -> None:
     found = Results.read(tmp_path).parts
     assert {name: each.reason for name, each in found.items()} == {"a": "new", "b": "old"}
     assert list(found) == order
-
-
-def test_a_part_whose_run_was_broken_off_is_not_measured(tmp_path: Path) -> None:
-    write_results(tmp_path)
-    (tmp_path / "load-sweep.json").unlink()
-    found = Results.read(tmp_path)
-    assert found.parts["load-sweep"].state == BROKEN_OFF
-    assert "load-sweep" not in found.documents
-    assert "load-rates" in found.documents
-    assert "*load-sweep: broken off, a later run of it was broken off.*" in filled(EMPTY, found)
-    # The next run goes on from there.
-    again = PartResult("again", "run it", FAILED)
-    write_summary(tmp_path, {"load-rates": again}, order=list(found.parts))
-    assert Results.read(tmp_path).parts["load-sweep"].state == BROKEN_OFF
 
 
 def test_pictures_carry_their_numbers_and_old_ones_are_noticed(tmp_path: Path) -> None:

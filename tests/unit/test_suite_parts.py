@@ -198,9 +198,9 @@ def test_a_cluster_ends_with_the_run_and_its_start_counts(
 
 ENDED = """
 import contextlib, pathlib, sys
-from specinfer_bench.suite import running, sharing
+from specinfer_bench.suite import running
 from specinfer_bench.suite.parts import Part
-from specinfer_bench.suite.sharing import SharedCluster, grown_cluster
+from specinfer_bench.suite.sharing import SharedCluster
 
 folder = pathlib.Path(sys.argv[1])
 
@@ -224,7 +224,7 @@ async def test_whoever_is_told_to_end_ends_the_cluster_too(tmp_path: Path) -> No
     command = (sys.executable, "-c", ENDED, str(tmp_path))
     process = await asyncio.create_subprocess_exec(*command)
     try:
-        await until(lambda: (tmp_path / "begun.json").exists(), "the part has begun", seconds=30)
+        await until(lambda: (tmp_path / ".begun.json").exists(), "the part has begun", seconds=30)
         process.terminate()
         assert await asyncio.wait_for(process.wait(), 30) == 128 + 15
     finally:
@@ -241,9 +241,16 @@ def test_a_file_that_is_none_of_ours_fails_its_part_alone(tmp_path: Path, text: 
     assert "none of ours" in found["bad"].reason
 
 
-def test_a_file_of_yesterday_is_not_todays(tmp_path: Path) -> None:
-    (tmp_path / "silent.json").write_text("{}")
+def test_a_file_of_yesterday_is_not_todays_and_stays_until_there_is_one(tmp_path: Path) -> None:
+    yesterday, broken_off = tmp_path / "silent.json", tmp_path / ".silent.json"
+    for file in (yesterday, broken_off):
+        file.write_text('{"of": "yesterday"}')
     assert ran([part("silent", "pass")], tmp_path)["silent"].reason == "it left no file"
+    assert yesterday.read_text() == '{"of": "yesterday"}'
+    assert not broken_off.exists()
+    assert ran([part("silent", WRITE)], tmp_path)["silent"].state == DONE
+    assert "of" not in json.loads(yesterday.read_text())
+    assert not broken_off.exists()
 
 
 EVERY_PART = (*all_parts(ROOT), *gpu.parts().values())
@@ -324,6 +331,37 @@ def test_growing_and_starting_have_their_time_together(
         ((grow, seconds),) = asked
     assert grow == "200m"
     assert 0.0 < seconds < 60.0
+
+
+OWNER = """
+import threading
+from specinfer_bench.load import cluster
+
+cluster.COMMAND_LINE = "stands_in"
+with cluster.started_cluster([]) as found:
+    print(found["model"], flush=True)
+    threading.Event().wait()
+"""
+STANDS_IN = """
+import json, os, threading
+
+facts = dict.fromkeys(("router", "gateway", "model_hash", "dtype"), "")
+print(json.dumps({**facts, "model": os.getpid()}), flush=True)
+threading.Event().wait()
+"""
+
+
+async def test_a_cluster_does_not_outlive_one_who_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "stands_in.py").write_text(STANDS_IN)
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", OWNER, stdout=asyncio.subprocess.PIPE, cwd=tmp_path
+    )
+    assert owner.stdout is not None
+    pid = int(await asyncio.wait_for(owner.stdout.readline(), 30))
+    assert is_running(pid)
+    owner.kill()
+    await owner.wait()
+    await until(lambda: not is_running(pid), "the cluster has ended", seconds=30)
 
 
 def is_running(pid: int) -> bool:

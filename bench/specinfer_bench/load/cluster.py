@@ -20,6 +20,7 @@ from specinfer_bench.grown import grown_target
 DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
 START_SECONDS = 300.0
 END_SECONDS = 30.0
+COMMAND_LINE = "specinfer_cli.main"
 FACTS = ("router", "gateway", "model", "model_hash", "dtype")
 Cluster = Mapping[str, Any]
 """What `specinfer up --json` printed."""
@@ -44,7 +45,7 @@ def started_cluster(arguments: Sequence[str], seconds: float = START_SECONDS) ->
     """
     # In our process group, so that whoever ends that ends this too; and it ends by itself where
     # we are not asked to end but killed.
-    command = [sys.executable, "-m", "specinfer_cli.child", "specinfer_cli.main", "up", "--json"]
+    command = [sys.executable, "-m", "specinfer_cli.child", COMMAND_LINE, "up", "--json"]
     command += ["--admin", "", "--grpc", "127.0.0.1:0", "--gateway", "127.0.0.1:0", *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:

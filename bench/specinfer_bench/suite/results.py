@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from specinfer_bench.suite.running import BROKEN_OFF, DONE, PartResult
+from specinfer_bench.suite.running import DONE, PartResult
 
 SUMMARY = "summary.json"
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -34,15 +34,14 @@ class Results:
     def read(cls, folder: Path) -> Self:
         """The results in a folder; nothing when no run has left its summary there.
 
-        A part whose file is gone was begun again, and that run broken off.
-
         Raises:
+            OSError: when a part that is done has left no file.
             ValueError: when a file is not what a run leaves.
         """
         if not (folder / SUMMARY).is_file():
             return cls()
         parts = {
-            name: _checked(PartResult(**facts), folder / f"{name}.json")
+            name: PartResult(**facts)
             for name, facts in json.loads(_bytes(folder / SUMMARY))["parts"].items()
         }
         files = {
@@ -70,12 +69,6 @@ def write_summary(folder: Path, found: Mapping[str, PartResult], order: Sequence
     parts = {name: asdict(known[name]) for name in order if name in known}
     text = json.dumps({"parts": parts}, indent=2) + "\n"
     (folder / SUMMARY).write_text(text, encoding="utf-8")
-
-
-def _checked(part: PartResult, file: Path) -> PartResult:
-    if part.state != DONE or file.is_file():
-        return part
-    return replace(part, state=BROKEN_OFF, reason="a later run of it was broken off")
 
 
 def _bytes(path: Path) -> bytes:

@@ -26,8 +26,6 @@ from specinfer_bench.suite.parts import Part
 from specinfer_bench.suite.sharing import SharedCluster
 
 DONE, FAILED, TIMED_OUT, LEFT_OUT = "done", "failed", "timed out", "left out"
-# It was done and began again, and whoever ran it was ended.
-BROKEN_OFF = "broken off"
 # Less time than this is not worth starting anything in.
 LEAST_SECONDS = 20.0
 END_SECONDS = 15.0
@@ -44,7 +42,7 @@ class PartResult:
     Attributes:
         title: of the part.
         command: as others would write it.
-        state: done, failed, timed out, left out or broken off.
+        state: done, failed, timed out or left out.
         reason: why it is not done, or "".
         seconds: how long it ran.
         busy_cores: cores that other work kept busy just before it began.
@@ -76,10 +74,11 @@ def run_parts(
         budget_seconds: for all of them.
         tell: told of each part as it begins and ends.
     """
-    deadline, commit = time.monotonic() + budget_seconds, commit_of(root)
+    deadline = time.monotonic() + budget_seconds
     with closing(SharedCluster()) as shared:
         for part in parts:
             tell(f"{part.name}: {part.title}")
+            commit = commit_of(root)
             result = run_part(part, root, results, deadline, shared)
             if result.state != DONE:
                 # Whatever it was, the next one does not meet it.
@@ -93,11 +92,13 @@ def run_part(
 ) -> PartResult:
     """Run one part, until a moment of time.monotonic() and for at most its limit.
 
-    A cluster that is started for it counts to its seconds and not to its limit.
+    A cluster that is started for it counts to its seconds and not to its limit. Its file is written
+    beside that of the last run, which stays until there is a whole new one.
     """
     output = results / f"{part.name}.json"
-    written = ("--output", str(output.relative_to(root))) if part.writes else ()
-    command = shlex.join((*part.command, *written))
+    made = output.with_name(f".{output.name}")
+    into = ("--output", str(output.relative_to(root))) if part.writes else ()
+    command = shlex.join((*part.command, *into))
     begun = time.monotonic()
     if deadline - begun < LEAST_SECONDS:
         return PartResult(part.title, command, LEFT_OUT, "the time was up before it")
@@ -105,9 +106,10 @@ def run_part(
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         try:
             joined = shared.joined(part, deadline - time.monotonic())
-            # Yesterday's would pass for today's.
-            output.unlink(missing_ok=True)
-            state, reason = _run_in_time(part, (*joined, *written), root, deadline, said)
+            # One of a run that was broken off would pass for today's.
+            made.unlink(missing_ok=True)
+            into = ("--output", str(made.relative_to(root))) if part.writes else ()
+            state, reason = _run_in_time(part, (*joined, *into), root, deadline, said)
         except SpecinferError as error:
             late = deadline - time.monotonic() < LEAST_SECONDS
             state, reason = LEFT_OUT if late else FAILED, error.message
@@ -115,9 +117,12 @@ def run_part(
         printed = [line.replace(f"{root}{os.sep}", "") for line in _lines(said)]
     if state == DONE:
         ran = {"command": command, "grow": part.grow, "shared_cluster": shared.had_answered}
-        state, reason = _kept(part, ran, printed, busy, output)
+        state, reason = _kept(part, ran, printed, busy, made)
     elif printed:
         reason = f"{reason}: {printed[-1]}"[:REASON_CHARACTERS]
+    if state == DONE:
+        made.replace(output)
+    made.unlink(missing_ok=True)
     took = round(time.monotonic() - begun, 1)
     return PartResult(part.title, command, state, reason, took, busy)
 

@@ -37,13 +37,16 @@ def grown_cluster(grow: str, seconds: float) -> Iterator[Cluster]:
     # In a process of its own: it takes much memory where the target is not there yet.
     command = [sys.executable, "-m", "specinfer_bench.grown", str(DEMO / "target"), grow]
     deadline = time.monotonic() + seconds
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as growing:
-        try:
-            status = growing.wait(seconds)
-        except subprocess.TimeoutExpired as error:
-            raise Unavailable(f"the target does not grow within {seconds:.0f} seconds") from error
-        finally:
-            end_process(growing)
+    try:
+        growing = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    except OSError as error:
+        raise Unavailable(f"the target cannot be grown: {error}") from error
+    try:
+        status = growing.wait(seconds)
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"the target does not grow within {seconds:.0f} seconds") from error
+    finally:
+        end_process(growing)
     if status:
         raise Unavailable(f"growing the target ended with {status}; it said why above")
     with demo_cluster(grow, seconds=deadline - time.monotonic()) as cluster:

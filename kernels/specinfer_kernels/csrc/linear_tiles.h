@@ -2,8 +2,9 @@
 //
 // A tile is a few rows, whose sums of one panel stay in registers while steps go by. A step's words
 // of weights hold a float32 each, or two bfloat16. Such pairs go through vdpbf16ps where the
-// processor has it; else each half is widened in registers, first the first input's and then the
-// second's, and takes a fused multiply-add. Knows words and sums, no tensors and no threads.
+// processor has it; else each half is widened, in registers or to words of its own, first the first
+// input's and then the second's, and takes a fused multiply-add. Knows words and sums, no tensors and
+// no threads.
 #pragma once
 
 #include <utility>
@@ -85,7 +86,7 @@ SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
 
 // What a kind says: Stored, of rows and outputs; kInputs of a word of weights; kParts, the words of
 // a row at a step; kTileRows, the most rows whose sums the registers hold, which changes no bit;
-// Widened, the kind that multiplies weights once they are words, whose tiles are no smaller.
+// Widened, the kind that multiplies weights once they are words.
 struct FloatKind {
     typedef float Stored;
     typedef FloatKind Widened;
