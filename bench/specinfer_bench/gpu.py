@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from specinfer.errors import Unavailable
+from specinfer_bench.ending import exit_on_term
 from specinfer_bench.suite.parts import Part
-from specinfer_bench.suite.running import DONE, PartResult, exit_on_term, run_parts
+from specinfer_bench.suite.running import DONE, PartResult, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from specinfer.errors import InvalidRequest
+from specinfer_bench.ending import exit_on_term
 
 # Nobody takes as long to grow a target: what is older was left by one that was killed.
 STALE_SECONDS = 3600.0
@@ -79,8 +79,8 @@ def default_cache() -> Path:
 
 def main() -> None:
     """Grow a checkpoint in a process of its own: `python -m specinfer_bench.grown FOLDER SIZE`."""
-    # As any error does: what is half made is removed.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # What is half made is removed, as where anything fails.
+    exit_on_term()
     source, preset = sys.argv[1:]
     print(grown_target(Path(source), preset, "bfloat16"))
 

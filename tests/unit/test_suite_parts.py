@@ -198,6 +198,7 @@ def test_a_cluster_ends_with_the_run_and_its_start_counts(
 
 ENDED = """
 import contextlib, pathlib, sys
+from specinfer_bench.ending import exit_on_term
 from specinfer_bench.suite import running
 from specinfer_bench.suite.parts import Part
 from specinfer_bench.suite.sharing import SharedCluster
@@ -211,7 +212,7 @@ def start(grow, seconds):
     finally:
         (folder / "ended").touch()
 
-running.exit_on_term()
+exit_on_term()
 running.SharedCluster = lambda: SharedCluster(start)
 code = "import pathlib, sys, threading as t; pathlib.Path(sys.argv[-1]).touch(); t.Event().wait()"
 part = Part("begun", "begun", ("python", "-c", code), 600.0, grow="200m", joins="--router")

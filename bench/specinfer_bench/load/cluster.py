@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from specinfer.errors import InvalidRequest, Unavailable
+from specinfer_bench.ending import end_process
 from specinfer_bench.grown import grown_target
 
 DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
 START_SECONDS = 300.0
-END_SECONDS = 30.0
 COMMAND_LINE = "specinfer_cli.main"
 FACTS = ("router", "gateway", "model", "model_hash", "dtype")
 Cluster = Mapping[str, Any]
@@ -53,16 +53,6 @@ def started_cluster(arguments: Sequence[str], seconds: float = START_SECONDS) ->
             yield _facts(_announced(process, seconds))
         finally:
             end_process(process)
-
-
-def end_process(process: subprocess.Popen[Any]) -> None:
-    """Have a process end: when it has ended what it started, and soon in any case."""
-    process.terminate()
-    try:
-        process.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 @contextmanager

@@ -16,11 +16,12 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from specinfer_bench.ending import exit_on_term
 from specinfer_bench.suite.parts import Part, all_parts
 from specinfer_bench.suite.pictures import stale
 from specinfer_bench.suite.plots import draw_all
 from specinfer_bench.suite.results import Results, write_summary
-from specinfer_bench.suite.running import FAILED, LEFT_OUT, TIMED_OUT, exit_on_term, run_parts
+from specinfer_bench.suite.running import FAILED, LEFT_OUT, TIMED_OUT, run_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "bench" / "results" / "suite"

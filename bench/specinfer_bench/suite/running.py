@@ -97,8 +97,7 @@ def run_part(
     """
     output = results / f"{part.name}.json"
     made = output.with_name(f".{output.name}")
-    into = ("--output", str(output.relative_to(root))) if part.writes else ()
-    command = shlex.join((*part.command, *into))
+    command = shlex.join((*part.command, *_writing(part, output, root)))
     begun = time.monotonic()
     if deadline - begun < LEAST_SECONDS:
         return PartResult(part.title, command, LEFT_OUT, "the time was up before it")
@@ -108,8 +107,8 @@ def run_part(
             joined = shared.joined(part, deadline - time.monotonic())
             # One of a run that was broken off would pass for today's.
             made.unlink(missing_ok=True)
-            into = ("--output", str(made.relative_to(root))) if part.writes else ()
-            state, reason = _run_in_time(part, (*joined, *into), root, deadline, said)
+            words = (*joined, *_writing(part, made, root))
+            state, reason = _run_in_time(part, words, root, deadline, said)
         except SpecinferError as error:
             late = deadline - time.monotonic() < LEAST_SECONDS
             state, reason = LEFT_OUT if late else FAILED, error.message
@@ -125,6 +124,11 @@ def run_part(
     made.unlink(missing_ok=True)
     took = round(time.monotonic() - begun, 1)
     return PartResult(part.title, command, state, reason, took, busy)
+
+
+def _writing(part: Part, output: Path, root: Path) -> tuple[str, ...]:
+    """What a part's command ends with where it writes its file itself."""
+    return ("--output", str(output.relative_to(root))) if part.writes else ()
 
 
 def _run_in_time(
@@ -156,11 +160,6 @@ def _kept(
         return FAILED, f"its file is none of ours: {error}"
     output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return DONE, ""
-
-
-def exit_on_term() -> None:
-    """Let SIGTERM end this process the way that ends what it has started, too."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def busy_cores(seconds: float) -> float:

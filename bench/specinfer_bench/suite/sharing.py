@@ -15,13 +15,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from specinfer.errors import SpecinferError, Unavailable
-from specinfer_bench.load.cluster import (
-    DEMO,
-    START_SECONDS,
-    Cluster,
-    demo_cluster,
-    end_process,
-)
+from specinfer_bench.ending import end_process
+from specinfer_bench.load.cluster import DEMO, START_SECONDS, Cluster, demo_cluster
 from specinfer_bench.suite.parts import BY_ADDRESS, BY_FILE, Part
 
 Start = Callable[[str, float], AbstractContextManager[Cluster]]
