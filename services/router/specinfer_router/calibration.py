@@ -327,6 +327,14 @@ class Calibration:
         self._draft_costs = draft_costs
         self._records: OrderedDict[tuple[str, int], DrafterRecord] = OrderedDict()
         self._newest = ""
+        # What was asked for last: mostly it is the same one again.
+        self._asked, self._found = ("", -1.0), DrafterRecord()
+        self._num_places = 0
+
+    def next_place(self) -> int:
+        """A number for a session, one after the other."""
+        self._num_places += 1
+        return self._num_places
 
     def record(self, drafter: str, temperature: float) -> DrafterRecord:
         """What is known of a drafter; "" is whichever was heard of last.
@@ -335,8 +343,13 @@ class Calibration:
         that is never taken greedily is worth a node when tokens are drawn.
         """
         self._newest = drafter or self._newest
-        step = min(MAX_TEMPERATURE_STEPS, math.ceil(2 * temperature))
-        key = (self._newest, step)
+        asked = (self._newest, temperature)
+        if asked != self._asked:
+            step = min(MAX_TEMPERATURE_STEPS, math.ceil(2 * temperature))
+            self._asked, self._found = asked, self._find((self._newest, step))
+        return self._found
+
+    def _find(self, key: tuple[str, int]) -> DrafterRecord:
         found = self._records.get(key)
         if found is None:
             found = self._records[key] = DrafterRecord(self._draft_costs())

@@ -15,6 +15,11 @@ CROWD = 8
 DIP_SECONDS = 0.1
 
 
+def tellers(num_sessions: int) -> int:
+    """Of how many rounds of so many sessions one is told: as many as CROWD sessions have."""
+    return max(1, num_sessions // CROWD)
+
+
 class RecentMost:
     """How many there were at most within the last DIP_SECONDS.
 

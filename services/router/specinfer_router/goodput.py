@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -210,11 +211,11 @@ class AdaptiveShape:
         history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
         if history.speculating:
             _goes_on(record, sharing)
-            return ShapeQuery(choice.num_nodes, choice.depth, branch=asked.branch)
+            return _best_first(choice.num_nodes, choice.depth, asked.branch)
         if not _is_probe(record, choice, sharing):
-            return replace(asked, max_nodes=0)
+            return _best_first(0, asked.max_depth, asked.branch)
         history.load = RoundLoad(sharing, 1)
-        return replace(asked, max_nodes=1, max_depth=1)
+        return _best_first(1, 1, asked.branch)
 
     def never_guesses(self, options: SpeculationOptions) -> bool:
         """Whether the request and the cluster leave no room for a guess."""
@@ -235,6 +236,8 @@ class AdaptiveShape:
         self._recent.note(sharing)
         if self._beginning:
             self._beginning.clear()
+        if history.load.num_sessions == sharing and history.load.num_drafting == num_sessions:
+            return history.load
         return RoundLoad(sharing, num_sessions)
 
     def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
@@ -246,8 +249,8 @@ class AdaptiveShape:
         if self._num_planned >= sharing:
             self._num_planned = 0
             self._of_crowds.clear()
-        limits = asked.max_nodes, asked.max_depth
-        key = (record.snapshot, *limits, _step(sharing), history.context_len.bit_length())
+        size = history.context_len.bit_length()
+        key = (record.snapshot, asked.max_nodes, asked.max_depth, sharing, size)
         found = self._of_crowds.get(key)
         if found is None:
             found = self._of_crowds[key] = self._look(record, history, asked, shift=0)
@@ -297,6 +300,12 @@ class AdaptiveShape:
             self._tables[key] = table
             _bound(self._tables, MAX_TABLES)
         return table
+
+
+@lru_cache(maxsize=MAX_CHOICES)
+def _best_first(max_nodes: int, max_depth: int, branch: int) -> ShapeQuery:
+    """The same object for the same numbers, of which there are few."""
+    return ShapeQuery(max_nodes, max_depth, branch=branch)
 
 
 def _notice_load(record: DrafterRecord, num_sessions: int) -> None:

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from specinfer_router.calibration import Calibration, DrafterRecord
+from specinfer_router.crowd import tellers
 from specinfer_router.seats import Checked, Guess
 
 OWN_WEIGHT = 0.1
@@ -49,6 +50,8 @@ class RoundHistory:
         # How much more often guesses were right than usual, on average, the latest ones most.
         self._surprise = 0.0
         self._num_rounds = 0
+        # Sessions of a crowd begin to count at different places, so as to tell in different rounds.
+        self._place = calibration.next_place()
         self._paused = False
 
     @property
@@ -68,6 +71,9 @@ class RoundHistory:
     ) -> None:
         """Take in a round: what was guessed and confirmed.
 
+        In a crowd a round that changes nothing is told now and then (`crowd.tellers`): what a pass
+        took all who were in it know, and of guesses there are more than are worth counting.
+
         Args:
             guess: what the drafter brought.
             checked: what the target said to it.
@@ -76,6 +82,21 @@ class RoundHistory:
         """
         self.context_len = context_len
         self._num_rounds += 1
+        self._drafter = guess.drafter or self._drafter
+        paused, self._paused = self._paused, not guess.drafter
+        load = load or self.load
+        each = tellers(load.num_sessions)
+        # A guess after a pause is news to all.
+        if (self._num_rounds + self._place) % each and not (paused and guess.drafter):
+            return
+        self._observe_pass(guess, checked, each)
+        if guess.drafter:
+            self._observe_guess(guess, checked, load, paused)
+        else:
+            self._surprise *= 1.0 - IDLE_WEIGHT
+
+    def _observe_pass(self, guess: Guess, checked: Checked, each: int) -> None:
+        """Tell of the target's pass, for `each` sessions."""
         result = checked.result
         # The first pass reads the prompt, and nobody knows how much of it; nor what shared each of
         # several passes.
@@ -84,27 +105,22 @@ class RoundHistory:
             away = checked.seconds - result.compute_seconds - result.queue_seconds
             self._calibration.observe_pass(
                 result.num_rows,
-                context_len,
+                self.context_len,
                 result.compute_seconds,
-                share=min(1.0, len(guess.tree) / max(1, result.num_rows)),
+                share=min(1.0, each * len(guess.tree) / max(1, result.num_rows)),
                 overhead_seconds=away,
             )
-        self._observe_guess(guess, checked, load or self.load)
 
-    def _observe_guess(self, guess: Guess, checked: Checked, load: RoundLoad) -> None:
-        if not guess.drafter:
-            self._paused = True
-            self._surprise *= 1.0 - IDLE_WEIGHT
-            return
-        self._drafter = guess.drafter
-        record, paused = self.record, self._paused
-        self._paused = False
+    def _observe_guess(
+        self, guess: Guess, checked: Checked, load: RoundLoad, paused: bool
+    ) -> None:
+        record = self.record
         usual = record.snapshot.overall
         outcomes = record.observe(
             guess.tree,
             checked.result.accepted,
             guess.num_draft_nodes,
-            num_sessions=load.num_sessions,
+            num_sessions=load.num_sessions // tellers(load.num_sessions),
             after_pause=paused,
         )
         for right in outcomes:
