@@ -62,15 +62,14 @@ def event_from_wire(wire: router_pb2.GenerateResponse) -> GenerateEvent:
 def _tokens_to_wire(event: TokensEvent) -> router_pb2.GenerateResponse:
     # Filled in place: a message that is given to another one is copied by way of its bytes.
     wire = router_pb2.GenerateResponse()
-    tokens, facts = wire.tokens, wire.tokens.round
+    tokens = wire.tokens
     tokens.offset = event.offset
     tokens.text = event.text
     tokens.token_ids.extend(event.token_ids)
     tokens.num_accepted_tokens = event.num_accepted_tokens
     if event.logprobs:
         tokens.logprobs.extend(map(logprob_to_wire, event.logprobs))
-    for name in _ROUND_FIELDS:
-        setattr(facts, name, getattr(event.round, name))
+    _fill_facts(wire.tokens.round, event.round)
     if event.detail is not None:
         tokens.detail.CopyFrom(_detail_to_wire(event.detail))
     return wire
@@ -89,7 +88,24 @@ def _tokens_from_wire(wire: router_pb2.Tokens) -> TokensEvent:
 
 
 def _facts_to_wire(facts: RoundFacts) -> router_pb2.RoundFacts:
-    return router_pb2.RoundFacts(**{name: getattr(facts, name) for name in _ROUND_FIELDS})
+    wire = router_pb2.RoundFacts()
+    _fill_facts(wire, facts)
+    return wire
+
+
+def _fill_facts(wire: router_pb2.RoundFacts, facts: RoundFacts) -> None:
+    # Written out: every round of every session passes here, and by name it takes twice as long.
+    wire.epoch = facts.epoch
+    wire.num_draft_tokens = facts.num_draft_tokens
+    wire.num_accepted_tokens = facts.num_accepted_tokens
+    wire.root_only_reason = facts.root_only_reason
+    wire.draft_seconds = facts.draft_seconds
+    wire.verify_seconds = facts.verify_seconds
+    wire.queue_seconds = facts.queue_seconds
+    wire.network_seconds = facts.network_seconds
+    wire.router_seconds = facts.router_seconds
+    wire.commit_seconds = facts.commit_seconds
+    wire.draft_depth = facts.draft_depth
 
 
 def _facts_from_wire(wire: router_pb2.RoundFacts) -> RoundFacts:

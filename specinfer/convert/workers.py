@@ -96,14 +96,14 @@ def verify_result_to_wire(
 def verify_result_from_wire(wire: verify_pb2.VerifyItemResult) -> VerifyResult:
     """Result of a message."""
     return VerifyResult(
-        epoch=wire.epoch,
-        accepted=tuple(wire.accepted),
-        token_ids=tuple(wire.token_ids),
-        logprobs=tuple(map(logprob_from_wire, wire.logprobs)) if wire.logprobs else (),
-        num_cached_tokens=wire.num_cached_tokens,
-        num_rows=wire.num_rows,
-        queue_seconds=wire.queue_seconds,
-        compute_seconds=wire.compute_seconds,
+        wire.epoch,
+        tuple(wire.accepted),
+        tuple(wire.token_ids),
+        tuple(map(logprob_from_wire, wire.logprobs)) if wire.logprobs else (),
+        wire.num_cached_tokens,
+        wire.num_rows,
+        wire.queue_seconds,
+        wire.compute_seconds,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from specinfer.errors import InvalidRequest
 from specinfer.tree import TokenTree
@@ -63,8 +64,7 @@ class ShapeQuery:
     branch: int = 4
 
 
-@dataclass(frozen=True)
-class VerifyResult:
+class VerifyResult(NamedTuple):
     """What one verify step confirmed.
 
     Attributes:
@@ -89,8 +89,7 @@ class VerifyResult:
     compute_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class DraftResult:
+class DraftResult(NamedTuple):
     """What one propose step guessed.
 
     Attributes:

@@ -25,15 +25,15 @@ class Answer(Generic[_Value]):
         arrived: when it came, by time.monotonic(); which may be long before somebody waits for it.
     """
 
-    __slots__ = ("_error", "_value", "_waiters", "_watchers", "arrived", "done")
+    __slots__ = ("_error", "_value", "_waiter", "_watchers", "arrived", "done")
 
     def __init__(self) -> None:
         self.done = False
         self.arrived = 0.0
         self._value: _Value | None = None
         self._error: SpecinferError | None = None
-        self._watchers: list[Callable[[], None]] = []
-        self._waiters: list[asyncio.Future[None]] = []
+        self._watchers: tuple[Callable[[], None], ...] = ()
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def failed(self) -> bool:
@@ -62,7 +62,7 @@ class Answer(Generic[_Value]):
         if self.done:
             tell()
         else:
-            self._watchers.append(tell)
+            self._watchers += (tell,)
 
     def __await__(self) -> Generator[Any, None, _Value]:
         """Wait for as long as it takes."""
@@ -70,27 +70,25 @@ class Answer(Generic[_Value]):
             yield from first_answer((self,)).__await__()
         return self.result
 
-    def wait_in(self, waiter: asyncio.Future[None]) -> None:
-        """Set `waiter` when it comes, which it has not."""
-        self._waiters.append(waiter)
-
-    def leave(self, waiter: asyncio.Future[None]) -> None:
-        """Do not set `waiter` any more."""
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+    def wait_in(self, waiter: asyncio.Future[None] | None) -> None:
+        """Set `waiter` when it comes, which it has not; None for nobody any more."""
+        self._waiter = waiter
 
     def _end(self) -> None:
         self.done, self.arrived = True, time.monotonic()
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
             _wake(waiter)
-        watchers, self._watchers = self._watchers, []
+        watchers, self._watchers = self._watchers, ()
         for tell in watchers:
             tell()
 
 
 async def first_answer(answers: Sequence[Answer[Any]], seconds: float | None = None) -> None:
-    """Return when one of `answers` is there, or after `seconds`; none of them is given up."""
+    """Return when one of `answers` is there, or after `seconds`; none of them is given up.
+
+    Nobody else waits for any of them.
+    """
     for answer in answers:
         if answer.done:
             return
@@ -105,7 +103,7 @@ async def first_answer(answers: Sequence[Answer[Any]], seconds: float | None = N
         if timer is not None:
             timer.cancel()
         for answer in answers:
-            answer.leave(waiter)
+            answer.wait_in(None)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

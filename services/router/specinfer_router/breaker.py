@@ -71,15 +71,16 @@ class Breaker:
     @property
     def allows(self) -> bool:
         """Whether `admit` would let a call through now."""
-        state = self.state
+        if self._rest_until is None:
+            return True
         probed = self._probing and self._clock() < self._probe_until
-        return state == "closed" or (state == "half-open" and not probed)
+        return self.state == "half-open" and not probed
 
     def admit(self) -> int | None:
         """A ticket for one call, or None when none is let through."""
-        if not self.allows:
-            return None
         if self._rest_until is not None:
+            if not self.allows:
+                return None
             self._probing, self._probe_until = True, self._clock() + self._limits.probe_seconds
             self._era += 1
         return self._era

@@ -359,11 +359,12 @@ def check_result(
         raise InternalError(f"a result that leads to epoch {result.epoch}, not {epoch + 1}")
     if not 1 <= len(result.token_ids) - len(result.accepted) <= num_tokens:
         raise InternalError(f"{len(result.accepted)} accepted, {len(result.token_ids)} tokens")
-    parent = 0
+    parents, token_ids = tree.parents, tree.token_ids
+    parent, num_nodes = 0, len(parents)
     for node, token_id in zip(result.accepted, result.token_ids, strict=False):
-        if not parent < node < len(tree) or tree.parents[node] != parent:
+        if not parent < node < num_nodes or parents[node] != parent:
             raise InternalError(f"accepted node {node} is no child of node {parent}")
-        if tree.token_ids[node] != token_id:
+        if token_ids[node] != token_id:
             raise InternalError(f"accepted node {node} carries another token than the result")
         parent = node
     if max(result.token_ids) >= vocab_size:
