@@ -39,11 +39,11 @@ _TIMING_FIELDS = tuple(Timings.__dataclass_fields__)
 
 def event_to_wire(event: GenerateEvent) -> router_pb2.GenerateResponse:
     """Message of one event of a stream."""
+    if isinstance(event, TokensEvent):
+        return _tokens_to_wire(event)
     if isinstance(event, Started):
         started = {name: getattr(event, name) for name in _STARTED_FIELDS}
         return router_pb2.GenerateResponse(started=router_pb2.Started(**started))
-    if isinstance(event, TokensEvent):
-        return _tokens_to_wire(event)
     return router_pb2.GenerateResponse(finished=_finished_to_wire(event))
 
 

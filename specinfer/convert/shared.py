@@ -30,13 +30,14 @@ def fill_tree(wire: tree_pb2.TokenTree, tree: TokenTree) -> None:
 
 def tree_from_wire(wire: tree_pb2.TokenTree) -> TokenTree:
     """Tree of a message; raises InvalidTree. The size is checked before anything is copied."""
-    if len(wire.token_ids) > MAX_TREE_NODES:
+    token_ids = wire.token_ids
+    if len(token_ids) > MAX_TREE_NODES:
         raise error_class("INVALID_TREE")(
-            f"a tree has at most {MAX_TREE_NODES} nodes, got {len(wire.token_ids)}"
+            f"a tree has at most {MAX_TREE_NODES} nodes, got {len(token_ids)}"
         )
     # Reading out an empty field costs as much as a full one.
     return TokenTree(
-        tuple(wire.token_ids),
+        tuple(token_ids),
         tuple(wire.parents),
         tuple(wire.drafter_ids) if wire.drafter_ids else (),
         tuple(wire.scores) if wire.scores else (),

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from specinfer.messages import RoundFacts
 from specinfer.metrics.catalogue import MAX_POSITION, PART, RANK
@@ -30,14 +30,9 @@ _MAX_RANK = len(RANK.values)
 _Kept = TypeVar("_Kept")
 
 
-class _Guesses(NamedTuple):
-    """What is counted of a round's tree; see `RoundCounts.observe_tree`."""
-
-    parents: tuple[int, ...]
-    accepted: tuple[int, ...]
-    num_draft_nodes: int
-    drafter: str
-    worker: str
+# What is counted of a round's tree, see `RoundCounts.observe_tree`: parents, accepted nodes, nodes
+# of the drafter, its name and its worker.
+_Guesses = tuple[tuple[int, ...], tuple[int, ...], int, str, str]
 
 
 class RoundCounts:
@@ -106,9 +101,7 @@ class RoundCounts:
             drafter: name of the drafter's model.
             worker: address of the draft worker.
         """
-        self._trees.append(
-            _Guesses(tree.parents, tuple(accepted), num_draft_nodes, drafter, worker)
-        )
+        self._trees.append((tree.parents, tuple(accepted), num_draft_nodes, drafter, worker))
         if len(self._trees) >= MAX_KEPT:
             self.count()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from specinfer.messages import DraftResult, ShapeQuery
@@ -88,8 +88,7 @@ class Question(NamedTuple):
     traceparent: str
 
 
-@dataclass(frozen=True)
-class Asking:
+class Asking(NamedTuple):
     """One round's propose, to be waited for or dropped.
 
     Attributes:
@@ -99,5 +98,5 @@ class Asking:
     """
 
     question: Question
-    guess: Guess | None = None
-    asks: list[Ask] = field(default_factory=list)
+    guess: Guess | None
+    asks: list[Ask]

@@ -87,18 +87,18 @@ class DraftSeat:
             token_ids, epoch, shape, start, start + self._deadline_seconds, traceparent
         )
         if shape.max_nodes == 0:
-            return Asking(question, _root_alone(question, "budget"))
+            return Asking(question, _root_alone(question, "budget"), [])
         reason = self._sit(epoch)
         if self._place is None or reason:
-            return Asking(question, _root_alone(question, reason))
+            return Asking(question, _root_alone(question, reason), [])
         place = self._place
         try:
-            return Asking(question, asks=[self._ask(place, question)])
+            return Asking(question, None, [self._ask(place, question)])
         except SpecinferError as error:
             self._fail(place, None, error)
             self._leave(place, epoch)
             seconds = time.monotonic() - start
-            return Asking(question, _root_alone(question, "draft_error", seconds=seconds))
+            return Asking(question, _root_alone(question, "draft_error", seconds=seconds), [])
 
     async def answer(self, asking: Asking) -> Guess:
         """A tree, or the root alone with the reason. Raises nothing of ours.

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -74,10 +74,8 @@ class LinkLimits:
     breaker: BreakerLimits = field(default_factory=BreakerLimits)
 
 
-class _Pending(NamedTuple):
-    session_id: str
-    answer: Answer[Any]
-    convert: Callable[[Any], Any]
+# An item without a result: its session, the answer to come, and what makes it of a result.
+_Pending = tuple[str, Answer[Any], Callable[[Any], Any]]
 
 
 class WorkerLink(ABC, Generic[FrameT]):
@@ -231,7 +229,7 @@ class WorkerLink(ABC, Generic[FrameT]):
                 f"({self._limits.max_frame_bytes})"
             )
         answer: Answer[_Result] = Answer()
-        self._pending[item_id] = _Pending(session_id, answer, convert)
+        self._pending[item_id] = (session_id, answer, convert)
         self._outbox.append(written)
         if patient:
             loop = asyncio.get_running_loop()
@@ -355,26 +353,27 @@ class WorkerLink(ABC, Generic[FrameT]):
         if pending is None:
             log.warning("%s worker at %s answered an unknown item", self.tier, self.address)
             return
+        session_id, answer, convert = pending
         try:
-            if result.session_id != pending.session_id:
+            if result.session_id != session_id:
                 raise InternalError("a result for another session than its item's")
             error = status_error(result.status)
             if error is not None:
                 raise error
-            value = pending.convert(result)
+            value = convert(result)
         except SpecinferError as failure:
-            pending.answer.fail(failure)
+            answer.fail(failure)
         except Exception:
             # A fault of ours or a result that nobody foresaw: it is this item's alone.
             log.exception("a result of the %s worker at %s broke us", self.tier, self.address)
-            pending.answer.fail(InternalError(f"a result of the {self.tier} worker cannot be read"))
+            answer.fail(InternalError(f"a result of the {self.tier} worker cannot be read"))
         else:
-            pending.answer.succeed(value)
+            answer.succeed(value)
 
     def _fail_pending(self) -> None:
         pending, self._pending = self._pending, {}
-        for item in pending.values():
-            item.answer.fail(
+        for _, answer, _ in pending.values():
+            answer.fail(
                 Unavailable(f"the stream to the {self.tier} worker at {self.address} broke")
             )
 

@@ -67,7 +67,7 @@ class WorkerPool(Generic[_Link]):
     @property
     def num_ready(self) -> int:
         """Workers that take new sessions."""
-        return sum(link.ready for link in self._links)
+        return [link.ready for link in self._links].count(True)
 
     def add(self, link: _Link) -> None:
         """Take a link in, and connect it if the others are."""

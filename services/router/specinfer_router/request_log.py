@@ -86,12 +86,12 @@ class RequestLogEntry:
 
     def add(self, event: GenerateEvent) -> None:
         """Note an event at the moment it was made."""
-        if isinstance(event, Started):
+        if isinstance(event, TokensEvent):
+            self._add_round(event)
+        elif isinstance(event, Started):
             self.session_id = event.session_id
             self.num_prompt_tokens = event.num_prompt_tokens
             self.prepare_seconds = max(0.0, self.seconds - self.queue_seconds)
-        elif isinstance(event, TokensEvent):
-            self._add_round(event)
         elif isinstance(event, Finished):
             self.num_cached_tokens = event.usage.num_cached_tokens
 

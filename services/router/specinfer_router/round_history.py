@@ -111,9 +111,7 @@ class RoundHistory:
                 overhead_seconds=away,
             )
 
-    def _observe_guess(
-        self, guess: Guess, checked: Checked, load: RoundLoad, paused: bool
-    ) -> None:
+    def _observe_guess(self, guess: Guess, checked: Checked, load: RoundLoad, paused: bool) -> None:
         record = self.record
         usual = record.snapshot.overall
         outcomes = record.observe(

@@ -20,6 +20,7 @@ from specinfer.messages import (
     GenerateRequest,
     RequestReport,
     ResumeRequest,
+    TokensEvent,
 )
 from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import Span, Telemetry
@@ -324,9 +325,10 @@ class Router:
                 started = self._opener.started(record)
                 entry.add(started)
                 yield started
-                async with aclosing(self._rounds(session, ticket, entry)) as events:
-                    async for event in events:
-                        yield event
+                with self._counted(session, ticket, entry) as count:
+                    async with aclosing(session.run()) as events:
+                        async for event in events:
+                            yield count(event)
 
     async def _resumed(
         self,
@@ -362,9 +364,10 @@ class Router:
                     last = finished(record, ended, replay.ended.stop_match, len(record.output_ids))
                     yield replace(last, timings=entry.timings)
                     return
-                async with aclosing(self._rounds(session, ticket, entry)) as events:
-                    async for event in events:
-                        yield event
+                with self._counted(session, ticket, entry) as count:
+                    async with aclosing(session.run()) as events:
+                        async for event in events:
+                            yield count(event)
 
     def _admitted(self, entry: RequestLogEntry, ticket: Ticket) -> None:
         entry.admitted(ticket.queue_seconds)
@@ -372,22 +375,28 @@ class Router:
         trace_queue(ticket.queue_seconds)
         self._requests.keep(entry)
 
-    async def _rounds(
+    @contextmanager
+    def _counted(
         self, session: Session, ticket: Ticket, entry: RequestLogEntry
-    ) -> AsyncGenerator[GenerateEvent, None]:
-        """A session's events, with everybody told who counts them."""
+    ) -> Iterator[Callable[[TokensEvent | Finished], GenerateEvent]]:
+        """Around a session's rounds: what to pass each event through, so that all who count know.
+
+        A function and no generator, of which each would cost every event.
+        """
+
+        def count(event: TokensEvent | Finished) -> GenerateEvent:
+            entry.add(event)
+            if isinstance(event, Finished):
+                times.finished(event.usage)
+                return replace(event, timings=entry.timings)
+            num_tokens = len(event.token_ids)
+            # A session's first round computes the prompt; its last one perhaps tokens behind a stop
+            # that the target does not know, which were dropped.
+            first = times.event(entry.seconds, num_tokens)
+            if not first and session.finished is None:
+                self._plain.observe(event.round, num_tokens)
+            ticket.spend(num_tokens)
+            return event
+
         with self._metrics.session(entry.key_id) as times:
-            async with aclosing(session.run()) as rounds:
-                async for event in rounds:
-                    entry.add(event)
-                    if isinstance(event, Finished):
-                        times.finished(event.usage)
-                        yield replace(event, timings=entry.timings)
-                        return
-                    # A session's first round computes the prompt; its last one perhaps tokens
-                    # behind a stop that the target does not know, which were dropped.
-                    first = times.event(entry.seconds, len(event.token_ids))
-                    if not first and session.finished is None:
-                        self._plain.observe(event.round, len(event.token_ids))
-                    ticket.spend(len(event.token_ids))
-                    yield event
+            yield count

@@ -105,7 +105,8 @@ class Buffer(Generic[_Event]):
     def put(self, event: _Event) -> None:
         """Add one; it is for the caller to see that there is room."""
         self._events.append(event)
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def end(self) -> None:
         """No more come."""
@@ -119,7 +120,8 @@ class Buffer(Generic[_Event]):
                 return None
             await self._wait()
         event = self._events.popleft()
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
         return event
 
     async def room(self) -> None:
