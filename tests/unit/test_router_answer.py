@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 
 import pytest
 
@@ -48,9 +49,24 @@ async def test_a_wait_ends_in_time_and_the_answer_may_come_later() -> None:
     assert answer.result == 3
 
 
+async def test_an_answer_ends_the_timer_of_whoever_waits() -> None:
+    answer = Answer[int]()
+    waiter = first_answer((answer,), 60.0)
+    answer.succeed(3)
+    await waiter
+    # A timer that goes on would keep what it is to wake.
+    left = weakref.ref(waiter)
+    del waiter
+    assert left() is None
+
+
 async def test_a_wait_that_is_cancelled_leaves_nobody_behind() -> None:
     answer = Answer[int]()
-    waiting = asyncio.create_task(first_answer((answer,), 60.0))
+
+    async def wait() -> None:
+        await first_answer((answer,), 60.0)
+
+    waiting = asyncio.create_task(wait())
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -25,7 +25,7 @@ class Answer(Generic[_Value]):
         arrived: when it came, by time.monotonic(); which may be long before somebody waits for it.
     """
 
-    __slots__ = ("_error", "_value", "_waiter", "_watchers", "arrived", "done")
+    __slots__ = ("_error", "_timer", "_value", "_waiter", "_watchers", "arrived", "done")
 
     def __init__(self) -> None:
         self.done = False
@@ -34,6 +34,7 @@ class Answer(Generic[_Value]):
         self._error: SpecinferError | None = None
         self._watchers: tuple[Callable[[], None], ...] = ()
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def failed(self) -> bool:
@@ -70,40 +71,40 @@ class Answer(Generic[_Value]):
             yield from first_answer((self,)).__await__()
         return self.result
 
-    def wait_in(self, waiter: asyncio.Future[None] | None) -> None:
-        """Set `waiter` when it comes, which it has not; None for nobody any more."""
-        self._waiter = waiter
+    def wait_in(self, waiter: asyncio.Future[None], timer: asyncio.TimerHandle | None) -> None:
+        """Set `waiter` when it comes, which it has not, and let `timer` be."""
+        self._waiter, self._timer = waiter, timer
 
     def _end(self) -> None:
         self.done, self.arrived = True, time.monotonic()
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None:
-            _wake(waiter)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._waiter is not None:
+            _wake(self._waiter)
+        self._waiter = self._timer = None
         watchers, self._watchers = self._watchers, ()
         for tell in watchers:
             tell()
 
 
-async def first_answer(answers: Sequence[Answer[Any]], seconds: float | None = None) -> None:
-    """Return when one of `answers` is there, or after `seconds`; none of them is given up.
+def first_answer(
+    answers: Sequence[Answer[Any]], seconds: float | None = None
+) -> asyncio.Future[None]:
+    """What is there when one of `answers` is, or after `seconds`; none of them is given up.
 
-    Nobody else waits for any of them.
+    It may be let go of at any time; nobody else waits for any of them meanwhile. A future and no
+    coroutine, which would be two more to be resumed in every round.
     """
-    for answer in answers:
-        if answer.done:
-            return
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()
+    for answer in answers:
+        if answer.done:
+            waiter.set_result(None)
+            return waiter
     timer = None if seconds is None else loop.call_later(max(0.0, seconds), _wake, waiter)
     for answer in answers:
-        answer.wait_in(waiter)
-    try:
-        await waiter
-    finally:
-        if timer is not None:
-            timer.cancel()
-        for answer in answers:
-            answer.wait_in(None)
+        answer.wait_in(waiter, timer)
+    return waiter
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

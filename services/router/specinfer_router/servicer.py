@@ -5,7 +5,6 @@ Everything else happens in `router.py`. This module knows nothing of workers, tr
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -36,9 +35,7 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         self._router = router
         self._access = access
 
-    async def Generate(
-        self, request: router_pb2.GenerateRequest, context: Any
-    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
+    async def Generate(self, request: router_pb2.GenerateRequest, context: Any) -> None:
         """Stream one request's events; the caller's leaving cancels it."""
         try:
             caller = self._caller(context)
@@ -48,16 +45,14 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
             raise
         async with aclosing(self._router.generate(parsed, caller)) as events:
             async for event in events:
-                yield event_to_wire(event)
+                await context.write(event_to_wire(event))
 
-    async def Resume(
-        self, request: router_pb2.ResumeRequest, context: Any
-    ) -> AsyncGenerator[router_pb2.ResumeResponse, None]:
+    async def Resume(self, request: router_pb2.ResumeRequest, context: Any) -> None:
         """Stream the rest of a session's events."""
         caller = self._caller(context)
         async with aclosing(self._router.resume(resume_from_wire(request), caller)) as events:
             async for event in events:
-                yield router_pb2.ResumeResponse(event=event_to_wire(event))
+                await context.write(router_pb2.ResumeResponse(event=event_to_wire(event)))
 
     async def Cancel(
         self, request: router_pb2.CancelRequest, context: Any

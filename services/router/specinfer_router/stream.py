@@ -118,7 +118,8 @@ class Buffer(Generic[_Event]):
         while not self._events:
             if self._ended:
                 return None
-            await self._wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         event = self._events.popleft()
         if self._waiter is not None:
             self._wake()
@@ -127,11 +128,8 @@ class Buffer(Generic[_Event]):
     async def room(self) -> None:
         """Wait until it is not full."""
         while self.full:
-            await self._wait()
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def _wake(self) -> None:
         # Empty and full at once it never is, so that only one side ever waits.

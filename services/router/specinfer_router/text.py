@@ -87,6 +87,13 @@ class Vocabulary:
             self._pieces[token_id] = found
         return found
 
+    def pieces(self, token_ids: Sequence[int]) -> bytes:
+        """As `piece` of one after the other."""
+        try:
+            return b"".join([self._pieces[token_id] for token_id in token_ids])
+        except KeyError:
+            return b"".join(map(self.piece, token_ids))
+
     def token_texts(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Text of each token by itself; a part of a character reads as U+FFFD."""
         return tuple(self.token_bytes(token).decode(errors="replace") for token in token_ids)
@@ -127,7 +134,7 @@ class ByteDetokenizer:
 
     def push_all(self, token_ids: Sequence[int]) -> str:
         """As `push` of one after the other."""
-        return self._decoder.decode(b"".join(map(self._vocabulary.piece, token_ids)))
+        return self._decoder.decode(self._vocabulary.pieces(token_ids))
 
     def flush(self) -> str:
         """The rest at the end of the stream."""
