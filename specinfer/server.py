@@ -285,8 +285,6 @@ def _wrap_unary(behaviour: Any, method: str) -> Any:
 
 
 def _wrap_stream(behaviour: Any, method: str) -> Any:
-    if inspect.iscoroutinefunction(behaviour):
-        return _wrap_unary(behaviour, method)
     if not inspect.isasyncgenfunction(behaviour):
         return behaviour
 

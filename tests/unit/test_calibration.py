@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,10 @@ from specinfer_router.calibration import (
     AcceptanceCounts,
     Calibration,
     DraftCost,
-    LiveCosts,
 )
-from specinfer_router.round_history import RoundHistory
+from specinfer_router.crowd import CROWD, tellers
+from specinfer_router.live_costs import LiveCosts
+from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.seats import Checked, Guess
 
 #        root
@@ -199,3 +201,71 @@ def test_a_round_that_read_a_prompt_says_nothing_of_costs() -> None:
     assert sum(history.record.cost.parts()) > 0
     assert calibration.costs.at(6, 0) > 0.01
     assert calibration.overhead_seconds.value == pytest.approx(0.001)
+
+
+class Teller(Calibration):
+    """Counts who tells of each pass."""
+
+    def __init__(self) -> None:
+        super().__init__(StepCurve([StepCost(1, 0, 0.01)]), lambda: (StepCost(1, 0, 0.001),))
+        self.num_told = 0
+
+    def observe_pass(self, *args: Any, **options: Any) -> None:
+        self.num_told += 1
+        super().observe_pass(*args, **options)
+
+
+def one_of(
+    history: RoundHistory, num_sessions: int, *, drafter: str = "a", seconds: float = 0.004
+) -> None:
+    """A round of one of so many sessions that share each pass."""
+    guess = Guess(TREE, "", seconds, num_draft_nodes=6, draft_depth=2, drafter=drafter)
+    rows = num_sessions * len(TREE)
+    result = VerifyResult(1, (1, 3), (1,) * 3, num_rows=rows, compute_seconds=0.02)
+    load = RoundLoad(num_sessions, num_sessions)
+    history.observe(guess, Checked(result, 0.021), context_len=50, load=load)
+
+
+@pytest.mark.parametrize("num_sessions", [1, CROWD, 2 * CROWD, 3 * CROWD + 5, 8 * CROWD])
+def test_of_each_pass_of_a_crowd_as_many_tell_as_are_no_crowd(num_sessions: int) -> None:
+    calibration = Teller()
+    histories = [
+        RoundHistory(calibration, temperature=0.0, context_len=40) for _ in range(num_sessions)
+    ]
+    num_passes, told, each = 24, [], tellers(num_sessions)
+    for _ in range(num_passes + 1):
+        before = calibration.num_told
+        for history in histories:
+            one_of(history, num_sessions)
+        told.append(calibration.num_told - before)
+    assert told[0] == 0, "the first pass reads prompts"
+    assert set(told[1:]) <= {num_sessions // each, -(-num_sessions // each)}
+    assert max(told) < 2 * CROWD
+    # Those who tell stand for those who do not: a pass weighs as much whoever it is told by.
+    assert calibration.num_passes == pytest.approx(num_passes, rel=0.05)
+
+
+def test_every_session_of_a_crowd_tells_in_turn() -> None:
+    calibration = Teller()
+    histories = [RoundHistory(calibration, temperature=0.0, context_len=40) for _ in range(64)]
+    for history in histories:
+        before = calibration.num_told
+        for _ in range(1 + 2 * tellers(64)):
+            one_of(history, 64)
+        assert calibration.num_told == before + 2
+
+
+def test_a_guess_after_a_pause_is_news_in_a_crowd_too() -> None:
+    for place in range(2 * tellers(64)):
+        calibration = Teller()
+        for _ in range(place):
+            calibration.next_place()
+        history = RoundHistory(calibration, temperature=0.0, context_len=40)
+        one_of(history, 64)
+        for _ in range(3):
+            one_of(history, 64, drafter="")
+        record = history.record
+        known = record.snapshot
+        one_of(history, 64)
+        assert history.record is record
+        assert record.snapshot is not known, place

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
 from specinfer_router import goodput
-from specinfer_router.calibration import Acceptance, Calibration, Snapshot
+from specinfer_router.calibration import Acceptance, Calibration, Snapshot, shift_acceptance
 from specinfer_router.goodput import (
     PROBE_ROUNDS,
     AdaptiveShape,
     Choice,
     RoundCosts,
-    shift_acceptance,
     sizes,
 )
 from specinfer_router.sequoia import TokenTable, expected_tokens

@@ -21,6 +21,7 @@ from specinfer_router.calibration import (
     Acceptance,
     Calibration,
     DrafterRecord,
+    shift_acceptance,
 )
 from specinfer_router.crowd import CROWD, RecentMost
 from specinfer_router.plain_pace import tokens_within
@@ -173,6 +174,7 @@ class AdaptiveShape:
         self._num_sessions = 0
         self._recent = RecentMost()
         self._beginning: WeakSet[RoundHistory] = WeakSet()
+        self._somebody_begins = False
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
         # Those of crowds, until about every session has planned a round.
@@ -229,15 +231,15 @@ class AdaptiveShape:
         knows yet. Those of late are counted from when somebody last planned with them.
         """
         if not num_sessions:
+            self._somebody_begins = True
             self._beginning.add(history)
             now = self._num_sessions + len(self._beginning)
             return RoundLoad(self._recent.most(now), now)
         self._num_sessions, sharing = num_sessions, max(num_sessions, of_late)
         self._recent.note(sharing)
-        if self._beginning:
+        if self._somebody_begins:
+            self._somebody_begins = False
             self._beginning.clear()
-        if history.load.num_sessions == sharing and history.load.num_drafting == num_sessions:
-            return history.load
         return RoundLoad(sharing, num_sessions)
 
     def _choice(self, record: DrafterRecord, history: RoundHistory, asked: ShapeQuery) -> Choice:
@@ -372,18 +374,6 @@ def _rounds_for_a_probe(costs: RoundCosts, draft_seconds: float) -> int:
     more *= known.factor(batch) / known.factor(batch + 1)
     probe = draft_seconds + (batch - 1) * min(draft_seconds, fewer) + batch * (more - fewer)
     return max(PROBE_ROUNDS, math.ceil(probe / (PROBE_SHARE * costs.verify(0))))
-
-
-def shift_acceptance(acceptance: Acceptance, shift: float) -> Acceptance:
-    """Every depth's chance that any guess is right moved by `shift` in log odds, ranks in step."""
-    if not shift:
-        return acceptance
-    factor, shifted = math.exp(shift), []
-    for row in acceptance:
-        total = sum(row)
-        moved = total * factor / (1.0 - total + total * factor)
-        shifted.append(tuple(chance * moved / total for chance in row) if total else row)
-    return tuple(shifted)
 
 
 def sizes(max_nodes: int) -> Iterator[int]:

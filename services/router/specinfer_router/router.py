@@ -379,10 +379,7 @@ class Router:
     def _counted(
         self, session: Session, ticket: Ticket, entry: RequestLogEntry
     ) -> Iterator[Callable[[TokensEvent | Finished], GenerateEvent]]:
-        """Around a session's rounds: what to pass each event through, so that all who count know.
-
-        A function and no generator, of which each would cost every event.
-        """
+        """What to pass each event of a session through, so that all who count are told."""
 
         def count(event: TokensEvent | Finished) -> GenerateEvent:
             entry.add(event)

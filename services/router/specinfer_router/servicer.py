@@ -5,6 +5,7 @@ Everything else happens in `router.py`. This module knows nothing of workers, tr
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,9 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         self._router = router
         self._access = access
 
-    async def Generate(self, request: router_pb2.GenerateRequest, context: Any) -> None:
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: Any
+    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         """Stream one request's events; the caller's leaving cancels it."""
         try:
             caller = self._caller(context)
@@ -45,14 +48,16 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
             raise
         async with aclosing(self._router.generate(parsed, caller)) as events:
             async for event in events:
-                await context.write(event_to_wire(event))
+                yield event_to_wire(event)
 
-    async def Resume(self, request: router_pb2.ResumeRequest, context: Any) -> None:
+    async def Resume(
+        self, request: router_pb2.ResumeRequest, context: Any
+    ) -> AsyncGenerator[router_pb2.ResumeResponse, None]:
         """Stream the rest of a session's events."""
         caller = self._caller(context)
         async with aclosing(self._router.resume(resume_from_wire(request), caller)) as events:
             async for event in events:
-                await context.write(router_pb2.ResumeResponse(event=event_to_wire(event)))
+                yield router_pb2.ResumeResponse(event=event_to_wire(event))
 
     async def Cancel(
         self, request: router_pb2.CancelRequest, context: Any
