@@ -112,7 +112,7 @@ class InLineSeat(DraftSeat):
         self, token_ids: Sequence[int], epoch: int, shape: ShapeQuery, *, traceparent: str = ""
     ) -> Asking:
         """Only remember what is to be asked."""
-        return Asking(Question(token_ids, epoch, shape, 0.0, 0.0, traceparent))
+        return Asking(Question(token_ids, epoch, shape, 0.0, 0.0, traceparent), None, [])
 
     async def answer(self, asking: Asking) -> Guess:
         """Ask now, and wait."""

@@ -36,8 +36,7 @@ class MovingQuantile:
         """Take in one value."""
         self._values.append(value)
         self._num_new += 1
-        num_values = len(self._values)
-        if num_values >= LEAST_SAMPLES and self._num_new >= max(REFRESH, num_values // 4):
+        if len(self._values) >= LEAST_SAMPLES and self._num_new >= REFRESH:
             self._num_new = 0
             ordered = sorted(self._values)
             self._quantile = ordered[int(self._share * (len(ordered) - 1))]
