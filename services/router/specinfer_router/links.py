@@ -357,7 +357,7 @@ class WorkerLink(ABC, Generic[FrameT]):
         try:
             if result.session_id != session_id:
                 raise InternalError("a result for another session than its item's")
-            error = status_error(result.status)
+            error = status_error(result.status) if result.HasField("status") else None
             if error is not None:
                 raise error
             value = convert(result)

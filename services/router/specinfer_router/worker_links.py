@@ -208,8 +208,9 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
             owner=owner,
             traceparent=traceparent,
         )
-        fill_tree(item.step.tree, tree)
-        item.step.num_tokens = num_tokens
+        step = item.step
+        fill_tree(step.tree, tree)
+        step.num_tokens = num_tokens
         return self._send(frame, item_id, session_id, verify_result_from_wire)
 
     def forget(self, session_id: str, epoch: int, *, owner: int = 0) -> Answer[None]:
