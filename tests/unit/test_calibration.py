@@ -12,6 +12,7 @@ from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
 from specinfer_router.calibration import (
     MAX_RECORDS,
+    SNAPSHOT_ROUNDS,
     AcceptanceCounts,
     Calibration,
     DraftCost,
@@ -216,22 +217,28 @@ class Teller(Calibration):
 
 
 def one_of(
-    history: RoundHistory, num_sessions: int, *, drafter: str = "a", seconds: float = 0.004
+    history: RoundHistory,
+    num_sessions: int,
+    *,
+    drafter: str = "a",
+    num_drafting: int | None = None,
 ) -> None:
     """A round of one of so many sessions that share each pass."""
-    guess = Guess(TREE, "", seconds, num_draft_nodes=6, draft_depth=2, drafter=drafter)
+    guess = Guess(TREE, "", 0.004, num_draft_nodes=6, draft_depth=2, drafter=drafter)
     rows = num_sessions * len(TREE)
     result = VerifyResult(1, (1, 3), (1,) * 3, num_rows=rows, compute_seconds=0.02)
-    load = RoundLoad(num_sessions, num_sessions)
+    load = RoundLoad(num_sessions, num_sessions if num_drafting is None else num_drafting)
     history.observe(guess, Checked(result, 0.021), context_len=50, load=load)
+
+
+def histories_of(calibration: Calibration, num_sessions: int) -> list[RoundHistory]:
+    return [RoundHistory(calibration, temperature=0.0, context_len=40) for _ in range(num_sessions)]
 
 
 @pytest.mark.parametrize("num_sessions", [1, CROWD, 2 * CROWD, 3 * CROWD + 5, 8 * CROWD])
 def test_of_each_pass_of_a_crowd_as_many_tell_as_are_no_crowd(num_sessions: int) -> None:
     calibration = Teller()
-    histories = [
-        RoundHistory(calibration, temperature=0.0, context_len=40) for _ in range(num_sessions)
-    ]
+    histories = histories_of(calibration, num_sessions)
     num_passes, told, each = 24, [], tellers(num_sessions)
     for _ in range(num_passes + 1):
         before = calibration.num_told
@@ -247,25 +254,78 @@ def test_of_each_pass_of_a_crowd_as_many_tell_as_are_no_crowd(num_sessions: int)
 
 def test_every_session_of_a_crowd_tells_in_turn() -> None:
     calibration = Teller()
-    histories = [RoundHistory(calibration, temperature=0.0, context_len=40) for _ in range(64)]
-    for history in histories:
+    for history in histories_of(calibration, 64):
         before = calibration.num_told
         for _ in range(1 + 2 * tellers(64)):
             one_of(history, 64)
         assert calibration.num_told == before + 2
 
 
-def test_a_guess_after_a_pause_is_news_in_a_crowd_too() -> None:
+@pytest.mark.parametrize("num_idle", [0, 3])
+def test_a_probe_is_told_whosever_turn_it_is(num_idle: int) -> None:
+    """A session's first round may be one, too."""
     for place in range(2 * tellers(64)):
         calibration = Teller()
         for _ in range(place):
             calibration.next_place()
-        history = RoundHistory(calibration, temperature=0.0, context_len=40)
-        one_of(history, 64)
-        for _ in range(3):
+        (history,) = histories_of(calibration, 1)
+        for _ in range(num_idle):
             one_of(history, 64, drafter="")
-        record = history.record
-        known = record.snapshot
-        one_of(history, 64)
-        assert history.record is record
-        assert record.snapshot is not known, place
+        record = calibration.record("a", 0.0)
+        before = record.cost.seconds(2)
+        one_of(history, 64, num_drafting=1)
+        assert record.cost.seconds(2) != before, place
+
+
+def test_a_crowd_that_guesses_again_weighs_its_pass_once() -> None:
+    calibration = Teller()
+    histories = histories_of(calibration, 64)
+    for drafter in ("", "", "", "a"):
+        before = calibration.num_passes
+        for history in histories:
+            one_of(history, 64, drafter=drafter)
+    assert calibration.num_passes == pytest.approx(before + 1.0)
+
+
+def test_a_crowds_chances_are_made_anew_after_as_many_rounds_as_those_of_a_few() -> None:
+    def num_snapshots(num_sessions: int) -> int:
+        calibration, found = Teller(), set[int]()
+        kept = []
+        histories = histories_of(calibration, num_sessions)
+        for _ in range(10 * SNAPSHOT_ROUNDS):
+            for history in histories:
+                one_of(history, num_sessions)
+                kept.append(history.record.snapshot)
+            found |= {id(one) for one in kept}
+        return len(found)
+
+    few = num_snapshots(CROWD)
+    assert 5 <= few <= 40
+    assert num_snapshots(64) == pytest.approx(few, abs=3)
+
+
+def test_idle_rounds_forget_a_sessions_luck_in_a_crowd_too() -> None:
+    alone, crowded = histories_of(Teller(), 2)
+    for history, num_sessions in ((alone, 1), (crowded, 64)):
+        history.observe(
+            Guess(TREE, "", 0.004, num_draft_nodes=6, draft_depth=2, drafter="a"),
+            Checked(VerifyResult(1, (), (1,), num_rows=6), 0.021),
+            context_len=50,
+            load=RoundLoad(num_sessions, 1),
+        )
+        assert history.shift < 0
+        for _ in range(200):
+            one_of(history, num_sessions, drafter="")
+    assert abs(crowded.shift) < 0.01
+    assert abs(alone.shift) < 0.01
+
+
+def test_a_round_that_counts_for_several_counts_as_so_many_alike() -> None:
+    once, several = AcceptanceCounts(), AcceptanceCounts()
+    for accepted in ((1, 3), (), (1,), (2, 5)):
+        several.observe(TREE, accepted, 6, weight=3)
+        for _ in range(3):
+            once.observe(TREE, accepted, 6)
+    assert several.snapshot().overall == pytest.approx(once.snapshot().overall, abs=0.005)
+    for ours, theirs in zip(several.snapshot().acceptance, once.snapshot().acceptance, strict=True):
+        assert ours == pytest.approx(theirs, abs=0.005)

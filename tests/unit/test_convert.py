@@ -1,7 +1,7 @@
 """Every message survives the wire, and absent fields take their documented defaults."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -116,6 +116,18 @@ def test_events_survive_the_wire(event: GenerateEvent) -> None:
     wire = convert.event_to_wire(event)
     again = router_pb2.GenerateResponse.FromString(wire.SerializeToString())
     assert convert.event_from_wire(again) == event
+
+
+def test_every_field_of_a_rounds_facts_survives_the_wire() -> None:
+    """They are written one by one, where a new field would be forgotten."""
+    names = [item.name for item in fields(RoundFacts)]
+    assert set(names) == set(router_pb2.RoundFacts.DESCRIPTOR.fields_by_name)
+    facts = RoundFacts(1, 2, 3, "why", 0.5, 0.25, 0.125, 2.5, 1.5, 3.5, 4)
+    unset = RoundFacts(0)
+    assert not [name for name in names if getattr(facts, name) == getattr(unset, name)]
+    event = TokensEvent(3, "text", (5, 6), 1, (), facts)
+    wire = convert.event_to_wire(event).SerializeToString()
+    assert convert.event_from_wire(router_pb2.GenerateResponse.FromString(wire)) == event
 
 
 def test_an_unknown_event_is_refused() -> None:

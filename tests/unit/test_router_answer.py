@@ -60,6 +60,17 @@ async def test_an_answer_ends_the_timer_of_whoever_waits() -> None:
     assert left() is None
 
 
+async def test_one_waits_at_a_time() -> None:
+    answer = Answer[int]()
+    first = first_answer((answer,), 60.0)
+    with pytest.raises(AssertionError, match="somebody waits"):
+        first_answer((answer,), 60.0)
+    first.cancel()
+    second = first_answer((answer,), 60.0)
+    answer.succeed(3)
+    await second
+
+
 async def test_a_wait_that_is_cancelled_leaves_nobody_behind() -> None:
     answer = Answer[int]()
 

@@ -20,6 +20,8 @@ _Value = TypeVar("_Value")
 class Answer(Generic[_Value]):
     """What an item ends with: a value or a typed error, set once. An error need not be looked at.
 
+    One waits for it at a time; as many as like watch.
+
     Attributes:
         done: whether it is there.
         arrived: when it came, by time.monotonic(); which may be long before somebody waits for it.
@@ -72,7 +74,8 @@ class Answer(Generic[_Value]):
         return self.result
 
     def wait_in(self, waiter: asyncio.Future[None], timer: asyncio.TimerHandle | None) -> None:
-        """Set `waiter` when it comes, which it has not, and let `timer` be."""
+        """Set `waiter` when it comes, which it has not, and let `timer` be; one waits at a time."""
+        assert self._waiter is None or self._waiter.done(), "somebody waits for it already"
         self._waiter, self._timer = waiter, timer
 
     def _end(self) -> None:

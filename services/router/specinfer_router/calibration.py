@@ -66,13 +66,16 @@ class AcceptanceCounts:
         self._hits[0] = [PRIOR_TRIALS * chance for chance in PRIOR]
         self._num_levels, self._num_right = PRIOR_TRIALS, PRIOR_TRIALS * sum(PRIOR)
 
-    def observe(self, tree: TokenTree, accepted: Sequence[int], num_draft_nodes: int) -> list[bool]:
+    def observe(
+        self, tree: TokenTree, accepted: Sequence[int], num_draft_nodes: int, weight: int = 1
+    ) -> list[bool]:
         """Count one round; returns for each level that was reached whether a guess was right.
 
         Args:
             tree: what was verified.
             accepted: confirmed nodes below the root, in order.
             num_draft_nodes: nodes that the drafter brought, root included; later ones are not its.
+            weight: as how many such rounds it counts.
         """
         children = _children(tree.parents, num_draft_nodes)
         outcomes: list[bool] = []
@@ -82,28 +85,28 @@ class AcceptanceCounts:
             if not siblings:
                 # A drafter that answers without any guess was not right either.
                 if parent == 0:
-                    self._count(1, 1, -1)
+                    self._count(1, 1, -1, weight)
                     outcomes.append(False)
                 break
             rank = siblings.index(node) if node in siblings else -1
-            self._count(len(outcomes) + 1, min(len(siblings), MAX_RANKS), rank)
+            self._count(len(outcomes) + 1, min(len(siblings), MAX_RANKS), rank, weight)
             outcomes.append(rank >= 0)
             if rank < 0:
                 break
             parent = node
         return outcomes
 
-    def _count(self, depth: int, num_ranks: int, hit: int) -> None:
-        keep, level = KEPT_TRIAL, min(depth, MAX_LEVELS)
-        self._num_levels = keep * self._num_levels + 1.0
-        self._num_right = keep * self._num_right + (hit >= 0)
+    def _count(self, depth: int, num_ranks: int, hit: int, weight: int) -> None:
+        keep, level = KEPT_TRIAL**weight, min(depth, MAX_LEVELS)
+        self._num_levels = keep * self._num_levels + weight
+        self._num_right = keep * self._num_right + weight * (hit >= 0)
         for trials, hits in (
             (self._trials[0], self._hits[0]),
             (self._trials[level], self._hits[level]),
         ):
             for rank in range(num_ranks):
-                trials[rank] = keep * trials[rank] + 1.0
-                hits[rank] = keep * hits[rank] + (rank == hit)
+                trials[rank] = keep * trials[rank] + weight
+                hits[rank] = keep * hits[rank] + weight * (rank == hit)
 
     def snapshot(self) -> Snapshot:
         """The chances now: a level that was seldom reached leans on all levels together."""
@@ -212,10 +215,11 @@ class DrafterRecord:
         num_draft_nodes: int,
         *,
         num_sessions: int = 1,
+        weight: int = 1,
         after_pause: bool = False,
     ) -> list[bool]:
         """Count a round's tree, one of `num_sessions`; see `AcceptanceCounts.observe`."""
-        outcomes = self._counts.observe(tree, accepted, num_draft_nodes)
+        outcomes = self._counts.observe(tree, accepted, num_draft_nodes, weight)
         self._num_rounds += 1
         # Soon at first, for the prior is a guess; then as often as the tables are worth: each new
         # one makes the choices of all sessions anew. What a probe found is wanted at once.

@@ -252,6 +252,7 @@ class AdaptiveShape:
             self._num_planned = 0
             self._of_crowds.clear()
         size = history.context_len.bit_length()
+        # Exactly, where a step would do: its logarithm costs more than the few choices too many.
         key = (record.snapshot, asked.max_nodes, asked.max_depth, sharing, size)
         found = self._of_crowds.get(key)
         if found is None:

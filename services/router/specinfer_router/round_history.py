@@ -71,8 +71,8 @@ class RoundHistory:
     ) -> None:
         """Take in a round: what was guessed and confirmed.
 
-        In a crowd a round that changes nothing is told now and then (`crowd.tellers`): what a pass
-        took all who were in it know, and of guesses there are more than are worth counting.
+        In a crowd a session tells one of so many rounds (`crowd.tellers`): what a pass took all who
+        were in it know, and of guesses there are more than are worth counting. Probes are told.
 
         Args:
             guess: what the drafter brought.
@@ -86,14 +86,13 @@ class RoundHistory:
         paused, self._paused = self._paused, not guess.drafter
         load = load or self.load
         each = tellers(load.num_sessions)
-        # A guess after a pause is news to all.
-        if (self._num_rounds + self._place) % each and not (paused and guess.drafter):
-            return
-        self._observe_pass(guess, checked, each)
-        if guess.drafter:
-            self._observe_guess(guess, checked, load, paused)
-        else:
+        in_turn = not (self._num_rounds + self._place) % each
+        if in_turn:
+            self._observe_pass(guess, checked, each)
+        if not guess.drafter:
             self._surprise *= 1.0 - IDLE_WEIGHT
+        elif in_turn or load.num_drafting == 1:
+            self._observe_guess(guess, checked, load, paused)
 
     def _observe_pass(self, guess: Guess, checked: Checked, each: int) -> None:
         """Tell of the target's pass, for `each` sessions."""
@@ -112,13 +111,16 @@ class RoundHistory:
             )
 
     def _observe_guess(self, guess: Guess, checked: Checked, load: RoundLoad, paused: bool) -> None:
-        record = self.record
+        record, each = self.record, tellers(load.num_sessions)
         usual = record.snapshot.overall
         outcomes = record.observe(
             guess.tree,
             checked.result.accepted,
             guess.num_draft_nodes,
-            num_sessions=load.num_sessions // tellers(load.num_sessions),
+            num_sessions=load.num_sessions // each,
+            # Half way between as many as it stands for, which one guess cannot, and itself, which
+            # would take so much longer to notice a change.
+            weight=round(math.sqrt(each)),
             after_pause=paused,
         )
         for right in outcomes:

@@ -294,7 +294,9 @@ class VerifySeat:
         asked: _Round,
         allowed: RoundWait,
     ) -> None:
-        """Past the deadline wait on until the step is answered, for as long as nobody else could.
+        """Wait on until the step is answered, for as long as nobody else could answer it.
+
+        The first wait, until `allowed` is over, is `_ask`'s.
 
         Raises:
             _TookTooLong: the deadline has passed and another worker is there, or none came.
