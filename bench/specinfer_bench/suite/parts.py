@@ -89,12 +89,15 @@ _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "40", "--repeats", "1")
 _SWEEP = "sweep --sessions 1,2,4,8,16,32,64 --max-tokens 24 --max-seconds 75"
 _OPEN = "open --rate 2.5 --requests 28 --max-tokens 32"
-_RATES = "rates --rates 2,4,8 --seconds 3 --max-tokens 24"
-_SIMULATED = "python -m specinfer_bench.load sweep --simulated --max-tokens 16 --repeats 2"
+_RATES = "rates --rates 2,8 --seconds 3 --max-tokens 24"
+_SIMULATED = (
+    "python -m specinfer_bench.load sweep --simulated --sessions 1,4,16,32,64 --max-tokens 16"
+    " --repeats 2"
+)
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
 _PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 3 --loads 2"
-_SHORT_PEERS = "--num-prompts 2 --max-tokens 24 --max-seconds 50 --repeats 1 --temperatures 0"
+_SHORT_PEERS = "--num-prompts 2 --max-tokens 16 --max-seconds 50 --repeats 1 --temperatures 0"
 _ONE_PROCESS = "specinfer in one process"
 _SLOWER = (_ONE_PROCESS, "transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
