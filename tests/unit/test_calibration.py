@@ -16,6 +16,7 @@ from specinfer_router.calibration import (
     AcceptanceCounts,
     Calibration,
     DraftCost,
+    Snapshot,
 )
 from specinfer_router.crowd import CROWD, tellers
 from specinfer_router.live_costs import LiveCosts
@@ -221,13 +222,22 @@ def one_of(
     num_sessions: int,
     *,
     drafter: str = "a",
-    num_drafting: int | None = None,
+    accepted: tuple[int, ...] = (1, 3),
+    probe: bool = False,
+    after_prefill: bool = False,
 ) -> None:
     """A round of one of so many sessions that share each pass."""
-    guess = Guess(TREE, "", 0.004, num_draft_nodes=6, draft_depth=2, drafter=drafter)
+    guess = Guess(
+        *(TREE, "", 0.004),
+        num_draft_nodes=6,
+        draft_depth=2,
+        drafter=drafter,
+        after_prefill=after_prefill,
+    )
     rows = num_sessions * len(TREE)
-    result = VerifyResult(1, (1, 3), (1,) * 3, num_rows=rows, compute_seconds=0.02)
-    load = RoundLoad(num_sessions, num_sessions if num_drafting is None else num_drafting)
+    tokens = (1,) * (1 + len(accepted))
+    result = VerifyResult(1, accepted, tokens, num_rows=rows, compute_seconds=0.02)
+    load = RoundLoad(num_sessions, 1 if probe else num_sessions, probe)
     history.observe(guess, Checked(result, 0.021), context_len=50, load=load)
 
 
@@ -263,40 +273,58 @@ def test_every_session_of_a_crowd_tells_in_turn() -> None:
 
 @pytest.mark.parametrize("num_idle", [0, 3])
 def test_a_probe_is_told_whosever_turn_it_is(num_idle: int) -> None:
-    """A session's first round may be one, too."""
-    for place in range(2 * tellers(64)):
-        calibration = Teller()
-        for _ in range(place):
-            calibration.next_place()
-        (history,) = histories_of(calibration, 1)
+    """What it found is wanted at once, in a session's first round too, which reads the prompt."""
+    calibration = Teller()
+    for history in histories_of(calibration, 64):
+        for _ in range(4 * tellers(64)):
+            one_of(history, 64)
+    record, num_told = calibration.record("a", 0.0), 0
+    for history in histories_of(calibration, 2 * tellers(64)):
         for _ in range(num_idle):
             one_of(history, 64, drafter="")
-        record = calibration.record("a", 0.0)
-        before = record.cost.seconds(2)
-        one_of(history, 64, num_drafting=1)
-        assert record.cost.seconds(2) != before, place
+        known, before = record.snapshot, calibration.num_told
+        one_of(history, 64, accepted=(), probe=True, after_prefill=not num_idle)
+        assert record.snapshot.overall < known.overall
+        num_told += calibration.num_told - before
+    assert num_told == (2 if num_idle else 0), "of a pass a probe tells in its turn alone"
 
 
-def test_a_crowd_that_guesses_again_weighs_its_pass_once() -> None:
+def test_a_crowd_that_guesses_again_weighs_its_pass_once_and_few_of_its_guesses() -> None:
     calibration = Teller()
     histories = histories_of(calibration, 64)
+    costs = DraftCost(0.001)
+    calibration.record("a", 0.0).cost = costs
     for drafter in ("", "", "", "a"):
         before = calibration.num_passes
         for history in histories:
             one_of(history, 64, drafter=drafter)
     assert calibration.num_passes == pytest.approx(before + 1.0)
+    few = DraftCost(0.001)
+    for _ in range(CROWD):
+        few.observe(2, 0.004 / calibration.record("a", 0.0).slowness(64), after_pause=True)
+    assert vars(costs) == vars(few)
+
+
+@pytest.mark.parametrize(("num_sessions", "weight"), [(CROWD, 1), (16, 1), (32, 2), (64, 3)])
+def test_what_a_guess_of_a_crowd_counts_for(num_sessions: int, weight: int) -> None:
+    calibration, expected = Teller(), AcceptanceCounts()
+    (history,) = histories_of(calibration, 1)
+    for _ in range(tellers(num_sessions)):
+        one_of(history, num_sessions, accepted=())
+    one_of(history, num_sessions, accepted=(), probe=True)
+    expected.observe(TREE, (), 6, weight=weight)
+    expected.observe(TREE, (), 6)
+    assert history.record.snapshot.overall == expected.snapshot().overall
 
 
 def test_a_crowds_chances_are_made_anew_after_as_many_rounds_as_those_of_a_few() -> None:
     def num_snapshots(num_sessions: int) -> int:
-        calibration, found = Teller(), set[int]()
-        kept = []
+        calibration, found = Teller(), set[Snapshot]()
         histories = histories_of(calibration, num_sessions)
         for _ in range(10 * SNAPSHOT_ROUNDS):
             for history in histories:
                 one_of(history, num_sessions)
-                kept.append(history.record.snapshot)
-            found |= {id(one) for one in kept}
+                found.add(history.record.snapshot)
         return len(found)
 
     few = num_snapshots(CROWD)
@@ -311,7 +339,7 @@ def test_idle_rounds_forget_a_sessions_luck_in_a_crowd_too() -> None:
             Guess(TREE, "", 0.004, num_draft_nodes=6, draft_depth=2, drafter="a"),
             Checked(VerifyResult(1, (), (1,), num_rows=6), 0.021),
             context_len=50,
-            load=RoundLoad(num_sessions, 1),
+            load=RoundLoad(num_sessions, 1, probe=True),
         )
         assert history.shift < 0
         for _ in range(200):
@@ -322,7 +350,8 @@ def test_idle_rounds_forget_a_sessions_luck_in_a_crowd_too() -> None:
 
 def test_a_round_that_counts_for_several_counts_as_so_many_alike() -> None:
     once, several = AcceptanceCounts(), AcceptanceCounts()
-    for accepted in ((1, 3), (), (1,), (2, 5)):
+    # Long enough to forget in, and of another kind in the end.
+    for accepted in ((1, 3), (1,)) * 60 + ((), (2, 5)) * 20:
         several.observe(TREE, accepted, 6, weight=3)
         for _ in range(3):
             once.observe(TREE, accepted, 6)

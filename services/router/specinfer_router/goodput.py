@@ -216,7 +216,7 @@ class AdaptiveShape:
             return _best_first(choice.num_nodes, choice.depth, asked.branch)
         if not _is_probe(record, choice, sharing):
             return _best_first(0, asked.max_depth, asked.branch)
-        history.load = RoundLoad(sharing, 1)
+        history.load = RoundLoad(sharing, 1, probe=True)
         return _best_first(1, 1, asked.branch)
 
     def never_guesses(self, options: SpeculationOptions) -> bool:

@@ -24,10 +24,12 @@ class RoundLoad(NamedTuple):
     Attributes:
         num_sessions: sessions that shared the target.
         num_drafting: sessions that were to be drafted for.
+        probe: whether its guess was not expected to pay, but to tell.
     """
 
     num_sessions: int = 1
     num_drafting: int = 1
+    probe: bool = False
 
 
 class RoundHistory:
@@ -91,8 +93,8 @@ class RoundHistory:
             self._observe_pass(guess, checked, each)
         if not guess.drafter:
             self._surprise *= 1.0 - IDLE_WEIGHT
-        elif in_turn or load.num_drafting == 1:
-            self._observe_guess(guess, checked, load, paused)
+        elif in_turn or load.probe:
+            self._observe_guess(guess, checked, load, paused or load.probe)
 
     def _observe_pass(self, guess: Guess, checked: Checked, each: int) -> None:
         """Tell of the target's pass, for `each` sessions."""
@@ -118,9 +120,9 @@ class RoundHistory:
             checked.result.accepted,
             guess.num_draft_nodes,
             num_sessions=load.num_sessions // each,
-            # Half way between as many as it stands for, which one guess cannot, and itself, which
-            # would take so much longer to notice a change.
-            weight=round(math.sqrt(each)),
+            # Between as many as it stands for, which one guess cannot, and itself, which would take
+            # so much longer to notice a change. A probe stands for nobody else.
+            weight=1 if load.probe else round(math.sqrt(each)),
             after_pause=paused,
         )
         for right in outcomes:

@@ -294,7 +294,7 @@ class VerifySeat:
         asked: _Round,
         allowed: RoundWait,
     ) -> None:
-        """Wait on until the step is answered, for as long as nobody else could answer it.
+        """Wait on until the step is answered, as long as that is allowed or nobody else is there.
 
         The first wait, until `allowed` is over, is `_ask`'s.
 
