@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
+from specinfer.tree import TokenTree
 from specinfer_router import goodput
 from specinfer_router.calibration import Acceptance, Calibration, Snapshot, shift_acceptance
 from specinfer_router.goodput import (
@@ -172,6 +173,23 @@ def test_a_session_whose_guesses_are_better_than_usual_gets_a_deeper_tree() -> N
         lucky.run(1)
     assert lucky.last_shapes[0].max_depth > usual.last_shapes[0].max_depth
     assert lucky.run(100).num_tokens > 1.3 * usual.run(100).num_tokens
+
+
+@pytest.mark.parametrize("sessions", [1, 16])
+def test_a_probe_is_said_to_be_one(sessions: int) -> None:
+    calibration = Calibration(MEASURED, lambda: (StepCost(1, 0, 0.001),))
+    policy = AdaptiveShape(CAP, calibration)
+    histories = [policy.history(0.0, 100) for _ in range(sessions)]
+    wrong = TokenTree.chain((1, 2, 3))
+    for _ in range(300):
+        calibration.record("useless", 0.0).observe(wrong, (), 3)
+    num_probes = 0
+    for _ in range(2000):
+        for history in histories:
+            shape = policy.plan(SpeculationOptions(), history, sessions)
+            assert history.load.probe == (shape.max_nodes > 0)
+            num_probes += history.load.probe
+    assert num_probes > 0
 
 
 # A pass that costs what its rows cost, as with many rows it does.
