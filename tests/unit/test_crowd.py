@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specinfer.messages import ShapeQuery, SpeculationOptions
+from specinfer.messages import ShapeQuery, SpeculationOptions, StepCost
 from specinfer.step_curve import StepCurve
 from specinfer_router import crowd
 from specinfer_router.calibration import Calibration
@@ -20,6 +20,7 @@ from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.router import RouterLimits
 from tests.kit.fake_workers import FakeVerifier, info_of
 from tests.kit.router import request_of, running_router
+from tests.kit.simulated_rounds import Simulation, World
 
 
 class Clock:
@@ -176,3 +177,24 @@ def test_what_was_in_vain_for_a_crowd_stays_so_while_some_are_away() -> None:
     assert straggler.record.num_vain_probes == 3
     policy.plan(SpeculationOptions(), straggler, 1, of_late=1)
     assert straggler.record.num_vain_probes == 0
+
+
+def rounds_until_it_gives_up(lead: int) -> int:
+    """Of each of 64 sessions, after the drafter's guesses have gone bad in round `lead`."""
+    costs = StepCurve([StepCost(rows, 0, s) for rows, s in ((1, 0.01), (64, 0.012), (256, 0.03))])
+    world = World(costs, [[0.9, 0.03]])
+    policy = AdaptiveShape(ShapeQuery(12, 12), Calibration(costs))
+    simulation = Simulation(world, policy, 64, seed=1, in_turn=True)
+    simulation.run(lead)
+    assert any(shape.max_nodes for shape in simulation.last_shapes)
+    world.acceptance = [[0.15, 0.05]]
+    for num_rounds in range(1, 200):
+        simulation.run(1)
+        if not any(shape.max_nodes for shape in simulation.last_shapes):
+            return num_rounds
+    raise AssertionError("guessed on for ever")
+
+
+def test_a_crowd_gives_up_guesses_that_go_bad_soon() -> None:
+    """Though few of its rounds are told: chances are made anew after 32 rounds of each."""
+    assert max(rounds_until_it_gives_up(lead) for lead in range(40, 72, 8)) <= 40

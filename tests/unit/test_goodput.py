@@ -381,24 +381,3 @@ def test_a_crowds_plain_tokens_share_what_comes_with_a_round() -> None:
     assert overhead > 0.01
     assert alone == pytest.approx(FLAT.at(8) + overhead, rel=0.05)
     assert together == pytest.approx(FLAT.at(16) + overhead / 8, rel=0.05)
-
-
-def rounds_until_it_gives_up(lead: int) -> int:
-    """Of each of 64 sessions, after the drafter's guesses have gone bad in round `lead`."""
-    costs = StepCurve([StepCost(rows, 0, s) for rows, s in ((1, 0.01), (64, 0.012), (256, 0.03))])
-    world = World(costs, [[0.9, 0.03]])
-    policy = AdaptiveShape(ShapeQuery(12, 12), Calibration(costs))
-    simulation = Simulation(world, policy, 64, seed=1, in_turn=True)
-    simulation.run(lead)
-    assert any(shape.max_nodes for shape in simulation.last_shapes)
-    world.acceptance = [[0.15, 0.05]]
-    for num_rounds in range(1, 200):
-        simulation.run(1)
-        if not any(shape.max_nodes for shape in simulation.last_shapes):
-            return num_rounds
-    raise AssertionError("guessed on for ever")
-
-
-def test_a_crowd_gives_up_guesses_that_go_bad_soon() -> None:
-    """Though few of its rounds are told: chances are made anew after 32 rounds of each."""
-    assert max(rounds_until_it_gives_up(lead) for lead in range(40, 72, 8)) <= 40
