@@ -174,7 +174,6 @@ class AdaptiveShape:
         self._num_sessions = 0
         self._recent = RecentMost()
         self._beginning: WeakSet[RoundHistory] = WeakSet()
-        self._somebody_begins = False
         self._tables: OrderedDict[tuple[object, ...], TokenTable] = OrderedDict()
         self._choices: OrderedDict[tuple[object, ...], Choice] = OrderedDict()
         # Those of crowds, until about every session has planned a round.
@@ -231,14 +230,12 @@ class AdaptiveShape:
         knows yet. Those of late are counted from when somebody last planned with them.
         """
         if not num_sessions:
-            self._somebody_begins = True
             self._beginning.add(history)
             now = self._num_sessions + len(self._beginning)
             return RoundLoad(self._recent.most(now), now)
         self._num_sessions, sharing = num_sessions, max(num_sessions, of_late)
         self._recent.note(sharing)
-        if self._somebody_begins:
-            self._somebody_begins = False
+        if self._beginning:
             self._beginning.clear()
         return RoundLoad(sharing, num_sessions)
 

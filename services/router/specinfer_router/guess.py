@@ -60,7 +60,6 @@ def usable_tree(
         raise InvalidTree(f"a tree below token {tree.token_ids[0]}, asked below {root}")
     tree.check_vocabulary(vocab_size)
     tree = tree.truncate(shape.max_nodes + 1)
-    # No tree is deeper than it has nodes.
-    if tree.num_draft_tokens > shape.max_depth and tree.max_depth > shape.max_depth:
+    if tree.max_depth > shape.max_depth:
         raise InvalidTree(f"a tree of depth {tree.max_depth}, asked for {shape.max_depth}")
     return tree

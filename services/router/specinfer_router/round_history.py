@@ -94,7 +94,7 @@ class RoundHistory:
         if not guess.drafter:
             self._surprise *= 1.0 - IDLE_WEIGHT
         elif in_turn or load.probe:
-            self._observe_guess(guess, checked, load, paused or load.probe)
+            self._observe_guess(guess, checked, load, each, paused or load.probe)
 
     def _observe_pass(self, guess: Guess, checked: Checked, each: int) -> None:
         """Tell of the target's pass, for `each` sessions."""
@@ -112,8 +112,10 @@ class RoundHistory:
                 overhead_seconds=away,
             )
 
-    def _observe_guess(self, guess: Guess, checked: Checked, load: RoundLoad, paused: bool) -> None:
-        record, each = self.record, tellers(load.num_sessions)
+    def _observe_guess(
+        self, guess: Guess, checked: Checked, load: RoundLoad, each: int, paused: bool
+    ) -> None:
+        record = self.record
         usual = record.snapshot.overall
         outcomes = record.observe(
             guess.tree,

@@ -105,8 +105,7 @@ class Buffer(Generic[_Event]):
     def put(self, event: _Event) -> None:
         """Add one; it is for the caller to see that there is room."""
         self._events.append(event)
-        if self._waiter is not None:
-            self._wake()
+        self._wake()
 
     def end(self) -> None:
         """No more come."""
@@ -118,18 +117,19 @@ class Buffer(Generic[_Event]):
         while not self._events:
             if self._ended:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            await self._wait()
         event = self._events.popleft()
-        if self._waiter is not None:
-            self._wake()
+        self._wake()
         return event
 
     async def room(self) -> None:
         """Wait until it is not full."""
         while self.full:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
     def _wake(self) -> None:
         # Empty and full at once it never is, so that only one side ever waits.

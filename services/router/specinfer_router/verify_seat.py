@@ -267,10 +267,7 @@ class VerifySeat:
                 owner=self._owner,
                 traceparent=asked.traceparent,
             )
-            allowed = self._first_wait(link, opening is not None, asked)
-            await first_answer((stepping,), allowed.seconds)
-            if not stepping.done:
-                await self._wait(link, stepping, ticket, since, opening is not None, asked, allowed)
+            await self._wait(link, stepping, ticket, since, opening is not None, asked)
             # Why a session was not taken says more than that the worker does not know it.
             if opening is not None:
                 await opening
@@ -292,17 +289,19 @@ class VerifySeat:
         since: float,
         opened: bool,
         asked: _Round,
-        allowed: RoundWait,
     ) -> None:
-        """Wait on until the step is answered, as long as that is allowed or nobody else is there.
-
-        The first wait, until `allowed` is over, is `_ask`'s.
+        """Wait until the step is answered; past the deadline, for as long as nobody else could.
 
         Raises:
             _TookTooLong: the deadline has passed and another worker is there, or none came.
         """
-        late, until = False, since + allowed.seconds
-        while not stepping.done:
+        allowed, late = self._first_wait(link, opened, asked), False
+        until = since + allowed.seconds
+        while True:
+            limit = until - time.monotonic()
+            await first_answer((stepping,), min(limit, LOOK_SECONDS) if late else limit)
+            if stepping.done:
+                return
             passed = time.monotonic() >= until
             # One that has answered nobody since is hung; one that has is slow.
             silent = link.heard < since
@@ -318,8 +317,6 @@ class VerifySeat:
             if passed:
                 allowed = self._allowed(link, opened, asked)
                 until = time.monotonic() + allowed.seconds
-            limit = until - time.monotonic()
-            await first_answer((stepping,), min(limit, LOOK_SECONDS) if late else limit)
 
     def _first_wait(self, link: VerifyLink, opened: bool, asked: _Round) -> RoundWait:
         """As `_allowed`, which mostly says what it said of the last round."""
