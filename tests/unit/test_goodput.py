@@ -22,6 +22,7 @@ from specinfer_router.goodput import (
     RoundCosts,
     sizes,
 )
+from specinfer_router.round_history import RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
 from tests.kit.simulated_rounds import Simulation, World
 
@@ -187,8 +188,9 @@ def test_a_probe_is_said_to_be_one(sessions: int) -> None:
     for _ in range(2000):
         for history in histories:
             shape = policy.plan(SpeculationOptions(), history, sessions)
-            assert history.load.probe == (shape.max_nodes > 0)
-            num_probes += history.load.probe
+            probed = shape.max_nodes > 0
+            assert history.load == RoundLoad(sessions, 1 if probed else sessions, probe=probed)
+            num_probes += probed
     assert num_probes > 0
 
 

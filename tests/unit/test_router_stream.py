@@ -12,6 +12,9 @@ from specinfer.errors import ReaderStalled, RouterLeaving
 from specinfer_router.stream import Buffer, OpenStreams
 from tests.kit.waiting import until
 
+# Who is not woken waits for ever.
+pytestmark = pytest.mark.timeout(20)
+
 
 class Source:
     """Counts up, and says how far it has come and whether it was closed."""

@@ -35,6 +35,7 @@ CLEAR_SPREAD = 4.0
 SNAPSHOT_ROUNDS = 32
 MAX_RECORDS = 32
 MAX_TEMPERATURE_STEPS = 4
+GOLDEN_SECTION = (5.0**0.5 - 1.0) / 2.0
 
 Acceptance = tuple[tuple[float, ...], ...]
 
@@ -257,12 +258,15 @@ class Calibration:
         self._newest = ""
         # What was asked for last: mostly it is the same one again.
         self._asked, self._found = ("", -1.0), DrafterRecord()
-        self._num_places = 0
+        self._place = 0.0
 
-    def next_place(self) -> int:
-        """A number for a session, one after the other."""
-        self._num_places += 1
-        return self._num_places
+    def next_place(self) -> float:
+        """A place in [0, 1) for a session.
+
+        Multiples of the golden section: those in a row, or each so many apart, lie evenly.
+        """
+        self._place = (self._place + GOLDEN_SECTION) % 1.0
+        return self._place
 
     def record(self, drafter: str, temperature: float) -> DrafterRecord:
         """What is known of a drafter; "" is whichever was heard of last.

@@ -24,7 +24,7 @@ class RoundLoad(NamedTuple):
     Attributes:
         num_sessions: sessions that shared the target.
         num_drafting: sessions that were to be drafted for.
-        probe: whether its guess was not expected to pay, but to tell.
+        probe: whether the round was planned to see what a guess brings, not because it would pay.
     """
 
     num_sessions: int = 1
@@ -52,7 +52,8 @@ class RoundHistory:
         # How much more often guesses were right than usual, on average, the latest ones most.
         self._surprise = 0.0
         self._num_rounds = 0
-        # Sessions of a crowd begin to count at different places, so as to tell in different rounds.
+        # Sessions of a crowd begin to count at different places, so as to tell of different passes,
+        # whether they came at once or one with each pass.
         self._place = calibration.next_place()
         self._paused = False
 
@@ -74,7 +75,7 @@ class RoundHistory:
         """Take in a round: what was guessed and confirmed.
 
         In a crowd a session tells one of so many rounds (`crowd.tellers`): what a pass took all who
-        were in it know, and of guesses there are more than are worth counting. Probes are told.
+        were in it know, and of guesses there are more than are worth counting. A probe's is told.
 
         Args:
             guess: what the drafter brought.
@@ -88,13 +89,13 @@ class RoundHistory:
         paused, self._paused = self._paused, not guess.drafter
         load = load or self.load
         each = tellers(load.num_sessions)
-        in_turn = not (self._num_rounds + self._place) % each
+        in_turn = not (self._num_rounds + int(self._place * each)) % each
         if in_turn:
             self._observe_pass(guess, checked, each)
         if not guess.drafter:
             self._surprise *= 1.0 - IDLE_WEIGHT
         elif in_turn or load.probe:
-            self._observe_guess(guess, checked, load, each, paused or load.probe)
+            self._observe_guess(guess, checked, load, each, after_pause=paused or load.probe)
 
     def _observe_pass(self, guess: Guess, checked: Checked, each: int) -> None:
         """Tell of the target's pass, for `each` sessions."""
@@ -113,7 +114,7 @@ class RoundHistory:
             )
 
     def _observe_guess(
-        self, guess: Guess, checked: Checked, load: RoundLoad, each: int, paused: bool
+        self, guess: Guess, checked: Checked, load: RoundLoad, each: int, *, after_pause: bool
     ) -> None:
         record = self.record
         usual = record.snapshot.overall
@@ -123,9 +124,9 @@ class RoundHistory:
             guess.num_draft_nodes,
             num_sessions=load.num_sessions // each,
             # Between as many as it stands for, which one guess cannot, and itself, which would take
-            # so much longer to notice a change. A probe stands for nobody else.
+            # so much longer to notice a change: of two itself. A probe stands for nobody else.
             weight=1 if load.probe else round(math.sqrt(each)),
-            after_pause=paused,
+            after_pause=after_pause,
         )
         for right in outcomes:
             self._surprise += OWN_WEIGHT * (right - usual - self._surprise)
@@ -133,7 +134,7 @@ class RoundHistory:
         seconds = guess.seconds / record.slowness(load.num_drafting)
         # What read a prompt too says at least that a tree takes no longer than that.
         if not guess.after_prefill or seconds < record.cost.seconds(levels):
-            record.cost.observe(levels, seconds, after_pause=paused)
+            record.cost.observe(levels, seconds, after_pause=after_pause)
 
 
 def _log_odds(chance: float) -> float:

@@ -319,8 +319,11 @@ class VerifySeat:
                 until = time.monotonic() + allowed.seconds
 
     def _first_wait(self, link: VerifyLink, opened: bool, asked: _Round) -> RoundWait:
-        """As `_allowed`, which mostly says what it said of the last round."""
-        if opened or self._num_misses:
+        """As `_allowed`, which mostly says what it said of the last round.
+
+        Where it was opened anew, as for each further try of a round, there was none like it.
+        """
+        if opened:
             return self._allowed(link, opened, asked)
         waiting = max(link.num_seats, link.load.num_waiting)
         work = *work_of(len(asked.tree), waiting), asked.num_tokens
