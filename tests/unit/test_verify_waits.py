@@ -133,7 +133,7 @@ async def step(
     assert checked.result.token_ids == (9,)
 
 
-def seconds_for(costs: Sequence[StepCost] = COSTS, **work: int) -> float:
+def seconds_for(costs: Sequence[StepCost] = COSTS, **work: Any) -> float:
     return StepDeadline().wait(StepCurve(costs), **work).seconds
 
 
@@ -191,10 +191,10 @@ async def test_who_is_slow_and_alone_is_waited_for_twice_as_long_each_time(
     worker, failed = Worker(clock, "a"), list[float]()
     seat = seat_in(pool_of(worker))
     await step(seat)
+    begun, first = clock.now, seconds_for(num_rows=1)
     monkeypatch.setattr(
         worker.breaker, "fail", lambda ticket, at_once: failed.append(clock.now - begun)
     )
-    begun, first = clock.now, seconds_for(num_rows=1)
     waits.seconds.clear()
     waits.answers = lambda: clock.now - begun > 7 * first
     await step(seat)
