@@ -96,7 +96,7 @@ _SIMULATED = (
 )
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
 # What is near enough to take the machine's mood for the difference: often, and two loads each.
-_PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 3 --loads 2"
+_PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 2 --loads 2"
 _SHORT_PEERS = "--num-prompts 2 --max-tokens 16 --max-seconds 50 --repeats 1 --temperatures 0"
 _ONE_PROCESS = "specinfer in one process"
 _SLOWER = (_ONE_PROCESS, "transformers", "OpenVINO GenAI", "vLLM", "SGLang")
@@ -105,7 +105,7 @@ _ABLATIONS = "python -m specinfer_bench.peers.ablations --temperatures 0.8"
 _IDEAS = f"{_ABLATIONS} --num-prompts 3 --max-tokens 48 --repeats 2 --max-seconds 20 --layouts"
 # Last, and few tokens: where a processor cannot multiply bfloat16, a pass without packing takes ten
 # times as long as with it.
-_NO_PACKING = f"{_ABLATIONS} --num-prompts 1 --max-tokens 16 --no-ideas --layouts plain"
+_NO_PACKING = f"{_ABLATIONS} --num-prompts 1 --max-tokens 16 --repeats 1 --no-ideas --layouts plain"
 
 # Those that share a cluster stand together.
 PARTS = (
