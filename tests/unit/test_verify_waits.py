@@ -23,6 +23,9 @@ from specinfer_router.verify_seat import LOOK_SECONDS, VerifySeat
 from specinfer_router.worker_links import VerifyLink
 from tests.kit.fake_workers import info_of
 
+# Who is waited for wrongly may be waited for for ever.
+pytestmark = pytest.mark.timeout(20)
+
 COSTS = (StepCost(1, 0, 0.1), StepCost(64, 0, 0.2), StepCost(256, 0, 0.5))
 SLOWER = (StepCost(1, 0, 0.3), StepCost(64, 0, 0.4), StepCost(256, 0, 1.5))
 ROOT, CHAIN = TokenTree.root_only(7), TokenTree.chain((7, *range(1, 8)))
@@ -42,7 +45,7 @@ class Clock:
 class Worker:
     """A link to a worker that answers when it is told to."""
 
-    generation, connected, trusted = 1, True, True
+    generation, connected, trusted, hung = 1, True, True, False
 
     def __init__(self, clock: Clock, name: str, costs: Sequence[StepCost] = COSTS) -> None:
         self.address = name
@@ -59,8 +62,8 @@ class Worker:
 
     @property
     def heard(self) -> float:
-        """It has answered others since: slow, and not hung."""
-        return self._clock.now
+        """It has answered others since, so that it is slow, unless it is hung."""
+        return 0.0 if self.hung else self._clock.now
 
     def open(self, *args: object, **options: object) -> Answer[None]:
         self.num_opened += 1
@@ -145,6 +148,7 @@ async def test_each_wait_is_as_long_as_its_work_may_take(clock: Clock, waits: Wa
     await step(seat)
     worker.num_seats = 64
     await step(seat, CHAIN)
+    await step(seat)
     await step(seat, num_tokens=8)
     worker.num_seats = 1
     worker.load = WorkerLoad(num_waiting=80)
@@ -156,12 +160,13 @@ async def test_each_wait_is_as_long_as_its_work_may_take(clock: Clock, waits: Wa
         seconds_for(num_rows=1),
         seconds_for(num_rows=1),
         seconds_for(num_rows=8, num_waiting=64),
+        seconds_for(num_rows=1, num_waiting=64),
         seconds_for(num_rows=1, num_waiting=64, num_steps=8),
         seconds_for(num_rows=8, num_waiting=80),
         seconds_for(num_rows=1),
     ]
     assert waits.seconds == pytest.approx(expected)
-    assert len({round(seconds, 6) for seconds in expected}) == 5, "all but three differ"
+    assert len({round(seconds, 6) for seconds in expected}) == 5, "of a root alone most are alike"
 
 
 async def test_a_session_that_moves_waits_by_what_its_new_worker_costs(
@@ -202,7 +207,11 @@ async def test_who_is_slow_and_alone_is_waited_for_twice_as_long_each_time(
     assert waits.seconds[0] == pytest.approx(first)
     assert max(waits.seconds[1:]) == LOOK_SECONDS, "somebody else may come at any time"
     assert worker.num_opened == 1
-    assert worker.num_given_up == 0
+    waits.seconds.clear()
+    worker.num_seats = 64
+    await step(seat, CHAIN)
+    wait = seconds_for(num_rows=8, num_waiting=64)
+    assert waits.seconds == pytest.approx([wait]), "the next round has missed none"
 
 
 async def test_a_worker_that_comes_while_another_is_late_is_taken_at_the_next_look(
@@ -223,6 +232,22 @@ async def test_a_worker_that_comes_while_another_is_late_is_taken_at_the_next_lo
     await step(seat)
     assert clock.now - came[0] <= LOOK_SECONDS
     assert (late.num_opened, other.num_opened) == (1, 1)
+    assert late.num_given_up == 0, "it answers others"
+
+
+async def test_a_worker_that_answers_nobody_is_given_up_at_once(
+    clock: Clock, waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung, other, failed = Worker(clock, "a"), Worker(clock, "b"), list[bool]()
+    hung.hung, other.num_seats = True, 1
+    monkeypatch.setattr(hung.breaker, "fail", lambda ticket, at_once: failed.append(at_once))
+    seat = seat_in(pool_of(hung, other))
+    waits.answers = lambda: other.num_opened > 0
+    await step(seat, num_tokens=8)
+    assert failed == [True]
+    assert (hung.num_given_up, other.num_given_up) == (1, 0)
+    wait = seconds_for(num_rows=1, num_prefill=4, num_waiting=2, num_misses=1)
+    assert waits.seconds[1:] == pytest.approx([wait]), "whose next worker is asked for less"
 
 
 async def test_the_longest_wait_is_the_last_and_counts_as_a_try(clock: Clock, waits: Waits) -> None:

@@ -95,8 +95,8 @@ _SIMULATED = (
     " --repeats 2"
 )
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
-# What is near enough to take the machine's mood for the difference: often, and two loads each.
-_PLAIN = f"{_PEERS} --plain --temperatures 0 --repeats 2 --loads 2"
+# What is near enough to take the machine's mood for the difference: two loads each.
+_PLAIN = f"{_PEERS} --plain --temperatures 0 --loads 2"
 _SHORT_PEERS = "--num-prompts 2 --max-tokens 16 --max-seconds 50 --repeats 1 --temperatures 0"
 _ONE_PROCESS = "specinfer in one process"
 _SLOWER = (_ONE_PROCESS, "transformers", "OpenVINO GenAI", "vLLM", "SGLang")

@@ -95,9 +95,8 @@ def first_answer(
 ) -> asyncio.Future[None]:
     """What is there when one of `answers` is, or after `seconds`; none of them is given up.
 
-    It may be let go of at any time, and is held until an answer or the time has come; nobody else
-    waits for any of them meanwhile. A future and no coroutine, which would be two more to be
-    resumed in every round.
+    It may be cancelled at any time; nobody else waits for any of them meanwhile. A future and no
+    coroutine, which would be two more to be resumed in every round.
     """
     loop = asyncio.get_running_loop()
     waiter: asyncio.Future[None] = loop.create_future()

@@ -15,6 +15,7 @@ from functools import lru_cache
 from specinfer.messages import StepCost
 from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
+from specinfer_router.crowd import Places
 from specinfer_router.live_costs import LiveCosts, MovingAverage
 
 MAX_LEVELS = 8
@@ -35,7 +36,6 @@ CLEAR_SPREAD = 4.0
 SNAPSHOT_ROUNDS = 32
 MAX_RECORDS = 32
 MAX_TEMPERATURE_STEPS = 4
-GOLDEN_SECTION = (5.0**0.5 - 1.0) / 2.0
 
 Acceptance = tuple[tuple[float, ...], ...]
 
@@ -239,6 +239,7 @@ class Calibration:
         overhead_seconds: what the way to the target and back takes beside its passes and queue.
         num_passes: passes seen, each session's share of its own; what is made of the costs is worth
             making again now and then.
+        places: where in a crowd each session begins to count.
     """
 
     def __init__(
@@ -253,20 +254,12 @@ class Calibration:
         self.costs = LiveCosts(costs)
         self.overhead_seconds = MovingAverage(0.0, weight=0.05)
         self.num_passes = 0.0
+        self.places = Places()
         self._draft_costs = draft_costs
         self._records: OrderedDict[tuple[str, int], DrafterRecord] = OrderedDict()
         self._newest = ""
         # What was asked for last: mostly it is the same one again.
         self._asked, self._found = ("", -1.0), DrafterRecord()
-        self._place = 0.0
-
-    def next_place(self) -> float:
-        """A place in [0, 1) for a session.
-
-        Multiples of the golden section: those in a row, or each so many apart, lie evenly.
-        """
-        self._place = (self._place + GOLDEN_SECTION) % 1.0
-        return self._place
 
     def record(self, drafter: str, temperature: float) -> DrafterRecord:
         """What is known of a drafter; "" is whichever was heard of last.

@@ -13,11 +13,29 @@ from collections.abc import Callable
 CROWD = 8
 # A request that ends makes room for the next one, which takes the way to its user and back.
 DIP_SECONDS = 0.1
+GOLDEN_SECTION = (5.0**0.5 - 1.0) / 2.0
 
 
 def tellers(num_sessions: int) -> int:
     """Of how many rounds of so many sessions one is told: as many as CROWD sessions have."""
     return max(1, num_sessions // CROWD)
+
+
+class Places:
+    """Places in [0, 1) for sessions, so that those of a crowd tell of different passes.
+
+    Multiples of the golden section: spread well, whether sessions come at once or one with each
+    pass. At a few rates of coming some passes are told by nobody and the next by twice as many;
+    every session tells as often, so that the mean is right.
+    """
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def next(self) -> float:
+        """The place of the next session."""
+        self._last = (self._last + GOLDEN_SECTION) % 1.0
+        return self._last
 
 
 class RecentMost:

@@ -54,7 +54,7 @@ class RoundHistory:
         self._num_rounds = 0
         # Sessions of a crowd begin to count at different places, so as to tell of different passes,
         # whether they came at once or one with each pass.
-        self._place = calibration.next_place()
+        self._place = calibration.places.next()
         self._paused = False
 
     @property
@@ -124,7 +124,7 @@ class RoundHistory:
             guess.num_draft_nodes,
             num_sessions=load.num_sessions // each,
             # Between as many as it stands for, which one guess cannot, and itself, which would take
-            # so much longer to notice a change: of two itself. A probe stands for nobody else.
+            # so much longer to notice a change (one of two counts once). A probe stands for nobody.
             weight=1 if load.probe else round(math.sqrt(each)),
             after_pause=after_pause,
         )

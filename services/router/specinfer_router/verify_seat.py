@@ -321,7 +321,8 @@ class VerifySeat:
     def _first_wait(self, link: VerifyLink, opened: bool, asked: _Round) -> RoundWait:
         """As `_allowed`, which mostly says what it said of the last round.
 
-        Where it was opened anew, as for each further try of a round, there was none like it.
+        A round whose session was just opened is worked out: it reads a prompt, and every further
+        try of a round is one, so that no other has misses.
         """
         if opened:
             return self._allowed(link, opened, asked)
