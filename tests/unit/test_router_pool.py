@@ -9,27 +9,12 @@ from typing import Any, cast
 import pytest
 
 from specinfer.errors import Unavailable
-from specinfer.messages import WorkerInfo, WorkerLoad
 from specinfer.prefixes import HeldPrefix, hash_chain, hash_key
-from specinfer_router.pool import WorkerPool
 from specinfer_router.prefix_lookup import REST_SECONDS, PrefixLookup
+from tests.kit.fake_link import FakeLink, pool_of
 from tests.kit.fake_workers import info_of
 
 TOKENS = tuple(range(50))
-
-
-class FakeLink:
-    """As much of a link as a pool looks at."""
-
-    tier = "verify"
-    connected = ready = trusted = True
-    refusal = None
-
-    def __init__(self, name: str, num_seats: int = 0, **changes: Any) -> None:
-        self.address = name
-        self.info: WorkerInfo | None = info_of(name, **changes)
-        self.load = WorkerLoad()
-        self.num_seats = num_seats
 
 
 class FakeDirectory:
@@ -56,10 +41,6 @@ class FakeDirectory:
         if self.away:
             raise Unavailable("away")
         return [HeldPrefix(self.held.get(name, 0)) for name in worker_ids]
-
-
-def pool_of(*links: FakeLink, prefixes: PrefixLookup | None = None) -> WorkerPool[Any]:
-    return WorkerPool(cast(Any, links), asyncio.Event(), prefixes=prefixes)
 
 
 def test_the_longest_prefix_is_followed_within_the_load_bound() -> None:

@@ -21,7 +21,7 @@ from specinfer_router.deadlines import StepDeadline
 from specinfer_router.pool import WorkerPool
 from specinfer_router.verify_seat import LOOK_SECONDS, VerifySeat
 from specinfer_router.worker_links import VerifyLink
-from tests.kit.fake_workers import info_of
+from tests.kit.fake_link import FakeLink, pool_of
 
 # Who is waited for wrongly may be waited for for ever.
 pytestmark = pytest.mark.timeout(20)
@@ -42,23 +42,17 @@ class Clock:
     perf_counter = monotonic
 
 
-class Worker:
-    """A link to a worker that answers when it is told to."""
+class Worker(FakeLink):
+    """What a seat looks at besides; its steps are answered by whoever waits."""
 
-    generation, connected, trusted, hung = 1, True, True, False
+    generation, hung = 1, False
 
     def __init__(self, clock: Clock, name: str, costs: Sequence[StepCost] = COSTS) -> None:
-        self.address = name
-        self.info = info_of(name, step_costs=tuple(costs))
-        self.load = WorkerLoad()
+        super().__init__(name, step_costs=tuple(costs))
         self.breaker = Breaker(BreakerLimits(max_failures=100), clock=clock.monotonic)
         self.recent_seats = RecentMost(clock.monotonic)
-        self.num_seats = self.num_opened = self.num_given_up = 0
+        self.num_opened = self.num_given_up = 0
         self._clock = clock
-
-    @property
-    def ready(self) -> bool:
-        return not self.load.draining
 
     @property
     def heard(self) -> float:
@@ -119,10 +113,6 @@ def waits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Waits:
     return waits
 
 
-def pool_of(*workers: Worker) -> WorkerPool[VerifyLink]:
-    return WorkerPool(cast(list[VerifyLink], list(workers)), asyncio.Event())
-
-
 def seat_in(pool: WorkerPool[VerifyLink], **options: Any) -> VerifySeat:
     sampling = SamplingParams(seed=1)
     fixed: dict[str, Any] = {"num_prompt_tokens": 4, "num_logprobs": None, "vocab_size": 10}
@@ -176,7 +166,7 @@ async def test_a_session_that_moves_waits_by_what_its_new_worker_costs(
     seat = seat_in(pool_of(*workers))
     await step(seat)
     await step(seat)
-    workers[0].load = WorkerLoad(draining=True)
+    workers[0].load, workers[0].ready = WorkerLoad(draining=True), False
     await step(seat)
     await step(seat)
     assert [worker.num_opened for worker in workers] == [1, 1]
