@@ -162,8 +162,7 @@ class CompletionBuilder:
         if len(event.token_ids) == len(known) and again == told:
             self._repeated = None
             return None
-        return replace(
-            event,
+        return event._replace(
             offset=self.offset,
             text=again[len(told) :],
             token_ids=event.token_ids[len(known) :],

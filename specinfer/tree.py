@@ -8,7 +8,7 @@ tensors, models, the wire or sessions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from operator import lt
 
@@ -36,11 +36,14 @@ class TokenTree:
     parents: tuple[int, ...]
     drafter_ids: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
+    _outline: _Outline = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_shape(self)
-        if _outline(self.parents).branches:
+        outline = _outline_of(self.parents)
+        if outline.branches:
             _check_siblings(self.token_ids, self.parents)
+        object.__setattr__(self, "_outline", outline)
 
     @classmethod
     def root_only(cls, token_id: int) -> TokenTree:
@@ -63,12 +66,12 @@ class TokenTree:
     @property
     def depths(self) -> tuple[int, ...]:
         """Distance of each node from the root, [num_nodes]."""
-        return _outline(self.parents).depths
+        return self._outline.depths
 
     @property
     def max_depth(self) -> int:
         """Depth of the deepest node."""
-        return _outline(self.parents).max_depth
+        return self._outline.max_depth
 
     def positions(self, base_len: int) -> tuple[int, ...]:
         """Absolute position of each node when `base_len` tokens stand before the root.
@@ -201,7 +204,7 @@ class _Outline:
 
 
 @lru_cache(maxsize=256)
-def _outline(parents: tuple[int, ...]) -> _Outline:
+def _outline_of(parents: tuple[int, ...]) -> _Outline:
     """Raises InvalidTree. Trees are of few outlines: a round's was nearly always seen before."""
     _check_parents(parents)
     depths = [0] * len(parents)

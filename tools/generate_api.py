@@ -79,7 +79,7 @@ def _entry(name: str, value: Any) -> Iterator[str]:
         base = value.__base__.__name__ if value.__base__ else ""
         hint = "; the same call may succeed later" if value.retryable else ""
         yield f"A kind of `{base}`; travels as `{value.code}`{hint}.\n"
-    elif not typing.is_typeddict(value) and (dataclasses.is_dataclass(value) or _own_init(value)):
+    elif not typing.is_typeddict(value) and _is_made_by_its_fields(value):
         yield f"```python\n{name}{_signature(value)}\n```\n"
     yield _described(name, value)
     if typing.is_typeddict(value):
@@ -89,7 +89,9 @@ def _entry(name: str, value: Any) -> Iterator[str]:
         yield from _member(name, member_name, member)
 
 
-def _own_init(value: type) -> bool:
+def _is_made_by_its_fields(value: type) -> bool:
+    if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+        return True
     # Clients make streams: how is nobody's business.
     return "__init__" in vars(value) and not (value.__name__.endswith("Stream"))
 
@@ -152,6 +154,8 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 
 def _type_text(value: Any) -> str:
+    # A named tuple's annotations are wrapped.
+    value = getattr(value, "__forward_arg__", value)
     text = value.__name__ if isinstance(value, type) else str(value)
     return re.sub(r"\b(?:specinfer|collections|typing)\.(?:\w+\.)*", "", text)
 

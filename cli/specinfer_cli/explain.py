@@ -47,7 +47,9 @@ def explain(
     if json:
         found = totals(report)
         parts = {f"{part.name}_seconds": seconds for part, seconds in found.parts}
-        print_json(dataclasses.asdict(report) | {"totals": parts})
+        # Facts are a tuple, which would lose its names.
+        told = [dataclasses.asdict(one) | {"facts": one.facts._asdict()} for one in report.rounds]
+        print_json(dataclasses.asdict(report) | {"rounds": told, "totals": parts})
         return
     console = output()
     for line in words(report):

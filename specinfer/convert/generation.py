@@ -25,7 +25,7 @@ from specinfer.messages import (
 )
 from specinfer.v1 import router_pb2
 
-_ROUND_FIELDS = tuple(RoundFacts.__dataclass_fields__)
+_ROUND_FIELDS = RoundFacts._fields
 
 
 _STARTED_FIELDS = tuple(Started.__dataclass_fields__)

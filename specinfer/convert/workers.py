@@ -97,8 +97,8 @@ def verify_result_from_wire(wire: verify_pb2.VerifyItemResult) -> VerifyResult:
     """Result of a message."""
     return VerifyResult(
         wire.epoch,
-        tuple(wire.accepted),
-        tuple(wire.token_ids),
+        tuple(wire.accepted[:]),
+        tuple(wire.token_ids[:]),
         tuple(map(logprob_from_wire, wire.logprobs)) if wire.logprobs else (),
         wire.num_cached_tokens,
         wire.num_rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from specinfer.messages.workers import TokenLogprob
 from specinfer.tree import TokenTree
@@ -44,8 +45,7 @@ class SpeculationSummary:
     root_only_reasons: tuple[tuple[str, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RoundFacts:
+class RoundFacts(NamedTuple):
     """What one round did and where its time went, in seconds.
 
     Attributes:
@@ -175,8 +175,7 @@ class Started:
     model_hash: str = ""
 
 
-@dataclass(frozen=True)
-class TokensEvent:
+class TokensEvent(NamedTuple):
     """Tokens that one round committed.
 
     Attributes:

@@ -283,9 +283,7 @@ async def with_loss(redis_url: str, unbroken: Completion, kept: int) -> str:
     prompt = record.token_ids[: record.terms.num_prompt_tokens]
     session_id = uuid.uuid4().hex
     await store.create(
-        dataclasses.replace(
-            record, session_id=session_id, token_ids=prompt, epoch=0, owner=0, finish_reason=""
-        )
+        record._replace(session_id=session_id, token_ids=prompt, epoch=0, owner=0, finish_reason="")
     )
     if kept:
         await store.commit(session_id, 0, record.output_ids[:kept])

@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -116,7 +115,7 @@ async def lost(gateway: GatewayBench, last_id: str, kept: int) -> None:
     record = await store.load(session_id)
     prompt = record.token_ids[: record.terms.num_prompt_tokens]
     store.forget(session_id)
-    await store.create(replace(record, token_ids=prompt, epoch=0, finish_reason=""))
+    await store.create(record._replace(token_ids=prompt, epoch=0, finish_reason=""))
     await store.commit(session_id, 0, record.output_ids[:kept], owner=record.owner)
     await store.finish(session_id, ABANDONED)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import pty
 import select
@@ -122,7 +121,7 @@ async def detailed(request: GenerateRequest, attempt: int) -> AsyncIterator[Gene
         accepted = (1,) if event.num_accepted_tokens else ()
         words = tuple(f" w{token}" for token in tokens)
         detail = RoundDetail(tree, accepted, (" w9", " w10", " w11"), words)
-        yield dataclasses.replace(event, detail=detail if request.detail else None)
+        yield event._replace(detail=detail if request.detail else None)
     yield finished_event(3, 2)
 
 

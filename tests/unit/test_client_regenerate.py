@@ -123,13 +123,13 @@ def another_prompt(event: GenerateEvent) -> GenerateEvent:
 
 def other_tokens(event: GenerateEvent) -> GenerateEvent:
     if isinstance(event, TokensEvent) and event.offset == 3:
-        return replace(event, token_ids=(1, *event.token_ids[1:]))
+        return event._replace(token_ids=(1, *event.token_ids[1:]))
     return event
 
 
 def another_text(event: GenerateEvent) -> GenerateEvent:
     if isinstance(event, TokensEvent) and event.offset == 0:
-        return replace(event, text="other words ")
+        return event._replace(text="other words ")
     return event
 
 

@@ -1,7 +1,7 @@
 """Every message survives the wire, and absent fields take their documented defaults."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
@@ -120,7 +120,7 @@ def test_events_survive_the_wire(event: GenerateEvent) -> None:
 
 def test_every_field_of_a_rounds_facts_survives_the_wire() -> None:
     """They are written one by one, where a new field would be forgotten."""
-    names = [item.name for item in fields(RoundFacts)]
+    names = RoundFacts._fields
     assert set(names) == set(router_pb2.RoundFacts.DESCRIPTOR.fields_by_name)
     facts = RoundFacts(1, 2, 3, "why", 0.5, 0.25, 0.125, 2.5, 1.5, 3.5, 4)
     unset = RoundFacts(0)

@@ -109,7 +109,7 @@ def test_nobody_makes_series_at_will() -> None:
     metrics = RouterMetrics(registry, "tiny")
     for number in range(500):
         metrics.observe_admitted(f"key{number}", 0.0)
-        metrics.observe_round(replace(FACTS, num_draft_tokens=0, root_only_reason=f"r{number}"), 1)
+        metrics.observe_round(FACTS._replace(num_draft_tokens=0, root_only_reason=f"r{number}"), 1)
     families = {family.name: family for family in registry.collect()}
     keys = families["specinfer_key_requests"].samples
     assert len(keys) == 101

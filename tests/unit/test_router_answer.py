@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import Any, TypeVarTuple
 
 import pytest
 
 from specinfer.errors import Unavailable
-from specinfer_router.answer import Answer, first_answer
+from specinfer_router.answer import Answer, Patience, first_answer
+
+_Arguments = TypeVarTuple("_Arguments")
 
 
 def test_who_watches_is_told_in_the_same_turn() -> None:
@@ -34,39 +38,20 @@ async def test_the_first_of_several_ends_the_wait_and_the_others_live_on() -> No
     answers = [Answer[int](), Answer[int]()]
     loop = asyncio.get_running_loop()
     loop.call_soon(answers[1].succeed, 1)
-    await first_answer(answers, 60.0)
+    await first_answer(answers)
     assert [answer.done for answer in answers] == [False, True]
-    await first_answer(answers, 60.0)
+    await first_answer(answers)
     loop.call_soon(answers[0].succeed, 0)
     assert await answers[0] == 0
 
 
-async def test_a_wait_ends_in_time_and_the_answer_may_come_later() -> None:
-    answer = Answer[int]()
-    await first_answer((answer,), 0.0)
-    assert not answer.done
-    answer.succeed(3)
-    assert answer.result == 3
-
-
-async def test_an_answer_ends_the_timer_of_whoever_waits() -> None:
-    answer = Answer[int]()
-    waiter = first_answer((answer,), 60.0)
-    answer.succeed(3)
-    await waiter
-    # A timer that goes on would keep what it is to wake.
-    left = weakref.ref(waiter)
-    del waiter
-    assert left() is None
-
-
 async def test_one_waits_at_a_time() -> None:
     answer = Answer[int]()
-    first = first_answer((answer,), 60.0)
+    first = first_answer((answer,))
     with pytest.raises(AssertionError, match="somebody waits"):
-        first_answer((answer,), 60.0)
+        first_answer((answer,))
     first.cancel()
-    second = first_answer((answer,), 60.0)
+    second = first_answer((answer,))
     answer.succeed(3)
     await second
 
@@ -75,7 +60,7 @@ async def test_a_wait_that_is_cancelled_leaves_nobody_behind() -> None:
     answer = Answer[int]()
 
     async def wait() -> None:
-        await first_answer((answer,), 60.0)
+        await first_answer((answer,))
 
     waiting = asyncio.create_task(wait())
     await asyncio.sleep(0)
@@ -84,3 +69,123 @@ async def test_a_wait_that_is_cancelled_leaves_nobody_behind() -> None:
         await waiting
     answer.succeed(3)
     assert answer.result == 3
+
+
+class FakeLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock stands still until it is moved, and which counts the timers set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 100.0
+        self.timers: list[asyncio.TimerHandle] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*_Arguments], object],
+        *args: *_Arguments,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        timer = super().call_at(when, callback, *args, context=context)
+        self.timers.append(timer)
+        return timer
+
+    async def pass_by(self, seconds: float) -> None:
+        """Move the clock on, and let go off what is due."""
+        self.now += seconds
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+def in_fake_time(test: Callable[[FakeLoop], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=FakeLoop) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, FakeLoop)
+        runner.run(test(loop))
+
+
+def test_a_wait_ends_in_time_and_not_before_and_the_answer_may_come_later() -> None:
+    async def test(loop: FakeLoop) -> None:
+        patience, answer = Patience(), Answer[int]()
+        waiter = patience.first_answer((answer,), 5.0)
+        await loop.pass_by(4.9)
+        assert not waiter.done()
+        await loop.pass_by(0.2)
+        assert waiter.done()
+        assert not answer.done
+        answer.succeed(3)
+        assert answer.result == 3
+
+    in_fake_time(test)
+
+
+def test_a_timer_serves_the_waits_after_its_own() -> None:
+    async def test(loop: FakeLoop) -> None:
+        patience = Patience()
+        for _ in range(40):
+            answer = Answer[int]()
+            waiter = patience.first_answer((answer,), 5.0)
+            answer.succeed(0)
+            await waiter
+            await loop.pass_by(0.1)
+        assert len(loop.timers) == 1
+        # It goes off while this one waits, at 5.0, and once more when that is over, at 9.0.
+        late = patience.first_answer((Answer[int](),), 5.0)
+        await loop.pass_by(1.5)
+        assert not late.done()
+        assert len(loop.timers) == 2
+        await loop.pass_by(3.4)
+        assert not late.done()
+        await loop.pass_by(0.2)
+        assert late.done()
+        assert len(loop.timers) == 2
+
+    in_fake_time(test)
+
+
+def test_a_shorter_wait_is_not_kept_by_a_longer_one() -> None:
+    async def test(loop: FakeLoop) -> None:
+        patience, answer = Patience(), Answer[int]()
+        long = patience.first_answer((answer,), 60.0)
+        answer.succeed(0)
+        await long
+        short = patience.first_answer((Answer[int](),), 0.5)
+        await loop.pass_by(0.6)
+        assert short.done()
+        at_once = patience.first_answer((Answer[int](),), -1.0)
+        await loop.pass_by(0.0)
+        assert at_once.done()
+
+    in_fake_time(test)
+
+
+def test_a_timer_that_goes_off_between_two_waits_wakes_nobody() -> None:
+    async def test(loop: FakeLoop) -> None:
+        patience, answer = Patience(), Answer[int]()
+        waiter = patience.first_answer((answer,), 1.0)
+        waiter.cancel()
+        await loop.pass_by(2.0)
+        assert waiter.cancelled()
+        again = patience.first_answer((answer,), 1.0)
+        await loop.pass_by(0.5)
+        assert not again.done()
+        await loop.pass_by(0.6)
+        assert again.done()
+
+    in_fake_time(test)
+
+
+def test_who_waits_no_more_leaves_no_timer() -> None:
+    async def test(loop: FakeLoop) -> None:
+        patience, answer = Patience(), Answer[int]()
+        waiter = patience.first_answer((answer,), 60.0)
+        answer.succeed(0)
+        await waiter
+        patience.close()
+        patience.close()
+        assert all(timer.cancelled() for timer in loop.timers)
+
+    in_fake_time(test)

@@ -29,7 +29,7 @@ async def forgetful_store(bench: Bench, whole: Generated, num_tokens: int) -> Me
     record = await bench.store.load(whole.started.session_id)
     store = MemoryStore()
     prompt = record.token_ids[: record.terms.num_prompt_tokens]
-    await store.create(replace(record, token_ids=prompt, epoch=0, owner=0, finish_reason=""))
+    await store.create(record._replace(token_ids=prompt, epoch=0, owner=0, finish_reason=""))
     if num_tokens:
         await store.commit(record.session_id, 0, whole.token_ids[:num_tokens])
     await store.finish(record.session_id, ABANDONED)

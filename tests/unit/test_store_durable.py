@@ -316,7 +316,7 @@ async def test_a_long_round_of_an_unattended_session_keeps_its_lease(server: Red
     shared = RedisStore(RedisSettings(server.url), lease_seconds=0.3)
     store, other = DurableStore(shared), RedisStore(RedisSettings(server.url))
     record = record_of()
-    record = replace(record, terms=replace(record.terms, unattended=True))
+    record = record._replace(terms=replace(record.terms, unattended=True))
     await store.create(record)
     begun = time.monotonic()
     while time.monotonic() - begun < 0.8:

@@ -31,7 +31,7 @@ LEASE_SECONDS = 30.0
 
 def unattended_record() -> SessionRecord:
     record = record_of()
-    return replace(record, terms=replace(record.terms, unattended=True))
+    return record._replace(terms=replace(record.terms, unattended=True))
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ async def test_a_holder_s_every_sign_renews_its_lease(
     elif step == "renew":
         await store.renew([(record.session_id, 0), (uuid.uuid4().hex, 0)])
     elif step == "restore":
-        await store.restore(replace(record, epoch=1, token_ids=(*record.token_ids, 7)))
+        await store.restore(record._replace(epoch=1, token_ids=(*record.token_ids, 7)))
     summary = await store.summary(record.session_id)
     assert LEASE_SECONDS - 5 < summary.lease_seconds <= LEASE_SECONDS
     with pytest.raises(LeaseLost):
@@ -175,7 +175,7 @@ async def test_the_same_number_from_another_holder_is_no_ownership(
     with pytest.raises(LeaseLost):
         await first.commit(record.session_id, 0, [1], owner=1)
     with pytest.raises(LeaseLost):
-        await first.restore(replace(record, owner=1))
+        await first.restore(record._replace(owner=1))
     await first.finish(record.session_id, ABANDONED, owner=1)
     assert await second.commit(record.session_id, 0, [2], owner=1) == 1
 
@@ -189,8 +189,8 @@ def restoring(request: pytest.FixtureRequest) -> SessionStore:
 
 
 def ahead(record: SessionRecord, **changes: object) -> SessionRecord:
-    longer = replace(record, epoch=2, token_ids=(*record.token_ids, 11, 12))
-    return replace(longer, **changes)  # type: ignore[arg-type]
+    longer = record._replace(epoch=2, token_ids=(*record.token_ids, 11, 12))
+    return longer._replace(**changes)  # type: ignore[arg-type]
 
 
 async def test_a_lost_session_is_put_back(restoring: SessionStore) -> None:
@@ -243,7 +243,7 @@ async def test_what_its_user_ended_is_not_put_back(restoring: SessionStore) -> N
 async def test_the_end_of_the_same_state_is_put_back(restoring: SessionStore) -> None:
     record = record_of()
     await restoring.create(record)
-    await restoring.restore(replace(record, finish_reason=ABANDONED))
+    await restoring.restore(record._replace(finish_reason=ABANDONED))
     assert (await restoring.load(record.session_id)).finish_reason == ABANDONED
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -160,8 +160,8 @@ class Routers(RuleBasedStateMachine):
         view = self.views[message.router]
         record = view.record
         if (record.owner, record.epoch) == (message.owner, message.epoch):
-            view.record = replace(
-                record, epoch=record.epoch + 1, token_ids=record.token_ids + message.token_ids
+            view.record = record._replace(
+                epoch=record.epoch + 1, token_ids=record.token_ids + message.token_ids
             )
         view.sent.append(message)
 
@@ -260,7 +260,7 @@ class Routers(RuleBasedStateMachine):
             except LeaseLost:
                 # Somebody claimed what was left: that claim counts, with what it found.
                 record = self.wait(store.claim(self.session_id))
-                record = replace(view.record, owner=max(record.owner, view.record.owner) + 1)
+                record = view.record._replace(owner=max(record.owner, view.record.owner) + 1)
                 self.wait(store.restore(record))
                 view.record, self.owner = record, record.owner
         self.lost = False

@@ -48,7 +48,7 @@ async def use_everything(connection: RedisSettings) -> None:
     assert (await store.load(record.session_id)).output_ids == (1,)
     assert await store.tail(record.session_id, 3) == ((1,), 1, "")
     assert (await store.claim(record.session_id)).owner == 1
-    await store.restore(replace(record, owner=1, epoch=2, token_ids=(*record.token_ids, 1, 2)))
+    await store.restore(record._replace(owner=1, epoch=2, token_ids=(*record.token_ids, 1, 2)))
     await store.finish(record.session_id, ABANDONED, owner=1)
     assert record.session_id in await store.orphans(10)
     assert (await store.claim(record.session_id, orphaned_only=True)).output_ids == (1, 2)

@@ -76,7 +76,7 @@ class Worker(FakeLink):
 
 
 class Waits:
-    """Stands for `first_answer`: waits in no time, and asks each time whether the answer comes.
+    """Stands for a `Patience`: waits in no time, and asks each time whether the answer comes.
 
     Attributes:
         seconds: how long each wait was to be.
@@ -88,7 +88,7 @@ class Waits:
         self.answers: Callable[[], bool] = lambda: True
         self._clock = clock
 
-    def __call__(self, answers: Sequence[Answer[VerifyResult]], seconds: float) -> Any:
+    def first_answer(self, answers: Sequence[Answer[VerifyResult]], seconds: float) -> Any:
         self.seconds.append(seconds)
         if self.answers():
             answers[0].succeed(VerifyResult(1, (), (9,)))
@@ -97,6 +97,9 @@ class Waits:
         done = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def waits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Waits:
     waits = Waits(clock)
-    monkeypatch.setattr(verify_seat, "first_answer", waits)
+    monkeypatch.setattr(verify_seat, "Patience", lambda: waits)
     return waits
 
 

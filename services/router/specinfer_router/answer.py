@@ -1,4 +1,4 @@
-"""An answer to come of a worker, and waiting for the first of some for so long and no longer.
+"""An answer to come of a worker, and who waits for the first of some, for so long and no longer.
 
 What an `asyncio.Future` does for the one task that waits, without a turn of the event loop for each
 who is told: they are told at once, by whoever brings the answer. A round needs this two times. This
@@ -27,7 +27,7 @@ class Answer(Generic[_Value]):
         arrived: when it came, by time.monotonic(); which may be long before somebody waits for it.
     """
 
-    __slots__ = ("_error", "_timer", "_value", "_waiter", "_watchers", "arrived", "done")
+    __slots__ = ("_error", "_value", "_waiter", "_watchers", "arrived", "done")
 
     def __init__(self) -> None:
         self.done = False
@@ -36,7 +36,6 @@ class Answer(Generic[_Value]):
         self._error: SpecinferError | None = None
         self._watchers: tuple[Callable[[], None], ...] = ()
         self._waiter: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def failed(self) -> bool:
@@ -73,43 +72,76 @@ class Answer(Generic[_Value]):
             yield from first_answer((self,)).__await__()
         return self.result
 
-    def wait_in(self, waiter: asyncio.Future[None], timer: asyncio.TimerHandle | None) -> None:
-        """Set `waiter` when it comes, which it has not, and let `timer` be; one waits at a time."""
+    def wait_in(self, waiter: asyncio.Future[None]) -> None:
+        """Set `waiter` when it comes, which it has not; one waits at a time."""
         assert self._waiter is None or self._waiter.done(), "somebody waits for it already"
-        self._waiter, self._timer = waiter, timer
+        self._waiter = waiter
 
     def _end(self) -> None:
         self.done, self.arrived = True, time.monotonic()
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._waiter is not None:
-            _wake(self._waiter)
-        self._waiter = self._timer = None
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
         watchers, self._watchers = self._watchers, ()
         for tell in watchers:
             tell()
 
 
-def first_answer(
-    answers: Sequence[Answer[Any]], seconds: float | None = None
-) -> asyncio.Future[None]:
-    """What is there when one of `answers` is, or after `seconds`; none of them is given up.
+def first_answer(answers: Sequence[Answer[Any]]) -> asyncio.Future[None]:
+    """What is there when one of `answers` is; none of them is given up.
 
     It may be cancelled at any time; nobody else waits for any of them meanwhile. A future and no
     coroutine, which would be two more to be resumed in every round.
     """
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     for answer in answers:
         if answer.done:
             waiter.set_result(None)
             return waiter
-    timer = None if seconds is None else loop.call_later(max(0.0, seconds), _wake, waiter)
     for answer in answers:
-        answer.wait_in(waiter, timer)
+        answer.wait_in(waiter)
     return waiter
 
 
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+class Patience:
+    """For how long someone waits who waits for one answer after the other.
+
+    A timer costs as much as the rest of a wait, and nearly every wait ends before its own would: so
+    one is left to go off, and set anew then for whatever is being waited for.
+    """
+
+    __slots__ = ("_timer", "_until", "_waiter")
+
+    def __init__(self) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._until = 0.0
+
+    def first_answer(self, answers: Sequence[Answer[Any]], seconds: float) -> asyncio.Future[None]:
+        """As the function of that name, or after `seconds`; the wait before is over by now."""
+        waiter = first_answer(answers)
+        if not waiter.done():
+            self._waiter, self._until = waiter, waiter.get_loop().time() + seconds
+            if self._timer is None or self._until < self._timer.when():
+                self._set(waiter)
+        return waiter
+
+    def close(self) -> None:
+        """Nothing is waited for any more, until the next wait."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._waiter = None
+
+    def _set(self, waiter: asyncio.Future[None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = waiter.get_loop().call_at(self._until, self._go_off)
+
+    def _go_off(self) -> None:
+        waiter, self._timer = self._waiter, None
+        if waiter is None or waiter.done():
+            self._waiter = None
+        elif waiter.get_loop().time() < self._until:
+            self._set(waiter)
+        else:
+            waiter.set_result(None)

@@ -78,11 +78,12 @@ class Breaker:
 
     def admit(self) -> int | None:
         """A ticket for one call, or None when none is let through."""
+        if self._rest_until is None:
+            return self._era
         if not self.allows:
             return None
-        if self._rest_until is not None:
-            self._probing, self._probe_until = True, self._clock() + self._limits.probe_seconds
-            self._era += 1
+        self._probing, self._probe_until = True, self._clock() + self._limits.probe_seconds
+        self._era += 1
         return self._era
 
     def succeed(self, ticket: int | None) -> None:

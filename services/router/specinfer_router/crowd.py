@@ -18,7 +18,7 @@ GOLDEN_SECTION = (5.0**0.5 - 1.0) / 2.0
 
 def tellers(num_sessions: int) -> int:
     """Of how many rounds of so many sessions one is told: as many as CROWD sessions have."""
-    return max(1, num_sessions // CROWD)
+    return num_sessions // CROWD or 1
 
 
 class Places:

@@ -21,7 +21,7 @@ from specinfer.messages import DraftResult, Grammar, ShapeQuery
 from specinfer.sampling import SamplingParams
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
-from specinfer_router.answer import Answer, first_answer
+from specinfer_router.answer import Answer, Patience
 from specinfer_router.asking import Ask, Asking, Place, Question
 from specinfer_router.guess import Guess, usable_tree
 from specinfer_router.hedging import HedgeBudget
@@ -71,6 +71,7 @@ class DraftSeat:
         self._grammar = grammar
         self._owner = owner
         self._hedges = hedges
+        self._patience = Patience()
         self._place: Place | None = None
         # Drafters that do not take this session, such as one whose model is too short for it.
         self._refused: set[str] = set()
@@ -123,6 +124,7 @@ class DraftSeat:
 
     def leave(self, epoch: int) -> None:
         """Give the place up and let the worker forget the session."""
+        self._patience.close()
         if self._place is not None:
             place, self._place = self._place, None
             self._leave(place, epoch)
@@ -134,7 +136,8 @@ class DraftSeat:
         going = list(asks)
         while going:
             limit = question.deadline if hedge_at is None else hedge_at
-            await first_answer([ask.answer for ask in going], limit - time.monotonic())
+            answers = [ask.answer for ask in going]
+            await self._patience.first_answer(answers, limit - time.monotonic())
             answered = [ask for ask in going if ask.answer.done]
             for ask in answered:
                 going.remove(ask)

@@ -310,8 +310,9 @@ def _best_first(max_nodes: int, max_depth: int, branch: int) -> ShapeQuery:
 
 def _notice_load(record: DrafterRecord, num_sessions: int) -> None:
     """With fewer than half as many sessions, what was in vain before says little."""
-    record.crowd = max(record.crowd, num_sessions)
-    if 2 * num_sessions < record.crowd:
+    if num_sessions > record.crowd:
+        record.crowd = num_sessions
+    elif 2 * num_sessions < record.crowd:
         record.crowd = num_sessions
         record.num_vain_probes = record.num_vain_starts = 0
 

@@ -63,7 +63,8 @@ class HedgeBudget:
 
     def earn(self) -> None:
         """A first request was made."""
-        self._tokens = min(self._burst, self._tokens + self._share)
+        if self._tokens < self._burst:
+            self._tokens = min(self._burst, self._tokens + self._share)
 
     def spend(self) -> bool:
         """Whether a second request may be made; it counts as made then."""

@@ -94,6 +94,7 @@ class WorkerLink(ABC, Generic[FrameT]):
         heard: when the last frame came, by time.monotonic().
         num_late: answers that did not come in time.
         attempted: set after the first attempt to connect, however it went.
+        connected: whether items can be sent; the link's own to say.
     """
 
     tier = "worker"
@@ -131,7 +132,7 @@ class WorkerLink(ABC, Generic[FrameT]):
         self._on_ready = on_ready
         self._limits = limits
         self._channel = open_channel(address, tls=tls)
-        self._connected = False
+        self.connected = False
         self._failures = 0
         self._given_up = asyncio.Event()
         self._next_item_id = 1
@@ -146,14 +147,9 @@ class WorkerLink(ABC, Generic[FrameT]):
         return self.info.model_name if self.info is not None else ""
 
     @property
-    def connected(self) -> bool:
-        """Whether items can be sent."""
-        return self._connected
-
-    @property
     def ready(self) -> bool:
         """Whether new sessions may be brought here."""
-        return self._connected and not self.load.draining
+        return self.connected and not self.load.draining
 
     @property
     def trusted(self) -> bool:
@@ -171,8 +167,8 @@ class WorkerLink(ABC, Generic[FrameT]):
         What waits there fails now and goes elsewhere, rather than each item after a deadline of
         its own.
         """
-        if self._connected:
-            self._connected = False
+        if self.connected:
+            self.connected = False
             self._given_up.set()
 
     def start(self) -> None:
@@ -215,7 +211,7 @@ class WorkerLink(ABC, Generic[FrameT]):
             ResourceExhausted: too many items wait already.
             InvalidRequest: the item is larger than a frame may be.
         """
-        if not self._connected:
+        if not self.connected:
             raise Unavailable(f"no connection to the {self.tier} worker at {self.address}")
         if len(self._pending) >= self._limits.max_pending:
             raise ResourceExhausted(
@@ -277,7 +273,7 @@ class WorkerLink(ABC, Generic[FrameT]):
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             done.pop().result()
         finally:
-            self._connected = False
+            self.connected = False
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -290,7 +286,7 @@ class WorkerLink(ABC, Generic[FrameT]):
         self.generation += 1
         self._outbox.clear()
         self._given_up.clear()
-        self._connected = True
+        self.connected = True
         log.info("%s worker at %s connected", self.tier, self.address)
         self.attempted.set()
         self._on_ready()

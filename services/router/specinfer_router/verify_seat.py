@@ -30,7 +30,7 @@ from specinfer.step_curve import StepCurve
 from specinfer.telemetry import current_span
 from specinfer.telemetry.logs import loggable
 from specinfer.tree import TokenTree
-from specinfer_router.answer import Answer, first_answer
+from specinfer_router.answer import Answer, Patience
 from specinfer_router.deadlines import RoundWait, StepDeadline, work_of
 from specinfer_router.pool import WorkerPool
 from specinfer_router.worker_links import VerifyLink
@@ -107,6 +107,7 @@ class VerifySeat:
         self._max_tries = max_tries
         self._deadline = StepDeadline(fixed_seconds=step_seconds)
         self._failover_seconds = failover_seconds
+        self._patience = Patience()
         self._link: VerifyLink | None = None
         self._generation = 0
         self._curve = StepCurve(())
@@ -189,6 +190,7 @@ class VerifySeat:
 
     def leave(self, epoch: int) -> None:
         """Give the place up and let the worker free the session's KV."""
+        self._patience.close()
         if self._link is None:
             return
         self._link.recent_seats.note(self._link.num_seats)
@@ -299,7 +301,8 @@ class VerifySeat:
         until = since + allowed.seconds
         while True:
             limit = until - time.monotonic()
-            await first_answer((stepping,), min(limit, LOOK_SECONDS) if late else limit)
+            limit = min(limit, LOOK_SECONDS) if late else limit
+            await self._patience.first_answer((stepping,), limit)
             if stepping.done:
                 return
             passed = time.monotonic() >= until

@@ -101,13 +101,8 @@ class DraftLink(WorkerLink[draft_pb2.DraftRequest]):
     ) -> Answer[DraftResult]:
         """Ask for a tree below the last of the new tokens, or of the known ones."""
         frame, item_id = draft_pb2.DraftRequest(), self._item_id()
-        item = frame.items.add(
-            item_id=item_id,
-            session_id=session_id,
-            epoch=epoch,
-            owner=owner,
-            traceparent=traceparent,
-        )
+        item = frame.items.add()
+        _address(item, item_id, session_id, epoch, owner, traceparent)
         # Filled in place: a message that is given to another one is copied by way of its bytes.
         propose = item.propose
         propose.known_len = known_len
@@ -201,13 +196,8 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
         Below a root alone up to `num_tokens` tokens are decoded.
         """
         frame, item_id = verify_pb2.VerifyRequest(), self._item_id()
-        item = frame.items.add(
-            item_id=item_id,
-            session_id=session_id,
-            epoch=epoch,
-            owner=owner,
-            traceparent=traceparent,
-        )
+        item = frame.items.add()
+        _address(item, item_id, session_id, epoch, owner, traceparent)
         step = item.step
         fill_tree(step.tree, tree)
         step.num_tokens = num_tokens
@@ -260,6 +250,22 @@ class VerifyLink(WorkerLink[verify_pb2.VerifyRequest]):
             response_deserializer=verify_pb2.VerifyResponse.FromString,
         )
         return method()
+
+
+def _address(
+    item: draft_pb2.DraftItem | verify_pb2.VerifyItem,
+    item_id: int,
+    session_id: str,
+    epoch: int,
+    owner: int,
+    traceparent: str,
+) -> None:
+    """Say whose round an item is of; of every round, and by keywords it takes twice as long."""
+    item.item_id = item_id
+    item.session_id = session_id
+    item.epoch = epoch
+    item.owner = owner
+    item.traceparent = traceparent
 
 
 def _nothing(result: Any) -> None:

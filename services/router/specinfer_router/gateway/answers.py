@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from specinfer.errors import Cancelled, InternalError
@@ -244,5 +244,5 @@ def speculation_of_round(event: TokensEvent, detail: RoundDetail) -> dict[str, A
             "parents": list(detail.tree.parents),
             "accepted": list(detail.accepted),
         },
-        "round": asdict(event.round),
+        "round": event.round._asdict(),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from specinfer.errors import StaleEpoch
 from specinfer.messages import Grammar, SpeculationOptions
@@ -62,8 +62,7 @@ class SessionTerms:
     unattended: bool = False
 
 
-@dataclass(frozen=True)
-class SessionRecord:
+class SessionRecord(NamedTuple):
     """What a store keeps of one session.
 
     Attributes:

@@ -9,7 +9,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 
 from specinfer.errors import Cancelled, LeaseLost, NotFound, ResourceExhausted, StaleEpoch
@@ -122,13 +122,13 @@ class MemoryStore:
         entry = self._get(session_id)
         if orphaned_only and entry.record.finish_reason != ABANDONED:
             raise LeaseLost(f"session {session_id} runs or has ended")
-        record = replace(entry.record, owner=entry.record.owner + 1)
+        record = entry.record._replace(owner=entry.record.owner + 1)
         if record.finish_reason in RESUMABLE:
             if record.finish_reason:
                 # It may grow again; others make room, and not the session itself.
                 self._finished.move_to_end(session_id)
                 self._make_room(_reserved(record, entry) - entry.num_reserved, sessions=0)
-            record = replace(record, finish_reason="")
+            record = record._replace(finish_reason="")
         entry.record = record
         self._touch(entry)
         return self._record(entry)
@@ -182,7 +182,7 @@ class MemoryStore:
             return
         before = entry.record.finish_reason
         if not before or (before in RESUMABLE and finish_reason == CANCELLED):
-            entry.record = replace(entry.record, finish_reason=finish_reason)
+            entry.record = entry.record._replace(finish_reason=finish_reason)
             self._touch(entry)
 
     async def load(self, session_id: str) -> SessionRecord:
@@ -218,7 +218,7 @@ class MemoryStore:
         self._num_tokens = 0
 
     def _add(self, record: SessionRecord) -> None:
-        entry = _Entry(replace(record, token_ids=()), array("I", record.token_ids), 0.0)
+        entry = _Entry(record._replace(token_ids=()), array("I", record.token_ids), 0.0)
         self._make_room(_reserved(record, entry))
         self._touch(entry)
 
@@ -242,7 +242,7 @@ class MemoryStore:
         )
 
     def _record(self, entry: _Entry) -> SessionRecord:
-        return replace(entry.record, token_ids=tuple(entry.token_ids))
+        return entry.record._replace(token_ids=tuple(entry.token_ids))
 
     def _find(self, session_id: str) -> _Entry | None:
         entry = self._running.get(session_id) or self._finished.get(session_id)
