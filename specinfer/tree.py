@@ -8,7 +8,7 @@ tensors, models, the wire or sessions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import lt
 
@@ -36,14 +36,13 @@ class TokenTree:
     parents: tuple[int, ...]
     drafter_ids: tuple[int, ...] = ()
     scores: tuple[float, ...] = ()
-    _outline: _Outline = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_shape(self)
         outline = _outline_of(self.parents)
         if outline.branches:
             _check_siblings(self.token_ids, self.parents)
-        object.__setattr__(self, "_outline", outline)
+        self.__dict__["_outline"] = outline
 
     @classmethod
     def root_only(cls, token_id: int) -> TokenTree:
@@ -62,6 +61,10 @@ class TokenTree:
     def num_draft_tokens(self) -> int:
         """Nodes below the root: what a drafter guessed."""
         return len(self.token_ids) - 1
+
+    @cached_property
+    def _outline(self) -> _Outline:
+        return _outline_of(self.parents)
 
     @property
     def depths(self) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ class SpeculationSummary:
 
 
 class RoundFacts(NamedTuple):
-    """What one round did and where its time went, in seconds.
+    """What one round did and where its time went, in seconds; `_asdict` makes a dict of it.
 
     Attributes:
         epoch: epoch of the session after the round.
@@ -176,7 +176,7 @@ class Started:
 
 
 class TokensEvent(NamedTuple):
-    """Tokens that one round committed.
+    """Tokens that one round committed; `_replace` makes another one of it.
 
     Attributes:
         offset: index of the first of these tokens in the completion.

@@ -10,6 +10,7 @@ from typing import Any, TypeVarTuple
 import pytest
 
 from specinfer.errors import Unavailable
+from specinfer.server import fastest_loop
 from specinfer_router.answer import Answer, Patience, first_answer
 
 _Arguments = TypeVarTuple("_Arguments")
@@ -155,9 +156,11 @@ def test_a_shorter_wait_is_not_kept_by_a_longer_one() -> None:
         short = patience.first_answer((Answer[int](),), 0.5)
         await loop.pass_by(0.6)
         assert short.done()
-        at_once = patience.first_answer((Answer[int](),), -1.0)
-        await loop.pass_by(0.0)
-        assert at_once.done()
+        assert [timer.cancelled() for timer in loop.timers] == [True, False]
+        for seconds in (0.0, -1.0):
+            at_once = patience.first_answer((Answer[int](),), seconds)
+            await loop.pass_by(0.0)
+            assert at_once.done()
 
     in_fake_time(test)
 
@@ -187,5 +190,39 @@ def test_who_waits_no_more_leaves_no_timer() -> None:
         patience.close()
         patience.close()
         assert all(timer.cancelled() for timer in loop.timers)
+        # As when a session moves to another worker.
+        again = patience.first_answer((Answer[int](),), 70.0)
+        await loop.pass_by(70.0)
+        assert again.done()
 
     in_fake_time(test)
+
+
+class CountedPatience(Patience):
+    """Counts the timers that it sets."""
+
+    num_set = 0
+
+    def _set(self, waiter: asyncio.Future[None]) -> None:
+        self.num_set += 1
+        super()._set(waiter)
+
+
+@pytest.mark.parametrize("loop_factory", [None, fastest_loop()])
+def test_a_wait_that_runs_out_needs_one_timer_on_real_loops(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None,
+) -> None:
+    """A loop whose clock is coarse lets timers go off a moment early."""
+
+    async def test() -> int:
+        patience = CountedPatience()
+        for _ in range(40):
+            await patience.first_answer((Answer[int](),), 0.0032)
+        # So short that the loop makes no timer of it.
+        patience.first_answer((answer := Answer[int](),), 0.0002)
+        answer.succeed(0)
+        await patience.first_answer((Answer[int](),), 0.002)
+        return patience.num_set
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        assert runner.run(test()) <= 42

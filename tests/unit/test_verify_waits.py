@@ -13,7 +13,7 @@ from specinfer.messages import StepCost, VerifyResult, WorkerLoad
 from specinfer.sampling import SamplingParams
 from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
-from specinfer_router import verify_seat
+from specinfer_router import draft_seat, verify_seat
 from specinfer_router.answer import Answer
 from specinfer_router.breaker import Breaker, BreakerLimits
 from specinfer_router.crowd import RecentMost
@@ -81,11 +81,13 @@ class Waits:
     Attributes:
         seconds: how long each wait was to be.
         answers: whether the worker answers within a wait that begins now.
+        num_closed: how often nothing more was to be waited for.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.seconds: list[float] = []
         self.answers: Callable[[], bool] = lambda: True
+        self.num_closed = 0
         self._clock = clock
 
     def first_answer(self, answers: Sequence[Answer[VerifyResult]], seconds: float) -> Any:
@@ -99,7 +101,7 @@ class Waits:
         return done
 
     def close(self) -> None:
-        pass
+        self.num_closed += 1
 
 
 @pytest.fixture
@@ -250,3 +252,18 @@ async def test_the_longest_wait_is_the_last_and_counts_as_a_try(clock: Clock, wa
     with pytest.raises(Unavailable, match="took more than 120 s"):
         await step(seat)
     assert worker.num_opened == 2
+
+
+async def test_who_leaves_has_no_timer_set_any_more(
+    clock: Clock, waits: Waits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool: Any = pool_of(Worker(clock, "a"))
+    seat = seat_in(pool)
+    await step(seat)
+    seat.leave(1)
+    assert waits.num_closed == 1
+    monkeypatch.setattr(draft_seat, "Patience", lambda: waits)
+    sampling = SamplingParams(seed=1)
+    fixed: dict[str, Any] = {"num_prompt_tokens": 4, "vocab_size": 10, "deadline_seconds": 1.0}
+    draft_seat.DraftSeat(pool, "session", sampling, **fixed).leave(1)
+    assert waits.num_closed == 2

@@ -16,6 +16,9 @@ from specinfer.errors import SpecinferError
 
 _Value = TypeVar("_Value")
 
+# What is left of a wait whose timer has gone off and is over all the same: loops round to this.
+TICK_SECONDS = 0.001
+
 
 class Answer(Generic[_Value]):
     """What an item ends with: a value or a typed error, set once. An error need not be looked at.
@@ -107,27 +110,29 @@ class Patience:
     """For how long someone waits who waits for one answer after the other.
 
     A timer costs as much as the rest of a wait, and nearly every wait ends before its own would: so
-    one is left to go off, and set anew then for whatever is being waited for.
+    one is left to go off, and set anew then for whatever is being waited for. Whoever waits no more
+    closes it.
     """
 
-    __slots__ = ("_timer", "_until", "_waiter")
+    __slots__ = ("_due", "_timer", "_until", "_waiter")
 
     def __init__(self) -> None:
         self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._until = 0.0
+        # When the wait is over and when the timer goes off, by the loop's clock.
+        self._until = self._due = 0.0
 
     def first_answer(self, answers: Sequence[Answer[Any]], seconds: float) -> asyncio.Future[None]:
         """As the function of that name, or after `seconds`; the wait before is over by now."""
         waiter = first_answer(answers)
         if not waiter.done():
             self._waiter, self._until = waiter, waiter.get_loop().time() + seconds
-            if self._timer is None or self._until < self._timer.when():
+            if self._timer is None or self._until < self._due:
                 self._set(waiter)
         return waiter
 
     def close(self) -> None:
-        """Nothing is waited for any more, until the next wait."""
+        """Set no timer before the next wait; one that is going on has no limit any more."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._waiter = None
@@ -135,13 +140,14 @@ class Patience:
     def _set(self, waiter: asyncio.Future[None]) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = waiter.get_loop().call_at(self._until, self._go_off)
+        self._due = self._until
+        self._timer = waiter.get_loop().call_at(self._due, self._go_off)
 
     def _go_off(self) -> None:
         waiter, self._timer = self._waiter, None
         if waiter is None or waiter.done():
-            self._waiter = None
-        elif waiter.get_loop().time() < self._until:
+            return
+        if self._until - waiter.get_loop().time() >= TICK_SECONDS:
             self._set(waiter)
         else:
             waiter.set_result(None)
