@@ -42,6 +42,7 @@ class TokenTree:
         outline = _outline_of(self.parents)
         if outline.branches:
             _check_siblings(self.token_ids, self.parents)
+        # Kept here: left to the property's first use, it would take a third of making a tree.
         self.__dict__["_outline"] = outline
 
     @classmethod

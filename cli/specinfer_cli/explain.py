@@ -47,9 +47,11 @@ def explain(
     if json:
         found = totals(report)
         parts = {f"{part.name}_seconds": seconds for part, seconds in found.parts}
-        # Facts are a tuple, which would lose its names.
-        told = [dataclasses.asdict(one) | {"facts": one.facts._asdict()} for one in report.rounds]
-        print_json(dataclasses.asdict(report) | {"rounds": told, "totals": parts})
+        told = dataclasses.asdict(report)
+        for one in told["rounds"]:
+            # A named tuple still, whose names would be lost.
+            one["facts"] = one["facts"]._asdict()
+        print_json(told | {"totals": parts})
         return
     console = output()
     for line in words(report):

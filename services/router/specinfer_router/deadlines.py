@@ -97,7 +97,7 @@ class StepDeadline:
 
 def work_of(num_rows: int, num_waiting: int) -> tuple[int, int]:
     """The same for rounds that may take as long, where nothing is to be prefilled."""
-    return _num_passes(num_rows, num_waiting or 1), max(num_rows, FULL_PASS_ROWS)
+    return _num_passes(num_rows, max(1, num_waiting)), max(num_rows, FULL_PASS_ROWS)
 
 
 def _num_passes(num_rows: int, sessions: int) -> int:

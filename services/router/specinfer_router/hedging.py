@@ -63,8 +63,7 @@ class HedgeBudget:
 
     def earn(self) -> None:
         """A first request was made."""
-        if self._tokens < self._burst:
-            self._tokens = min(self._burst, self._tokens + self._share)
+        self._tokens = min(self._burst, self._tokens + self._share)
 
     def spend(self) -> bool:
         """Whether a second request may be made; it counts as made then."""
