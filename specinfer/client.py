@@ -55,6 +55,7 @@ class AsyncClient:
         token_provider: TokenProvider | None = None,
         allow_insecure_key: bool = False,
         interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+        multiplex: bool = True,
     ) -> None:
         """Take down where and how to connect.
 
@@ -74,6 +75,10 @@ class AsyncClient:
                 about to expire.
             allow_insecure_key: send the key in plain text to other machines too.
             interceptors: of grpc.aio, for tracing and the like.
+            multiplex: let streams that run at once share one gRPC call to their router, whose
+                frames hold events of many: with many at once that takes half the work at both ends,
+                and changes nothing of what they give or raise. With `interceptors`, which want to
+                see each call, and with False each stream has a call of its own.
 
         Raises:
             InvalidRequest: when an argument is out of its range, or a key would travel to another
@@ -88,7 +93,12 @@ class AsyncClient:
         )
         self._connection = Connection(
             ConnectionOptions(
-                self.addresses, retry or RetryPolicy(), tls, credentials, tuple(interceptors)
+                self.addresses,
+                retry or RetryPolicy(),
+                tls,
+                credentials,
+                tuple(interceptors),
+                multiplex=multiplex and not interceptors,
             )
         )
 

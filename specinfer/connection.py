@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -40,13 +41,13 @@ from specinfer.messages import (
     RequestReport,
     ResumeRequest,
 )
+from specinfer.multiplex.client import SharedStream
 from specinfer.retry import Attempts, RetryPolicy
 from specinfer.rpc import (
     RESUMES,
     RESUMES_KEY,
     TlsSettings,
-    error_from_rpc,
-    has_detail,
+    call_error,
     open_channel,
 )
 from specinfer.v1 import router_pb2, router_pb2_grpc
@@ -54,9 +55,12 @@ from specinfer.v1 import router_pb2, router_pb2_grpc
 # A router that has not answered within this is not waited for while there are others.
 CONNECT_STAGGER_SECONDS = 0.25
 MAX_ADDRESSES = 16
+# A router that refused a shared stream gets calls of their own for so long: it may be too old for
+# them, and otherwise such a call meets what the stream met.
+REFUSED_SECONDS = 60.0
 
 _Message = TypeVar("_Message")
-_BROKEN_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
+_Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,33 @@ class ConnectionOptions:
     tls: TlsSettings | None
     credentials: Credentials
     interceptors: tuple[grpc.aio.ClientInterceptor, ...] = ()
+    multiplex: bool = False
 
 
 class EventCall:
     """One stream of a router's events; forgetting it gives the call up. Made on the call's loop.
 
-    Attributes:
+    Args:
+        call: a gRPC call, or one on a shared stream.
         router: index of the router that was asked.
+        silence: seconds for which nothing may come, or None.
+        on_silence: called when nothing came for so long.
+
+    Attributes:
+        router: as given.
     """
 
-    def __init__(self, call: Any, router: int, silence: float | None) -> None:
+    def __init__(
+        self,
+        call: Any,
+        router: int,
+        silence: float | None,
+        on_silence: Callable[[], None] | None = None,
+    ) -> None:
         self.router = router
         self._call = call
         self._silence = silence
+        self._on_silence = on_silence
         # gRPC itself keeps a call that nobody reads any more.
         self._forgotten = weakref.finalize(self, _give_up, asyncio.get_running_loop(), call)
         self._forgotten.atexit = False
@@ -107,9 +125,11 @@ class EventCall:
                     wire = await self._call.read()
             except TimeoutError:
                 self.cancel()
+                if self._on_silence is not None:
+                    self._on_silence()
                 raise _silent(self._silence) from None
             except grpc.aio.AioRpcError as error:
-                raise error_of(error) from None
+                raise call_error(error) from None
             if wire is grpc.aio.EOF:
                 self._forgotten.detach()
                 return None
@@ -136,6 +156,8 @@ class Connection:
     def __init__(self, options: ConnectionOptions) -> None:
         self._options = options
         self._channels: dict[int, grpc.aio.Channel] = {}
+        # By router: who calls, and the stream that their calls share.
+        self._shared: dict[int, tuple[_Metadata, SharedStream]] = {}
         self._preferred = 0
         self._chance = random.Random()
         self._closed = False
@@ -194,22 +216,49 @@ class Connection:
         request: GenerateRequest | ResumeRequest,
         attempts: Attempts,
         silence: float | None,
-        trace: tuple[tuple[str, str], ...] = (),
+        trace: _Metadata = (),
     ) -> EventCall:
         """Begin to generate, or to resume, within the W3C context `trace`.
 
         Raises what a token provider raises.
         """
-        metadata = (*trace, *await self._metadata(request.request_id))
+        caller = await self._options.credentials.metadata()
+        router = await self._pick()
+        left = attempts.remaining()
+        shared = self._shared_stream(router, caller) if self._options.multiplex else None
+        if shared is not None:
+            said = dict(trace)
+            begin = router_pb2.BeginCall(
+                timeout_seconds=left,
+                resumes=self._options.retry.hands_over,
+                traceparent=said.get("traceparent", ""),
+                tracestate=said.get("tracestate", ""),
+            )
+            if isinstance(request, GenerateRequest):
+                begin.generate.CopyFrom(request_to_wire(request))
+            else:
+                begin.resume.CopyFrom(resume_to_wire(request))
+            return EventCall(shared.begin(begin), router, silence, shared.retire)
+        metadata = (*trace, *_identity(request.request_id), *caller)
         if self._options.retry.hands_over:
             metadata = (*metadata, (RESUMES_KEY, RESUMES))
-        router = await self._pick()
-        stub, left = self._stub(router), attempts.remaining()
+        stub = self._stub(router)
         if isinstance(request, GenerateRequest):
             wire = request_to_wire(request)
             return EventCall(stub.Generate(wire, timeout=left, metadata=metadata), router, silence)
         resume = resume_to_wire(request)
         return EventCall(stub.Resume(resume, timeout=left, metadata=metadata), router, silence)
+
+    def _shared_stream(self, router: int, caller: _Metadata) -> SharedStream | None:
+        """The stream that new calls of a router share; None where it has just refused one."""
+        known, stream = self._shared.get(router, (caller, None))
+        if stream is not None and stream.refused + REFUSED_SECONDS > time.monotonic():
+            return None
+        # The stream says who calls, so that a new token needs a new one.
+        if stream is None or not stream.open or known != caller:
+            stream = SharedStream(self._stub(router).Multiplex(metadata=caller))
+            self._shared[router] = (caller, stream)
+        return stream
 
     async def capabilities(self, limits: CallLimits) -> Capabilities:
         """What the cluster accepts."""
@@ -249,7 +298,7 @@ class Connection:
         while True:
             self.check_open()
             router = only
-            metadata = await self._metadata("")
+            metadata = await self._options.credentials.metadata()
             try:
                 router = await self._pick() if only is None else only
                 left = attempts.remaining()
@@ -259,7 +308,7 @@ class Connection:
             except TimeoutError:
                 await self._once_more(_silent(limits.attempt_timeout), attempts, router, only)
             except grpc.aio.AioRpcError as error:
-                await self._once_more(error_of(error), attempts, router, only)
+                await self._once_more(call_error(error), attempts, router, only)
             except asyncio.CancelledError:
                 self.check_not_closed_meanwhile()
                 raise
@@ -271,11 +320,6 @@ class Connection:
             await self.again(error, attempts, router)
         else:
             await attempts.wait_or_raise(error)
-
-    async def _metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
-        # The id joins the router's log lines even where a request cannot be read.
-        identity = (("x-request-id", request_id),) if request_id else ()
-        return (*identity, *await self._options.credentials.metadata())
 
     async def _pick(self) -> int:
         """The router of the next call: the first, from the preferred one on, that is connected.
@@ -322,18 +366,13 @@ async def _connected(channel: grpc.aio.Channel, seconds: float) -> bool:
     return state is grpc.ChannelConnectivity.READY
 
 
+def _identity(request_id: str) -> _Metadata:
+    # The id joins the router's log lines even where a request cannot be read.
+    return (("x-request-id", request_id),) if request_id else ()
+
+
 def _silent(seconds: float | None) -> Unavailable:
     return Unavailable(f"nothing came from the router for {seconds} seconds (attempt_timeout)")
-
-
-def error_of(error: grpc.aio.AioRpcError) -> SpecinferError:
-    """Our error of a failed call; a stream that was cut on the way is Unavailable."""
-    found = error_from_rpc(error)
-    code, text = error.code(), error.details() or ""
-    # A router says why it cancels; a server that goes away under a call does not.
-    unsaid = code is grpc.StatusCode.CANCELLED and not has_detail(error)
-    cut = unsaid or (code in _BROKEN_CODES and "RST_STREAM" in text)
-    return Unavailable(f"the stream was cut: {found.message}") if cut else found
 
 
 def check_addresses(address: str | Sequence[str]) -> tuple[str, ...]:

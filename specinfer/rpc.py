@@ -15,12 +15,13 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from specinfer.errors import InvalidRequest, SpecinferError, error_class
+from specinfer.errors import InvalidRequest, SpecinferError, Unavailable, error_class
 from specinfer.v1 import tree_pb2
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 ERROR_METADATA_KEY = "specinfer-error-bin"
 MAX_ERROR_TEXT = 512
+_BROKEN_CODES = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
 # What a caller says of itself who goes on with a stream elsewhere when its router leaves.
 RESUMES_KEY, RESUMES = "specinfer-resumes", "1"
 
@@ -114,7 +115,12 @@ def open_channel(
 
 def error_metadata(error: SpecinferError) -> tuple[tuple[str, bytes], ...]:
     """Trailing metadata that carries an error's details."""
-    detail = tree_pb2.ErrorDetail(
+    return ((ERROR_METADATA_KEY, error_detail(error).SerializeToString()),)
+
+
+def error_detail(error: SpecinferError) -> tree_pb2.ErrorDetail:
+    """Message of an error's details, cut to what fits into metadata."""
+    return tree_pb2.ErrorDetail(
         reason=error.reason,
         message=error_text(error),
         field=error.field[:MAX_ERROR_TEXT],
@@ -122,7 +128,6 @@ def error_metadata(error: SpecinferError) -> tuple[tuple[str, bytes], ...]:
         retry_after=error.retry_after,
         request_id=error.request_id[:MAX_ERROR_TEXT],
     )
-    return ((ERROR_METADATA_KEY, detail.SerializeToString()),)
 
 
 def error_text(error: SpecinferError) -> str:
@@ -142,10 +147,13 @@ def error_from_rpc(error: grpc.RpcError) -> SpecinferError:
     name = code.name if code is not None else "UNKNOWN"
     text = error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else str(error)
     detail = _error_detail(error)
-    if detail is None:
-        return error_class("", name)(text or name)
+    return error_class("", name)(text or name) if detail is None else detailed_error(name, detail)
+
+
+def detailed_error(code: str, detail: tree_pb2.ErrorDetail) -> SpecinferError:
+    """Our error of what the other side sent of it: its status code's name, and the details."""
     retry_after = detail.retry_after if detail.HasField("retry_after") else None
-    return error_class(detail.reason, name)(
+    return error_class(detail.reason, code)(
         detail.message,
         field=detail.field,
         request_id=detail.request_id,
@@ -153,9 +161,26 @@ def error_from_rpc(error: grpc.RpcError) -> SpecinferError:
     )
 
 
-def has_detail(error: grpc.RpcError) -> bool:
-    """Whether one of our servers ended the call with an error of ours."""
-    return _error_detail(error) is not None
+def call_error(error: grpc.aio.AioRpcError) -> SpecinferError:
+    """Our error of a user's failed call; a stream that was cut on the way is Unavailable."""
+    found = error_from_rpc(error)
+    code, text = error.code(), error.details() or ""
+    # A router says why it cancels; a server that goes away under a call does not.
+    unsaid = code is grpc.StatusCode.CANCELLED and _error_detail(error) is None
+    cut = unsaid or (code in _BROKEN_CODES and "RST_STREAM" in text)
+    return _cut(found) if cut else found
+
+
+def shared_stream_error(error: grpc.aio.AioRpcError) -> SpecinferError:
+    """As `call_error`, of a stream on which we may have been writing as it ended."""
+    # grpc.aio puts an internal error in place of the status that a server ended it with, where a
+    # message was on its way (grpc/grpc#36066).
+    unsaid = error.code() in _BROKEN_CODES and _error_detail(error) is None
+    return _cut(error_from_rpc(error)) if unsaid else call_error(error)
+
+
+def _cut(error: SpecinferError) -> Unavailable:
+    return Unavailable(f"the stream was cut: {error.message}")
 
 
 def _error_detail(error: grpc.RpcError) -> tree_pb2.ErrorDetail | None:

@@ -100,6 +100,7 @@ class Client:
         token_provider: TokenProvider | None = None,
         allow_insecure_key: bool = False,
         interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
+        multiplex: bool = True,
     ) -> None:
         """Take down where and how to connect.
 
@@ -116,6 +117,7 @@ class Client:
             token_provider=token_provider,
             allow_insecure_key=allow_insecure_key,
             interceptors=interceptors,
+            multiplex=multiplex,
         )
         self.addresses = self._client.addresses
         self._loop = LoopThread()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from specinfer import AsyncClient, Client
 from tests.kit.certificates import Certificates, make_certificates
 from tests.kit.triton_interpreter import interpret_without_a_gpu
 
@@ -35,6 +36,15 @@ def _own_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(own))
         yield
+
+
+@pytest.fixture(params=["shared stream", "own calls"])
+def both_kinds_of_call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test twice: clients let their streams share a call, and make one for each."""
+    for kind in (AsyncClient, Client):
+        defaults = kind.__init__.__kwdefaults__
+        assert defaults is not None
+        monkeypatch.setitem(defaults, "multiplex", request.param == "shared stream")
 
 
 def free_port() -> int:

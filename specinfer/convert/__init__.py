@@ -18,6 +18,7 @@ from specinfer.convert.generation import (
     capabilities_to_wire,
     event_from_wire,
     event_to_wire,
+    fill_event,
     report_from_wire,
     report_to_wire,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "draft_result_to_wire",
     "event_from_wire",
     "event_to_wire",
+    "fill_event",
     "fill_shape",
     "fill_tree",
     "finding_from_wire",

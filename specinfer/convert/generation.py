@@ -39,12 +39,20 @@ _TIMING_FIELDS = tuple(Timings.__dataclass_fields__)
 
 def event_to_wire(event: GenerateEvent) -> router_pb2.GenerateResponse:
     """Message of one event of a stream."""
+    wire = router_pb2.GenerateResponse()
+    fill_event(wire, event)
+    return wire
+
+
+def fill_event(wire: router_pb2.GenerateResponse, event: GenerateEvent) -> None:
+    """Write one event of a stream into an empty message."""
     if isinstance(event, TokensEvent):
-        return _tokens_to_wire(event)
-    if isinstance(event, Started):
+        _fill_tokens(wire.tokens, event)
+    elif isinstance(event, Started):
         started = {name: getattr(event, name) for name in _STARTED_FIELDS}
-        return router_pb2.GenerateResponse(started=router_pb2.Started(**started))
-    return router_pb2.GenerateResponse(finished=_finished_to_wire(event))
+        wire.started.CopyFrom(router_pb2.Started(**started))
+    else:
+        wire.finished.CopyFrom(_finished_to_wire(event))
 
 
 def event_from_wire(wire: router_pb2.GenerateResponse) -> GenerateEvent:
@@ -59,20 +67,17 @@ def event_from_wire(wire: router_pb2.GenerateResponse) -> GenerateEvent:
     raise InvalidRequest("an event of a kind that this version does not know")
 
 
-def _tokens_to_wire(event: TokensEvent) -> router_pb2.GenerateResponse:
+def _fill_tokens(tokens: router_pb2.Tokens, event: TokensEvent) -> None:
     # Filled in place: a message that is given to another one is copied by way of its bytes.
-    wire = router_pb2.GenerateResponse()
-    tokens = wire.tokens
     tokens.offset = event.offset
     tokens.text = event.text
     tokens.token_ids.extend(event.token_ids)
     tokens.num_accepted_tokens = event.num_accepted_tokens
     if event.logprobs:
         tokens.logprobs.extend(map(logprob_to_wire, event.logprobs))
-    _fill_facts(wire.tokens.round, event.round)
+    _fill_facts(tokens.round, event.round)
     if event.detail is not None:
         tokens.detail.CopyFrom(_detail_to_wire(event.detail))
-    return wire
 
 
 def _tokens_from_wire(wire: router_pb2.Tokens) -> TokensEvent:

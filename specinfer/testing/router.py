@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import grpc
 import grpc.aio
@@ -21,9 +23,12 @@ from specinfer.convert import (
     request_from_wire,
     resume_from_wire,
 )
-from specinfer.errors import InvalidRequest, SpecinferError, Unauthenticated
+from specinfer.errors import InvalidRequest, SpecinferError, Unauthenticated, Unavailable
 from specinfer.messages import Capabilities, GenerateEvent, GenerateRequest
+from specinfer.multiplex.server import CallReader, ServedStream
 from specinfer.rpc import (
+    RESUMES,
+    RESUMES_KEY,
     SERVER_OPTIONS,
     TlsSettings,
     error_metadata,
@@ -135,7 +140,7 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         """Answer one request."""
         try:
-            self._check(context)
+            self._check(_metadata(context))
             parsed = request_from_wire(request)
             self.requests.append(parsed)
             self.metadata.append(_metadata(context))
@@ -152,7 +157,7 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[router_pb2.ResumeResponse]:
         """Go on with a session."""
         try:
-            self._check(context)
+            self._check(_metadata(context))
             parsed = resume_from_wire(request)
             self.resumed.append((parsed.session_id, parsed.offset))
             self.metadata.append(_metadata(context))
@@ -164,12 +169,49 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
         except (SpecinferError, ConnectionResetError) as error:
             await _abort(context, error)
 
+    async def Multiplex(
+        self, request_iterator: AsyncIterator[router_pb2.MultiplexRequest], context: Any
+    ) -> AsyncIterator[router_pb2.MultiplexResponse]:
+        """Answer the calls of a shared stream."""
+        stream = ServedStream(partial(self._shared_call, _metadata(context)))
+        async with aclosing(stream.frames(request_iterator)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def _shared_call(
+        self, metadata: dict[str, str], begin: router_pb2.BeginCall, reader: CallReader
+    ) -> None:
+        """Answer one call of a shared stream, whose metadata stands for the call's own."""
+        self._check(metadata)
+        said = {"traceparent": begin.traceparent, "tracestate": begin.tracestate}
+        said["x-request-id"] = begin.generate.request_id or begin.resume.request_id
+        said[RESUMES_KEY] = RESUMES if begin.resumes else ""
+        self.metadata.append(metadata | {name: value for name, value in said.items() if value})
+        try:
+            if begin.HasField("resume"):
+                resume = resume_from_wire(begin.resume)
+                self.resumed.append((resume.session_id, resume.offset))
+                events = self.resumed_events(resume.session_id, resume.offset)
+            else:
+                request = request_from_wire(begin.generate)
+                self.requests.append(request)
+                events = self.events(request)
+            async with aclosing(cast(AsyncGenerator[GenerateEvent, None], events)) as told:
+                async for event in told:
+                    await reader.room()
+                    reader.put(event)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+        except ConnectionResetError as error:
+            raise Unavailable("Socket closed") from error
+
     async def Cancel(
         self, request: router_pb2.CancelRequest, context: Any
     ) -> router_pb2.CancelResponse:
         """End a session."""
         try:
-            self._check(context)
+            self._check(_metadata(context))
             self._store.find(request.session_id).outcome = "cancelled"
             self.cancelled_sessions.append(request.session_id)
         except SpecinferError as error:
@@ -181,7 +223,7 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
     ) -> router_pb2.ExplainResponse:
         """Report a request's rounds, with made-up times."""
         try:
-            self._check(context)
+            self._check(_metadata(context))
             return report_to_wire(report_of(self._store.find(request.request_id)))
         except SpecinferError as error:
             await _abort(context, error)
@@ -191,7 +233,7 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
     ) -> router_pb2.GetCapabilitiesResponse:
         """Say what was scripted."""
         try:
-            self._check(context)
+            self._check(_metadata(context))
             return capabilities_to_wire(await self.tell_capabilities())
         except SpecinferError as error:
             await _abort(context, error)
@@ -229,10 +271,10 @@ class FakeRouter(router_pb2_grpc.GenerationServiceServicer):
             answer = answers[min(len(self.requests), len(answers)) - 1]
         return FakeReply(answer) if isinstance(answer, str) else answer
 
-    def _check(self, context: Any) -> None:
+    def _check(self, metadata: dict[str, str]) -> None:
         if not self._api_keys:
             return
-        given = _metadata(context).get("authorization", "")
+        given = metadata.get("authorization", "")
         if not given.startswith("Bearer ") or given[len("Bearer ") :] not in self._api_keys:
             raise Unauthenticated("this call needs a key that is known")
 

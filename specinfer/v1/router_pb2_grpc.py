@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=specinfer_dot_v1_dot_router__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=specinfer_dot_v1_dot_router__pb2.ResumeResponse.FromString,
                 _registered_method=True)
+        self.Multiplex = channel.stream_stream(
+                '/specinfer.v1.GenerationService/Multiplex',
+                request_serializer=specinfer_dot_v1_dot_router__pb2.MultiplexRequest.SerializeToString,
+                response_deserializer=specinfer_dot_v1_dot_router__pb2.MultiplexResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/specinfer.v1.GenerationService/Cancel',
                 request_serializer=specinfer_dot_v1_dot_router__pb2.CancelRequest.SerializeToString,
@@ -77,6 +82,16 @@ class GenerationServiceServicer(object):
         """Goes on with a session whose stream broke: the same events from a token offset on, each token
         exactly once, through any router that shares the store. Whoever read the session before loses
         it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Multiplex(self, request_iterator, context):
+        """Many calls of Generate and Resume over one stream, in frames that hold events of many: a router
+        spends less on a frame than on as many messages. The calls run beside each other, and each
+        tells its own events in order, up to Finished or to how it failed. The metadata of the stream
+        says who makes them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +130,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Resume,
                     request_deserializer=specinfer_dot_v1_dot_router__pb2.ResumeRequest.FromString,
                     response_serializer=specinfer_dot_v1_dot_router__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Multiplex': grpc.stream_stream_rpc_method_handler(
+                    servicer.Multiplex,
+                    request_deserializer=specinfer_dot_v1_dot_router__pb2.MultiplexRequest.FromString,
+                    response_serializer=specinfer_dot_v1_dot_router__pb2.MultiplexResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -187,6 +207,33 @@ class GenerationService(object):
             '/specinfer.v1.GenerationService/Resume',
             specinfer_dot_v1_dot_router__pb2.ResumeRequest.SerializeToString,
             specinfer_dot_v1_dot_router__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Multiplex(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/specinfer.v1.GenerationService/Multiplex',
+            specinfer_dot_v1_dot_router__pb2.MultiplexRequest.SerializeToString,
+            specinfer_dot_v1_dot_router__pb2.MultiplexResponse.FromString,
             options,
             channel_credentials,
             insecure,

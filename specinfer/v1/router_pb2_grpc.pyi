@@ -40,6 +40,12 @@ class GenerationServiceStub:
     exactly once, through any router that shares the store. Whoever read the session before loses
     it.
     """
+    Multiplex: _grpc.StreamStreamMultiCallable[_router_pb2.MultiplexRequest, _router_pb2.MultiplexResponse]
+    """Many calls of Generate and Resume over one stream, in frames that hold events of many: a router
+    spends less on a frame than on as many messages. The calls run beside each other, and each
+    tells its own events in order, up to Finished or to how it failed. The metadata of the stream
+    says who makes them.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_router_pb2.CancelRequest, _router_pb2.CancelResponse]
     """Ends a session for good, wherever it runs. A session that has ended already is fine."""
     Explain: _grpc.UnaryUnaryMultiCallable[_router_pb2.ExplainRequest, _router_pb2.ExplainResponse]
@@ -58,6 +64,12 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Goes on with a session whose stream broke: the same events from a token offset on, each token
     exactly once, through any router that shares the store. Whoever read the session before loses
     it.
+    """
+    Multiplex: _aio.StreamStreamMultiCallable[_router_pb2.MultiplexRequest, _router_pb2.MultiplexResponse]  # type: ignore[assignment]
+    """Many calls of Generate and Resume over one stream, in frames that hold events of many: a router
+    spends less on a frame than on as many messages. The calls run beside each other, and each
+    tells its own events in order, up to Finished or to how it failed. The metadata of the stream
+    says who makes them.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_router_pb2.CancelRequest, _router_pb2.CancelResponse]  # type: ignore[assignment]
     """Ends a session for good, wherever it runs. A session that has ended already is fine."""
@@ -86,6 +98,18 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Goes on with a session whose stream broke: the same events from a token offset on, each token
         exactly once, through any router that shares the store. Whoever read the session before loses
         it.
+        """
+
+    @_abc_1.abstractmethod
+    def Multiplex(
+        self,
+        request_iterator: _MaybeAsyncIterator[_router_pb2.MultiplexRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.MultiplexResponse], _abc.AsyncIterator[_router_pb2.MultiplexResponse]]:
+        """Many calls of Generate and Resume over one stream, in frames that hold events of many: a router
+        spends less on a frame than on as many messages. The calls run beside each other, and each
+        tells its own events in order, up to Finished or to how it failed. The metadata of the stream
+        says who makes them.
         """
 
     @_abc_1.abstractmethod

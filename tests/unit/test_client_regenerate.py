@@ -13,6 +13,8 @@ from specinfer.errors import InternalError
 from specinfer.messages import GenerateEvent, GenerateRequest, Started, TokensEvent
 from specinfer.testing import FakeReply, FakeRouter, words_of
 
+pytestmark = pytest.mark.usefixtures("both_kinds_of_call")
+
 FAST = RetryPolicy(max_attempts=3, initial_backoff=0.001, max_backoff=0.01)
 TEXT = " ".join(f"word{number}" for number in range(60))
 NUM_TOKENS = len(words_of(TEXT))

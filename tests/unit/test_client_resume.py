@@ -24,11 +24,12 @@ from specinfer import (
     Unavailable,
 )
 from specinfer.completion import CompletionBuilder, summary_of
-from specinfer.connection import error_of
 from specinfer.messages import GenerateEvent
-from specinfer.rpc import error_metadata
+from specinfer.rpc import call_error, error_metadata
 from specinfer.testing import FakeReply, FakeRouter, FakeStore, words_of
 from tests.kit.link_breaker import broken_link
+
+pytestmark = pytest.mark.usefixtures("both_kinds_of_call")
 
 FAST = RetryPolicy(max_attempts=3, initial_backoff=0.001, max_backoff=0.01)
 TEXT = " ".join(f"word{number}" for number in range(60))
@@ -74,7 +75,7 @@ def test_a_cancellation_is_a_cut_stream_unless_the_router_says_so(said: bool) ->
     error = grpc.aio.AioRpcError(
         grpc.StatusCode.CANCELLED, grpc.aio.Metadata(), grpc.aio.Metadata(*detail), "CANCELLED"
     )
-    found = error_of(error)
+    found = call_error(error)
     assert isinstance(found, Cancelled if said else Unavailable)
     assert found.retryable is not said
 

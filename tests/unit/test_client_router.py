@@ -23,6 +23,8 @@ from specinfer_router.store import MemoryStore
 from tests.kit.link_breaker import LinkBreaker, broken_link
 from tests.kit.router import PROMPT, Bench, running_router
 
+pytestmark = pytest.mark.usefixtures("both_kinds_of_call")
+
 FAST = RetryPolicy(max_attempts=4, initial_backoff=0.001, max_backoff=0.05)
 NUM_TOKENS = 120
 

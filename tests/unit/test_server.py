@@ -52,6 +52,10 @@ class FailingService(router_pb2_grpc.GenerationServiceServicer):
     async def Explain(self, request: Any, context: Any) -> Any:
         raise InvalidRequest("no session")
 
+    async def Multiplex(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
+        raise InvalidRequest("no session")
+        yield
+
     async def GetCapabilities(self, request: Any, context: Any) -> Any:
         raise ValueError("secret")
 

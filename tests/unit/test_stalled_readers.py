@@ -23,6 +23,8 @@ from tests.kit.gateway import GatewayBench, running_gateway
 from tests.kit.sse import StreamReader
 from tests.kit.waiting import until
 
+pytestmark = pytest.mark.usefixtures("both_kinds_of_call")
+
 # Only one request at a time, so that another one shows that the stalled one has lost its place.
 LIMITS = RouterLimits(admission=AdmissionLimits(max_streams=1), max_events=4, stall_seconds=0.3)
 MAX_TOKENS = 900

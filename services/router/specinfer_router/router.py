@@ -6,38 +6,38 @@ What the gRPC servicer and the gateway both call. This module knows nothing of p
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 from specinfer.errors import NotFound, RouterLeaving, SpecinferError
 from specinfer.grammar import GrammarChecker, GrammarCompiler
 from specinfer.messages import (
     Capabilities,
-    Finished,
     GenerateEvent,
     GenerateRequest,
     RequestReport,
     ResumeRequest,
-    TokensEvent,
 )
 from specinfer.metrics import RouterMetrics
 from specinfer.telemetry import Span, Telemetry
 from specinfer_router.access import ANYBODY, Caller
-from specinfer_router.admission import Admission, AdmissionLimits, Ticket
+from specinfer_router.admission import Admission, AdmissionLimits
 from specinfer_router.checks import check_request_id
 from specinfer_router.cluster import Cluster
 from specinfer_router.counting import show_cluster, show_router
-from specinfer_router.following import Followers, FollowLimits, finished
-from specinfer_router.opening import GivenUpUnlessRun, SeatLimits, SessionOpener
+from specinfer_router.following import Followers, FollowLimits
+from specinfer_router.opening import SeatLimits, SessionOpener
 from specinfer_router.policy import PlainSpeed, TreeShapePolicy
 from specinfer_router.request_log import RequestLog, RequestLogEntry
-from specinfer_router.session import LEAVING, Session, beyond_the_end
+from specinfer_router.running import RequestRunner
+from specinfer_router.session import LEAVING, beyond_the_end
 from specinfer_router.store import CANCELLED, SessionRecord, SessionStore
-from specinfer_router.stream import OpenStreams
+from specinfer_router.stream import OpenStreams, Reader
 from specinfer_router.tokenizer import ServedTokenizer
-from specinfer_router.tracing import RequestTrace, request_ended, request_span, trace_queue
+from specinfer_router.tracing import RequestTrace, request_ended, request_span
 
 FEATURES = ("detail", "explain", "grammar", "logprobs", "prediction", "priority", "resume")
 
@@ -63,6 +63,20 @@ class RouterLimits:
     stall_seconds: float = 60.0
     follow: FollowLimits = field(default_factory=FollowLimits)
     needs_store: bool = True
+
+
+class _Stream(NamedTuple):
+    """What is read of one request, and who is told of it."""
+
+    kind: str
+    entry: RequestLogEntry
+    span: Span
+    source: AsyncGenerator[GenerateEvent, None]
+
+    @property
+    def trace(self) -> RequestTrace:
+        """For the task that makes the events."""
+        return RequestTrace(self.span, self.entry.request_id)
 
 
 class Router:
@@ -101,7 +115,6 @@ class Router:
             max_events=self._limits.max_events, stall_seconds=self._limits.stall_seconds
         )
         self._followers = Followers(store, self._limits.follow)
-        self._handing_over = False
         self._plain = PlainSpeed(cluster.target.step_costs)
         show_router(metrics, self._admission, self._plain)
         vocab_size, ends = cluster.target.vocab_size, sorted(tokenizer.eos_token_ids)
@@ -115,6 +128,14 @@ class Router:
             grammars=self._grammars,
             max_tree_nodes=self._limits.max_tree_nodes,
             limits=self._limits.seats,
+        )
+        self._runner = RequestRunner(
+            admission=self._admission,
+            opener=self._opener,
+            store=store,
+            requests=self._requests,
+            plain=self._plain,
+            metrics=metrics,
         )
         show_cluster(metrics, cluster, self._opener.hedges)
 
@@ -168,7 +189,7 @@ class Router:
         These are the ones whose readers resume, and those without a reader. The others find them
         in the store; while it is away nothing is handed over.
         """
-        self._handing_over = True
+        self._runner.handing_over = True
 
     def cut(self) -> None:
         """End every stream with RouterLeaving, whatever it waits for; the store keeps them."""
@@ -193,17 +214,11 @@ class Router:
         Raises:
             SpecinferError: with the request's id; any of the error tree but ClientClosed.
         """
-        check_request_id(request.request_id)
-        if not request.request_id:
-            request = replace(request, request_id=uuid.uuid4().hex)
-        entry = self._requests.begin(request.request_id, caller.key_id)
-        span = self._new_span(request, caller.trace, detailed=request.detail)
-        source = self._generated(request, caller, entry, unattended=unattended)
-        with self._served(entry, span, "generate"):
-            trace = RequestTrace(span, entry.request_id)
-            async with aclosing(self._streams.read(source, trace)) as events:
+        stream = self._generation(request, caller, unattended=unattended)
+        with self._served(stream):
+            async with aclosing(self._streams.read(stream.source, stream.trace)) as events:
                 async for event in events:
-                    entry.told(event)
+                    stream.entry.told(event)
                     yield event
 
     async def resume(
@@ -228,19 +243,31 @@ class Router:
             LeaseLost: with `orphaned_only`, another router runs it, or it has ended.
             Mismatch: another model is served now.
         """
-        check_request_id(request.request_id)
-        record = await self._find(request.session_id, caller)
-        request_id = request.request_id or record.terms.request_id or uuid.uuid4().hex
-        request = replace(request, request_id=request_id)
-        entry = self._requests.begin(request_id, caller.key_id)
-        span = self._new_span(request, caller.trace, detailed=record.terms.detail)
-        source = self._resumed(record, request, caller, entry, whole, orphaned_only)
-        with self._served(entry, span, "resume"):
-            trace = RequestTrace(span, entry.request_id)
-            async with aclosing(self._streams.read(source, trace)) as events:
+        stream = await self._resumption(request, caller, whole, orphaned_only)
+        with self._served(stream):
+            async with aclosing(self._streams.read(stream.source, stream.trace)) as events:
                 async for event in events:
-                    entry.told(event)
+                    stream.entry.told(event)
                     yield event
+
+    async def feed(
+        self,
+        request: GenerateRequest | ResumeRequest,
+        reader: Reader[GenerateEvent],
+        caller: Caller = ANYBODY,
+    ) -> None:
+        """Hand the events of `generate` or `resume`, which see, to a reader that has its own room.
+
+        Being cancelled gives the session up.
+        """
+        if isinstance(request, GenerateRequest):
+            stream = self._generation(request, caller, unattended=False)
+        else:
+            stream = await self._resumption(request, caller)
+        with self._served(stream):
+            last = await self._streams.feed(stream.source, reader, stream.trace)
+            if last is not None:
+                stream.entry.told(last)
 
     async def follow(
         self, session_id: str, offset: int = 0, caller: Caller = ANYBODY
@@ -284,9 +311,35 @@ class Router:
             raise NotFound(f"no session {session_id}, or it has expired", field="session_id")
         return record
 
+    def _generation(self, request: GenerateRequest, caller: Caller, *, unattended: bool) -> _Stream:
+        check_request_id(request.request_id)
+        if not request.request_id:
+            request = replace(request, request_id=uuid.uuid4().hex)
+        entry = self._requests.begin(request.request_id, caller.key_id)
+        span = self._new_span(request, caller.trace, detailed=request.detail)
+        source = self._runner.generated(request, caller, entry, unattended=unattended)
+        return _Stream("generate", entry, span, source)
+
+    async def _resumption(
+        self,
+        request: ResumeRequest,
+        caller: Caller,
+        whole: bool = False,
+        orphaned_only: bool = False,
+    ) -> _Stream:
+        check_request_id(request.request_id)
+        record = await self._find(request.session_id, caller)
+        request_id = request.request_id or record.terms.request_id or uuid.uuid4().hex
+        request = replace(request, request_id=request_id)
+        entry = self._requests.begin(request_id, caller.key_id)
+        span = self._new_span(request, caller.trace, detailed=record.terms.detail)
+        source = self._runner.resumed(record, request, caller, entry, whole, orphaned_only)
+        return _Stream("resume", entry, span, source)
+
     @contextmanager
-    def _served(self, entry: RequestLogEntry, span: Span, kind: str) -> Iterator[None]:
+    def _served(self, stream: _Stream) -> Iterator[None]:
         """Around a stream that is read: one log entry and one outcome, whatever it ends with."""
+        kind, entry, span, _ = stream
         try:
             with self._metrics.stream(kind):
                 yield
@@ -299,101 +352,3 @@ class Router:
             entry.ended()
             request_ended(span, entry)
             self._metrics.observe_request(entry.outcome, entry.seconds, span)
-
-    def _leaving(self, caller: Caller, *, unattended: bool) -> Callable[[], bool]:
-        """What a session asks between two rounds: whether it is to go on elsewhere."""
-        movable = caller.resumes or unattended
-        return lambda: movable and self._handing_over and not self.store.away_seconds
-
-    async def _generated(
-        self,
-        request: GenerateRequest,
-        caller: Caller,
-        entry: RequestLogEntry,
-        *,
-        unattended: bool,
-    ) -> AsyncGenerator[GenerateEvent, None]:
-        """Runs behind the buffer: a reader that stalls loses its place along with its session."""
-        self._opener.check(request)
-        async with self._admission.slot(caller, request.priority) as ticket:
-            self._admitted(entry, ticket)
-            record = await self._opener.record(request, caller.key_id, unattended=unattended)
-            ticket.spend(len(record.token_ids))
-            leaving = self._leaving(caller, unattended=unattended)
-            session = await self._opener.open(record, leaving)
-            async with GivenUpUnlessRun(self.store, record, session):
-                started = self._opener.started(record)
-                entry.add(started)
-                yield started
-                with self._counted(session, ticket, entry) as count:
-                    async with aclosing(session.run()) as events:
-                        async for event in events:
-                            yield count(event)
-
-    async def _resumed(
-        self,
-        record: SessionRecord,
-        request: ResumeRequest,
-        caller: Caller,
-        entry: RequestLogEntry,
-        whole: bool,
-        orphaned_only: bool,
-    ) -> AsyncGenerator[GenerateEvent, None]:
-        # Before the session is taken from whoever reads it now.
-        self._opener.check_resume(record, request.offset)
-        async with self._admission.slot(caller) as ticket:
-            self._admitted(entry, ticket)
-            record = await self.store.claim(request.session_id, orphaned_only=orphaned_only)
-            self._metrics.claimed(orphaned=orphaned_only)
-            leaving = self._leaving(caller, unattended=record.terms.unattended)
-            offset = request.offset
-            session, replay = self._opener.reopen(record, offset, leaving, whole=whole)
-            async with GivenUpUnlessRun(self.store, record, session):
-                started = self._opener.started(record, request.request_id)
-                entry.add(started)
-                yield started
-                async with aclosing(replay.events(self._opener.max_tree_nodes)) as missed:
-                    async for tokens in missed:
-                        ticket.spend(len(tokens.token_ids))
-                        entry.add(tokens)
-                        yield tokens
-                ended = replay.ended.finish_reason or record.finish_reason
-                if ended:
-                    if offset > len(record.output_ids):
-                        raise beyond_the_end(offset, len(record.output_ids))
-                    last = finished(record, ended, replay.ended.stop_match, len(record.output_ids))
-                    yield replace(last, timings=entry.timings)
-                    return
-                with self._counted(session, ticket, entry) as count:
-                    async with aclosing(session.run()) as events:
-                        async for event in events:
-                            yield count(event)
-
-    def _admitted(self, entry: RequestLogEntry, ticket: Ticket) -> None:
-        entry.admitted(ticket.queue_seconds)
-        self._metrics.observe_admitted(entry.key_id, ticket.queue_seconds)
-        trace_queue(ticket.queue_seconds)
-        self._requests.keep(entry)
-
-    @contextmanager
-    def _counted(
-        self, session: Session, ticket: Ticket, entry: RequestLogEntry
-    ) -> Iterator[Callable[[TokensEvent | Finished], GenerateEvent]]:
-        """What to pass each event of a session through, so that all who count are told."""
-
-        def count(event: TokensEvent | Finished) -> GenerateEvent:
-            entry.add(event)
-            if isinstance(event, Finished):
-                times.finished(event.usage)
-                return replace(event, timings=entry.timings)
-            num_tokens = len(event.token_ids)
-            # A session's first round computes the prompt; its last one perhaps tokens behind a stop
-            # that the target does not know, which were dropped.
-            first = times.event(entry.seconds, num_tokens)
-            if not first and session.finished is None:
-                self._plain.observe(event.round, num_tokens)
-            ticket.spend(num_tokens)
-            return event
-
-        with self._metrics.session(entry.key_id) as times:
-            yield count

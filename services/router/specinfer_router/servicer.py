@@ -5,9 +5,10 @@ Everything else happens in `router.py`. This module knows nothing of workers, tr
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from specinfer.convert import (
@@ -17,7 +18,9 @@ from specinfer.convert import (
     request_from_wire,
     resume_from_wire,
 )
-from specinfer.errors import SpecinferError
+from specinfer.errors import InvalidRequest, SpecinferError
+from specinfer.messages import GenerateRequest, ResumeRequest
+from specinfer.multiplex.server import CallReader, ServedStream
 from specinfer.rpc import RESUMES, RESUMES_KEY
 from specinfer.server import RpcServer
 from specinfer.telemetry import TraceContext
@@ -58,6 +61,39 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         async with aclosing(self._router.resume(resume_from_wire(request), caller)) as events:
             async for event in events:
                 yield router_pb2.ResumeResponse(event=event_to_wire(event))
+
+    async def Multiplex(
+        self, request_iterator: AsyncIterator[router_pb2.MultiplexRequest], context: Any
+    ) -> AsyncGenerator[router_pb2.MultiplexResponse, None]:
+        """Stream the events of all calls that the caller makes; its leaving cancels them all."""
+        stream = ServedStream(partial(self._serve, context))
+        async with aclosing(stream.frames(request_iterator)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def _serve(self, context: Any, begin: router_pb2.BeginCall, reader: CallReader) -> None:
+        """Serve one call of a shared stream."""
+        request: GenerateRequest | ResumeRequest
+        try:
+            # For each call: a key may be withdrawn meanwhile, and a client that is writing does not
+            # learn why a stream is refused (grpc/grpc#36066).
+            caller = replace(
+                self._caller(context),
+                seconds_left=begin.timeout_seconds if begin.HasField("timeout_seconds") else None,
+                resumes=begin.resumes,
+                trace=TraceContext(begin.traceparent, begin.tracestate),
+            )
+            kind = begin.WhichOneof("request")
+            if kind is None:
+                raise InvalidRequest("a call generates or resumes", field="request")
+            if kind == "resume":
+                request = resume_from_wire(begin.resume)
+            else:
+                request = request_from_wire(begin.generate)
+        except SpecinferError as error:
+            error.request_id = begin.generate.request_id or begin.resume.request_id
+            raise
+        await self._router.feed(request, reader, caller)
 
     async def Cancel(
         self, request: router_pb2.CancelRequest, context: Any

@@ -1,4 +1,4 @@
-"""A bounded buffer between each session and its reader.
+"""What lies between each session and its reader: a bounded buffer, or the reader's own room.
 
 A session runs ahead of a slow reader by a few events and then waits; a reader that takes nothing
 for too long loses its session, whose place goes to others. This module knows nothing of what the
@@ -9,14 +9,31 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Generic, Protocol, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
 from specinfer.errors import ReaderStalled, SpecinferError
 
 _Event = TypeVar("_Event")
 _Seen = TypeVar("_Seen", contravariant=True)
+
+
+class Reader(Protocol[_Seen]):
+    """Where the events of a source are put, by one task."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the next event has to wait."""
+        ...
+
+    def put(self, event: _Seen) -> None:
+        """Add one; it is for the caller to see that it is not full."""
+        ...
+
+    async def room(self) -> None:
+        """Wait until it is not full."""
+        ...
 
 
 class Watcher(Protocol[_Seen]):
@@ -42,7 +59,7 @@ class OpenStreams:
     def __init__(self, *, max_events: int, stall_seconds: float) -> None:
         self._max_events = max_events
         self._stall_seconds = stall_seconds
-        self._pumps: set[asyncio.Task[None]] = set()
+        self._pumps: set[asyncio.Task[Any]] = set()
         self._cut_by: SpecinferError | None = None
 
     async def read(
@@ -58,12 +75,39 @@ class OpenStreams:
             SpecinferError: what `cut` was told.
         """
         buffer: Buffer[_Event] = Buffer(self._max_events)
-        pump = asyncio.create_task(_pump(source, buffer, self._stall_seconds, watcher))
-        self._pumps.add(pump)
-        pump.add_done_callback(lambda _: buffer.end())
-        try:
+        async with self._pumping(source, buffer, watcher) as pump:
+            pump.add_done_callback(lambda _: buffer.end())
             while (event := await buffer.take()) is not None:
                 yield event
+
+    async def feed(
+        self,
+        source: AsyncGenerator[_Event, None],
+        reader: Reader[_Event],
+        watcher: Watcher[_Event] | None = None,
+    ) -> _Event | None:
+        """Hand the events of `source` to a reader that has room of its own; returns the last one.
+
+        As `read` otherwise, which costs each event the turn of another task. Being cancelled stands
+        for closing the generator.
+        """
+        async with self._pumping(source, reader, watcher) as pump:
+            await asyncio.wait((pump,))
+        return pump.result()
+
+    @asynccontextmanager
+    async def _pumping(
+        self,
+        source: AsyncGenerator[_Event, None],
+        reader: Reader[_Event],
+        watcher: Watcher[_Event] | None,
+    ) -> AsyncIterator[asyncio.Task[_Event | None]]:
+        """The task that a source runs in, which has ended after the block; raises what ended it."""
+        pumping = _pump(source, reader, self._stall_seconds, watcher)
+        pump = asyncio.create_task(pumping)
+        self._pumps.add(pump)
+        try:
+            yield pump
             if pump.cancelled() and self._cut_by is not None:
                 raise type(self._cut_by)(self._cut_by.message, retry_after=self._cut_by.retry_after)
             pump.result()
@@ -140,25 +184,28 @@ class Buffer(Generic[_Event]):
 
 async def _pump(
     source: AsyncGenerator[_Event, None],
-    buffer: Buffer[_Event],
+    reader: Reader[_Event],
     stall_seconds: float,
     watcher: Watcher[_Event] | None,
-) -> None:
+) -> _Event | None:
+    last = None
     if watcher is not None:
         watcher.begin()
     async with aclosing(source) as events:
         async for event in events:
             if watcher is not None:
                 watcher.saw(event)
-            if buffer.full:
-                await _make_room(buffer, stall_seconds)
-            buffer.put(event)
+            if reader.full:
+                await _wait_for(reader, stall_seconds)
+            reader.put(event)
+            last = event
+    return last
 
 
-async def _make_room(buffer: Buffer[_Event], stall_seconds: float) -> None:
+async def _wait_for(reader: Reader[_Event], stall_seconds: float) -> None:
     try:
         async with asyncio.timeout(stall_seconds):
-            await buffer.room()
+            await reader.room()
     except TimeoutError as error:
         raise ReaderStalled(
             f"nothing of the stream was read for {stall_seconds:g} s, so it was cut off; resume it "
