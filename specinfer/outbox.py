@@ -1,6 +1,7 @@
 """Results on their way to one stream: put from any thread, taken in batches by the event loop.
 
-Both worker tiers answer through it. It knows nothing of what the results are, nor of gRPC.
+Both worker tiers answer through it; whoever sends frames asks it when one is full. It knows nothing
+of what the results are, nor of gRPC.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 Result = TypeVar("Result")
+
+
+# A frame of so many is worth its cost, for which others may wait a few turns of the loop.
+FULL_FRAME, MAX_TURNS = 16, 4
 
 
 class Sized(Protocol):
@@ -77,6 +82,19 @@ class Outbox(Generic[Result]):
                 self._num_unanswered -= len(batch)
                 for _ in batch:
                     self._room.release()
+
+
+async def filling(waiting: Collection[Any]) -> None:
+    """Turns of the loop for as long as the next frame is small and each brings more for it.
+
+    A frame costs as much as many items; in a crowd, a small one is worth to wait with.
+    """
+    before = 0
+    for _ in range(MAX_TURNS):
+        if len(waiting) >= FULL_FRAME or len(waiting) == before:
+            return
+        before = len(waiting)
+        await asyncio.sleep(0)
 
 
 def split_frames(messages: Iterable[Message], max_bytes: int) -> Iterator[list[Message]]:

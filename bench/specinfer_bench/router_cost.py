@@ -4,7 +4,7 @@
     python -m specinfer_bench.router_cost --load "64 sessions, answers at once" --profile r.prof
 
 The router is the real process; its workers are `simulated_workers`, in a process of their own, and
-its readers count messages without parsing them, in this one. The loop that it is compared with does
+its readers do as little as they can, in this one. The loop that it is compared with does
 the same waits in one process, on the same kind of event loop and in turn. This module knows nothing
 of models.
 """
@@ -26,26 +26,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import grpc.aio
-
-from specinfer.convert import request_to_wire
 from specinfer.errors import SpecinferError
-from specinfer.messages import GenerateRequest
-from specinfer.rpc import CHANNEL_OPTIONS
-from specinfer.sampling import SamplingParams, StopConditions
 from specinfer.server import fastest_loop
 from specinfer_bench.cluster_report import write_report
 from specinfer_bench.machine import machine_facts
-from specinfer_bench.simulated_workers import FIRST_TOKEN, Passes, Simulation
+from specinfer_bench.readers import Readers
+from specinfer_bench.simulated_workers import Passes, Simulation
 from specinfer_bench.spread import spread
-from specinfer_bench.wire import GENERATE
 from specinfer_router.settings import RouterSettings
 
 MODULE = "specinfer_bench.router_cost"
 GOAL_MS = 0.2
 GOAL_LOSS = 0.05
-# Of the readers in turn: what is chosen depends on the context.
-PROMPT_LENGTHS = (50, 200, 500, 1200)
 START_SECONDS = 60.0
 SHOWN_LINES = 25
 
@@ -55,8 +47,10 @@ class Load:
     """What runs.
 
     Attributes:
-        sessions: sessions at once, each on a connection of its own.
+        sessions: sessions at once.
         tokens: tokens of a session; a next one follows.
+        one_client: whether they are one client's, whose events come in frames; else each is read on
+            a connection of its own.
         windows: how many are measured.
         window_seconds: length of each.
         warm_seconds: what passes before the first.
@@ -66,6 +60,7 @@ class Load:
 
     sessions: int = 64
     tokens: int = 256
+    one_client: bool = False
     windows: int = 5
     window_seconds: float = 3.0
     warm_seconds: float = 2.0
@@ -78,6 +73,8 @@ LOADS = {
     "64 sessions, answers at once": Load(),
     # Opening and closing a session takes about as much as a dozen rounds.
     "64 long sessions, answers at once": Load(tokens=4096),
+    "64 sessions of one client, answers at once": Load(one_client=True),
+    "64 long sessions of one client, answers at once": Load(tokens=4096, one_client=True),
     "64 sessions, answers at once, one shape": Load(policy="static"),
     "64 sessions, steps of 50 ms": Load(simulation=_STEPS),
     "4 sessions, steps of 50 ms": Load(4, simulation=_STEPS),
@@ -110,50 +107,6 @@ class Window:
     def rate(self) -> float:
         """Rounds a second."""
         return self.rounds / self.seconds
-
-
-class Readers:
-    """Sessions that are read one after the other, by as many readers as there are to be at once.
-
-    Attributes:
-        num_rounds: rounds read so far.
-        heard: when the last message came, by time.perf_counter().
-    """
-
-    def __init__(self, address: str, load: Load) -> None:
-        self.num_rounds, self.heard = 0, 0.0
-        self._address = address
-        self._load = load
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Read for the length of the block; raises what any reader met."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._read(at)) for at in range(self._load.sessions)]
-                yield
-                for task in tasks:
-                    task.cancel()
-        except* grpc.aio.AioRpcError as errors:
-            raise SpecinferError(f"a stream failed: {errors.exceptions[0]}") from errors
-
-    async def _read(self, reader: int) -> None:
-        length = PROMPT_LENGTHS[reader % len(PROMPT_LENGTHS)]
-        prompt = tuple(FIRST_TOKEN + at % 100 for at in range(length))
-        stop = StopConditions(max_tokens=self._load.tokens, ignore_eos=True)
-        request = GenerateRequest(token_ids=prompt, sampling=SamplingParams(seed=1), stop=stop)
-        wire = request_to_wire(request).SerializeToString()
-        # Channels of one process share their connections unless told not to.
-        options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
-        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
-            generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
-            generate = channel.unary_stream(GENERATE)
-            while True:
-                # The first message starts the stream and the last one ends it.
-                self.num_rounds -= 2
-                async for _ in generate(wire):
-                    self.num_rounds += 1
-                    self.heard = time.perf_counter()
 
 
 @asynccontextmanager
@@ -227,7 +180,7 @@ async def measure(
 ) -> list[Window]:
     """Windows of a router under load, and of the loop alone in turn where passes take time."""
     async with cluster(load, sockets, profile) as (pid, address):
-        readers = Readers(address, load)
+        readers = Readers(address, load.sessions, load.tokens, one_client=load.one_client)
         if not load.simulation.verify_seconds:
             async with readers.running():
                 await asyncio.sleep(load.warm_seconds)

@@ -22,15 +22,15 @@ from specinfer.errors import (
     SpecinferError,
 )
 from specinfer.messages import Finished, GenerateEvent
-from specinfer.outbox import split_frames
+from specinfer.outbox import filling, split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES, error_detail
 from specinfer.tasks import end_task
 from specinfer.v1 import router_pb2
 
 log = logging.getLogger(__name__)
 
-# In a crowd, an event waits a few turns of the loop for others to leave with.
-CROWD, MAX_TURNS, FULL_FRAME = 8, 4, 16
+# Among more calls an event waits a few turns of the loop for others to leave with.
+CROWD = 8
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ServedStream:
                 if reading.done():
                     reading.result()
                 if len(self._calls) > CROWD:
-                    await self._fill()
+                    await filling(self._outbox)
                 while self._outbox:
                     for frame in self._take_frames():
                         yield frame
@@ -206,15 +206,6 @@ class ServedStream:
     def _ended(self, call_id: int) -> None:
         del self._calls[call_id]
         self._changed.set()
-
-    async def _fill(self) -> None:
-        """Turns of the loop for as long as the next frame is small and each brings more for it."""
-        num_events = 0
-        for _ in range(MAX_TURNS):
-            if len(self._outbox) >= FULL_FRAME or len(self._outbox) == num_events:
-                return
-            num_events = len(self._outbox)
-            await asyncio.sleep(0)
 
     def _take_frames(self) -> Iterator[router_pb2.MultiplexResponse]:
         """What waits, as one frame or as several where it is too large for one."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from specinfer.outbox import Outbox
 from specinfer.v1 import verify_pb2
 from specinfer_bench.router_cost import LOADS, Load, Window, loop_rate, measure
@@ -12,8 +14,11 @@ from specinfer_bench.simulated_workers import SimulatedVerifier, Simulation
 from specinfer_router.settings import RouterSettings
 
 
-async def test_a_router_is_measured_by_its_rounds(tmp_path: Path) -> None:
-    load = Load(2, tokens=32, windows=1, window_seconds=0.5, warm_seconds=0.2)
+@pytest.mark.parametrize("one_client", [False, True])
+async def test_a_router_is_measured_by_its_rounds(tmp_path: Path, one_client: bool) -> None:
+    load = Load(
+        2, tokens=32, one_client=one_client, windows=1, window_seconds=0.5, warm_seconds=0.2
+    )
     (window,) = await measure(load, sockets=tmp_path)
     assert window.rounds > 0
     assert 0 < window.router_seconds < 2 * window.seconds

@@ -19,15 +19,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from specinfer.convert import request_to_wire
-from specinfer.errors import SpecinferError
-from specinfer.rpc import error_from_rpc, open_channel
+from specinfer.errors import SpecinferError, Unauthenticated
+from specinfer.rpc import detailed_error, error_from_rpc, open_channel
 from specinfer.server import build_server
 from specinfer.v1 import router_pb2, router_pb2_grpc
 from specinfer_router.access import KeyLimits
 from specinfer_router.admission import AdmissionLimits
 from specinfer_router.keys.control import AccessControl
 from specinfer_router.keys.file import KeyFile
-from specinfer_router.keys.record import new_key
+from specinfer_router.keys.record import key_id_of, new_key
 from specinfer_router.router import RouterLimits
 from specinfer_router.servicer import SERVICE, add_generation
 from tests.kit.router import Bench, request_of, running_router
@@ -47,6 +47,7 @@ class Door:
     bench: Bench
     channel: grpc.aio.Channel
     key: str
+    access: AccessControl
 
     @property
     def stub(self) -> Any:
@@ -55,10 +56,12 @@ class Door:
     async def call(self, name: str, request: Any, token: str | None, **options: Any) -> list[Any]:
         """The answers of a call with this token; raises SpecinferError."""
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        if name == "Multiplex":
+            request = iter([request])
         call = getattr(self.stub, name)(request, metadata=metadata, **options)
         try:
             if hasattr(call, "__aiter__"):
-                return [answer async for answer in call]
+                return [checked(answer) async for answer in call]
             return [await call]
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from error
@@ -72,6 +75,15 @@ class Door:
         return ""
 
 
+def checked(answer: Any) -> Any:
+    """What a stream told, unless it is that a call on it failed."""
+    if isinstance(answer, router_pb2.MultiplexResponse):
+        for told in answer.events:
+            if told.HasField("failure"):
+                raise detailed_error(told.failure.code, told.failure.detail)
+    return answer
+
+
 @asynccontextmanager
 async def door(folder: Path, limits: RouterLimits | None = None, **key: int) -> AsyncIterator[Door]:
     text = await key_in(folder / "keys", **key)
@@ -82,13 +94,20 @@ async def door(folder: Path, limits: RouterLimits | None = None, **key: int) -> 
         add_generation(server, bench.router, access)
         await server.start()
         async with open_channel(f"127.0.0.1:{server.port}") as channel:
-            yield Door(bench, channel, text)
+            yield Door(bench, channel, text, access)
         await server.server.stop(0)
     await access.close()
 
 
+def frame(request: router_pb2.GenerateRequest, **options: Any) -> router_pb2.MultiplexRequest:
+    begin = router_pb2.BeginCall(generate=request, room=64, **options)
+    return router_pb2.MultiplexRequest(items=[router_pb2.CallItem(call_id=1, begin=begin)])
+
+
+REQUEST = request_to_wire(request_of(max_tokens=3))
 CALLS = [
-    ("Generate", request_to_wire(request_of(max_tokens=3))),
+    ("Generate", REQUEST),
+    ("Multiplex", frame(REQUEST)),
     ("Resume", router_pb2.ResumeRequest(session_id="a")),
     ("Cancel", router_pb2.CancelRequest(session_id="a")),
     ("Explain", router_pb2.ExplainRequest(request_id="a")),
@@ -122,13 +141,37 @@ async def test_health_and_reflection_need_none(tmp_path: Path) -> None:
         assert SERVICE in names
 
 
-async def test_a_keys_limits_hold_over_grpc(tmp_path: Path) -> None:
+async def test_a_key_that_is_withdrawn_makes_no_calls_on_a_stream_that_it_opened(
+    tmp_path: Path,
+) -> None:
+    async with door(tmp_path) as built:
+        withdrawn = asyncio.Event()
+
+        async def frames() -> AsyncIterator[router_pb2.MultiplexRequest]:
+            yield frame(REQUEST)
+            await withdrawn.wait()
+            later = frame(REQUEST)
+            later.items[0].call_id = 2
+            yield later
+
+        metadata = (("authorization", f"Bearer {built.key}"),)
+        call = built.stub.Multiplex(frames(), metadata=metadata)
+        while not (await call.read()).events[-1].event.HasField("finished"):
+            pass
+        await KeyFile(tmp_path / "keys").remove(key_id_of(built.key))
+        await built.access.refresh()
+        withdrawn.set()
+        with pytest.raises(Unauthenticated):
+            checked(await call.read())
+
+
+@pytest.mark.parametrize(("name", "asked"), CALLS[:2])
+async def test_a_keys_limits_hold_over_grpc(tmp_path: Path, name: str, asked: Any) -> None:
     async with door(tmp_path, requests_per_minute=2) as built:
-        request = request_to_wire(request_of(max_tokens=3))
         for _ in range(2):
-            await built.call("Generate", request, built.key)
+            await built.call(name, asked, built.key)
         with pytest.raises(SpecinferError) as caught:
-            await built.call("Generate", request, built.key)
+            await built.call(name, asked, built.key)
         error = caught.value
         assert (error.reason, error.field) == ("RESOURCE_EXHAUSTED", "api_key")
         assert 20 < (error.retry_after or 0) <= 30
@@ -144,15 +187,19 @@ async def test_the_tokens_of_a_stream_are_counted(tmp_path: Path) -> None:
         assert 4 < (caught.value.retry_after or 0) <= 6
 
 
-async def test_a_deadline_ends_the_wait_for_a_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_deadline_ends_the_wait_for_a_place(tmp_path: Path, shared: bool) -> None:
     limits = RouterLimits(admission=AdmissionLimits(max_streams=1))
     async with door(tmp_path, limits) as built:
         verifier = built.bench.verifiers[0]
         verifier.gate.clear()
-        request = request_to_wire(request_of(max_tokens=3))
-        running = asyncio.create_task(built.call("Generate", request, built.key))
+        running = asyncio.create_task(built.call("Generate", REQUEST, built.key))
         await verifier.wait_for("step", 1)
-        reason = await built.reason("Generate", request, built.key, timeout=0.2)
+        if shared:
+            in_time = frame(REQUEST, timeout_seconds=0.2)
+            reason = await built.reason("Multiplex", in_time, built.key)
+        else:
+            reason = await built.reason("Generate", REQUEST, built.key, timeout=0.2)
         assert reason == "DEADLINE_EXCEEDED"
         verifier.gate.set()
         await running

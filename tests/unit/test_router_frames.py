@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from specinfer.errors import InvalidRequest
+from specinfer.outbox import FULL_FRAME, MAX_TURNS
 from specinfer_router.crowd import CROWD
-from specinfer_router.links import FULL_FRAME, MAX_TURNS, LinkLimits
+from specinfer_router.links import LinkLimits
 from tests.kit.links import linked, open_on, step_on
 from tests.kit.router import FAST_LINKS
 

@@ -33,6 +33,7 @@ from specinfer.errors import (
     Unavailable,
 )
 from specinfer.messages import WorkerInfo, WorkerLoad
+from specinfer.outbox import filling
 from specinfer.rpc import TlsSettings, error_from_rpc, open_channel
 from specinfer.tasks import end_task
 from specinfer_router.answer import Answer
@@ -41,9 +42,6 @@ from specinfer_router.crowd import CROWD
 from specinfer_router.hedging import MovingQuantile
 
 log = logging.getLogger(__name__)
-
-# A frame of so many items is worth its cost, for which others may wait a few turns of the loop.
-FULL_FRAME, MAX_TURNS = 16, 4
 
 FrameT = TypeVar("FrameT", bound=Message)
 _Result = TypeVar("_Result")
@@ -318,20 +316,11 @@ class WorkerLink(ABC, Generic[FrameT]):
             self._wake.clear()
             while self._outbox:
                 if self.num_seats > CROWD:
-                    await self._fill()
+                    await filling(self._outbox)
                 try:
                     await call.write(b"".join(self._take_items()))
                 except asyncio.InvalidStateError as error:
                     raise Unavailable(f"the stream to {self.address} broke") from error
-
-    async def _fill(self) -> None:
-        """Turns of the loop for as long as the next frame is small and each brings more for it."""
-        num_items = 0
-        for _ in range(MAX_TURNS):
-            if len(self._outbox) >= FULL_FRAME or len(self._outbox) == num_items:
-                return
-            num_items = len(self._outbox)
-            await asyncio.sleep(0)
 
     def _take_items(self) -> list[bytes]:
         """Items for one frame, in order, within its bounds; at least one."""
