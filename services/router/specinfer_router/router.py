@@ -39,7 +39,16 @@ from specinfer_router.stream import OpenStreams, Reader
 from specinfer_router.tokenizer import ServedTokenizer
 from specinfer_router.tracing import RequestTrace, request_ended, request_span
 
-FEATURES = ("detail", "explain", "grammar", "logprobs", "prediction", "priority", "resume")
+FEATURES = (
+    "detail",
+    "explain",
+    "grammar",
+    "logprobs",
+    "multiplex",
+    "prediction",
+    "priority",
+    "resume",
+)
 
 
 @dataclass(frozen=True)
