@@ -7,6 +7,7 @@ nothing of routers, credentials, retries or what the events add up to.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import deque
@@ -19,6 +20,7 @@ import grpc.aio
 from specinfer.errors import (
     ClientClosed,
     DeadlineExceeded,
+    InternalError,
     ResourceExhausted,
     SpecinferError,
     Unavailable,
@@ -26,6 +28,8 @@ from specinfer.errors import (
 from specinfer.outbox import split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES, detailed_error, shared_stream_error
 from specinfer.v1 import router_pb2
+
+log = logging.getLogger(__name__)
 
 # Events of a call that may come before any of them is read; half of them read makes room for more.
 ROOM = 64
@@ -138,6 +142,7 @@ class SharedStream:
         """
         num_bytes = begin.ByteSize()
         if num_bytes > MAX_CALL_BYTES:
+            self._end_if_unused()
             raise ResourceExhausted(
                 f"a request of {num_bytes} bytes is larger than one may be ({MAX_CALL_BYTES})"
             )
@@ -160,6 +165,9 @@ class SharedStream:
 
     def _forget(self, call_id: int) -> None:
         self._calls.pop(call_id, None)
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
         if not self._calls:
             self.open = False
             self._wake.set()
@@ -195,6 +203,11 @@ class SharedStream:
         except asyncio.CancelledError:
             self._end(lambda: ClientClosed("the client was closed during the call"))
             raise
+        except Exception:
+            # What gRPC makes of bytes that are no message is None; whatever it is, nobody waits on.
+            log.exception("what a router sent on a shared stream cannot be read")
+            self._end(lambda: InternalError("the router sent what cannot be read"))
+            self._call.cancel()
 
     def _deal_out(self, told: router_pb2.CallEvent) -> None:
         call = self._calls.get(told.call_id)

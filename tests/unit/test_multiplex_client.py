@@ -12,6 +12,7 @@ import pytest
 from specinfer import (
     AsyncClient,
     DeadlineExceeded,
+    InternalError,
     NotFound,
     ResourceExhausted,
     RetryPolicy,
@@ -190,6 +191,7 @@ class Line:
     def __init__(self) -> None:
         self.said: list[router_pb2.CallItem] = []
         self.done = asyncio.Event()
+        self.cancelled = False
         self.coming: asyncio.Queue[Any] = asyncio.Queue()
 
     async def write(self, frame: router_pb2.MultiplexRequest) -> None:
@@ -203,6 +205,9 @@ class Line:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
     def tell(self, *events: router_pb2.CallEvent) -> None:
         self.coming.put_nowait(router_pb2.MultiplexResponse(events=events))
@@ -312,6 +317,21 @@ async def test_a_request_that_is_too_large_does_not_break_the_others() -> None:
             with pytest.raises(ResourceExhausted, match="larger"):
                 await client.generate("x" * MAX_CALL_BYTES)
             assert (await stream.collect()).token_ids
+        async with AsyncClient(router.address, retry=ONCE) as client:
+            with pytest.raises(ResourceExhausted, match="larger"):
+                await client.generate("x" * MAX_CALL_BYTES)
+        await until(lambda: router.running == 0, "the streams to end")
+
+
+async def test_what_cannot_be_read_fails_the_calls_that_wait() -> None:
+    line = Line()
+    stream = SharedStream(line)
+    call = stream.begin(router_pb2.BeginCall())
+    line.coming.put_nowait(None)
+    with pytest.raises(InternalError, match="cannot be read"):
+        await call.read()
+    assert line.cancelled
+    assert not stream.open
 
 
 async def test_a_call_that_is_given_up_is_left_once_and_wakes_its_reader() -> None:
