@@ -41,7 +41,7 @@ from specinfer.messages import (
     RequestReport,
     ResumeRequest,
 )
-from specinfer.multiplex.client import SharedStream
+from specinfer.multiplex.client import SharedStream, StreamRefused, begin_call
 from specinfer.retry import Attempts, RetryPolicy
 from specinfer.rpc import (
     RESUMES,
@@ -55,8 +55,7 @@ from specinfer.v1 import router_pb2, router_pb2_grpc
 # A router that has not answered within this is not waited for while there are others.
 CONNECT_STAGGER_SECONDS = 0.25
 MAX_ADDRESSES = 16
-# A router that refused a shared stream gets calls of their own for so long: it may be too old for
-# them, and otherwise such a call meets what the stream met.
+# A router that refused a shared stream is not asked for one for so long: it may be too old.
 REFUSED_SECONDS = 60.0
 
 _Message = TypeVar("_Message")
@@ -203,6 +202,8 @@ class Connection:
 
     async def again(self, error: SpecinferError, attempts: Attempts, router: int | None) -> None:
         """Return when a failed call is due again, here or elsewhere; raises `error` when not."""
+        if isinstance(error, StreamRefused):
+            return  # It has not been made yet; the next one is its own.
         if isinstance(error, Unauthenticated) and self._options.credentials.renewable:
             if attempts.renew():
                 return
@@ -225,19 +226,9 @@ class Connection:
         caller = await self._options.credentials.metadata()
         router = await self._pick()
         left = attempts.remaining()
-        shared = self._shared_stream(router, caller) if self._options.multiplex else None
-        if shared is not None:
-            said = dict(trace)
-            begin = router_pb2.BeginCall(
-                timeout_seconds=left,
-                resumes=self._options.retry.hands_over,
-                traceparent=said.get("traceparent", ""),
-                tracestate=said.get("tracestate", ""),
-            )
-            if isinstance(request, GenerateRequest):
-                begin.generate.CopyFrom(request_to_wire(request))
-            else:
-                begin.resume.CopyFrom(resume_to_wire(request))
+        if self._options.multiplex and not self._refused(router):
+            begin = begin_call(request, left, trace, resumes=self._options.retry.hands_over)
+            shared = self._shared_stream(router, caller)
             return EventCall(shared.begin(begin), router, silence, shared.retire)
         metadata = (*trace, *_identity(request.request_id), *caller)
         if self._options.retry.hands_over:
@@ -249,13 +240,17 @@ class Connection:
         resume = resume_to_wire(request)
         return EventCall(stub.Resume(resume, timeout=left, metadata=metadata), router, silence)
 
-    def _shared_stream(self, router: int, caller: _Metadata) -> SharedStream | None:
-        """The stream that new calls of a router share; None where it has just refused one."""
+    def _refused(self, router: int) -> bool:
+        """Whether a router took no shared stream a while ago."""
+        if router not in self._shared:
+            return False
+        return self._shared[router][1].refused + REFUSED_SECONDS > time.monotonic()
+
+    def _shared_stream(self, router: int, caller: _Metadata) -> SharedStream:
+        """The stream that new calls of a router share."""
         known, stream = self._shared.get(router, (caller, None))
-        if stream is not None and stream.refused + REFUSED_SECONDS > time.monotonic():
-            return None
         # The stream says who calls, so that a new token needs a new one.
-        if stream is None or not stream.open or known != caller:
+        if stream is None or stream.full or known != caller:
             stream = SharedStream(self._stub(router).Multiplex(metadata=caller))
             self._shared[router] = (caller, stream)
         return stream

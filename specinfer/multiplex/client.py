@@ -11,12 +11,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import Context
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from specinfer.convert import request_to_wire, resume_to_wire
 from specinfer.errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -25,6 +27,7 @@ from specinfer.errors import (
     SpecinferError,
     Unavailable,
 )
+from specinfer.messages import GenerateRequest, ResumeRequest
 from specinfer.outbox import split_frames
 from specinfer.rpc import MAX_MESSAGE_BYTES, detailed_error, shared_stream_error
 from specinfer.v1 import router_pb2
@@ -33,11 +36,20 @@ log = logging.getLogger(__name__)
 
 # Events of a call that may come before any of them is read; half of them read makes room for more.
 ROOM = 64
+ROOM_SECONDS = 0.25
+# More calls than these go on another stream; a router takes some more on one.
+MAX_CALLS = 256
+# A router that does not end a stream without calls has so long.
+END_SECONDS = 5.0
 MAX_FRAME_BYTES = MAX_MESSAGE_BYTES // 2
 # Leaves room for what surrounds it in a frame of its own.
 MAX_CALL_BYTES = MAX_MESSAGE_BYTES - 1024
 # The latter where a message was on its way; see `shared_stream_error`.
 _REFUSALS = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
+
+
+class StreamRefused(Unavailable):
+    """The router takes no shared streams, or none now; a call of its own is next."""
 
 
 class SharedCall:
@@ -54,12 +66,14 @@ class SharedCall:
     ) -> None:
         self._say = say
         self._id = call_id
-        self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        self._time = asyncio.get_running_loop().time
+        self._deadline = None if seconds is None else self._time() + seconds
         self._events: deque[router_pb2.GenerateResponse] = deque()
-        self._num_read = 0
-        self._ended = False
+        # Events that were read since the router was told of room, and when it was.
+        self._num_read, self._told = 0, self._time()
+        self._ended = self._cancelled = False
         self._failure: SpecinferError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
 
     async def read(self) -> Any:
         """The next event, or grpc.aio.EOF after the last.
@@ -69,15 +83,15 @@ class SharedCall:
             asyncio.CancelledError: it was cancelled meanwhile.
         """
         while not self._events:
+            if self._cancelled:
+                raise asyncio.CancelledError
             if self._failure is not None:
                 raise self._failure
             if self._ended:
                 return grpc.aio.EOF
             await self._wait()
-        self._num_read += 1
-        if self._num_read == ROOM // 2 and not self._ended:
-            self._say(router_pb2.CallItem(call_id=self._id, room=self._num_read))
-            self._num_read = 0
+        if not self._ended:
+            self._make_room()
         return self._events.popleft()
 
     def cancel(self) -> None:
@@ -85,40 +99,49 @@ class SharedCall:
         if not self._ended:
             self._ended = True
             self._say(router_pb2.CallItem(call_id=self._id, leave=router_pb2.LeaveCall()))
-        if self._waiter is not None:
-            self._waiter.cancel()
+        self._cancelled = True
+        self._changed.set()
 
     def put(self, event: router_pb2.GenerateResponse) -> bool:
         """Take an event that came; says whether it is the call's last."""
+        if len(self._events) >= ROOM:
+            self._say(router_pb2.CallItem(call_id=self._id, leave=router_pb2.LeaveCall()))
+            self.fail(InternalError("the router sent more than there was room for"))
+            return True
         self._events.append(event)
         self._ended = event.HasField("finished")
-        self._wake()
+        self._changed.set()
         return self._ended
 
     def fail(self, error: SpecinferError) -> None:
         """Take down that nothing more comes, and why."""
         self._failure, self._ended = error, True
-        self._wake()
+        self._changed.set()
+
+    def _make_room(self) -> None:
+        # Not for each event: it takes the router some work too. A reader that is slow says so in
+        # time, or it would be taken for one that does not read.
+        self._num_read += 1
+        if self._num_read < ROOM // 2 and self._time() < self._told + ROOM_SECONDS:
+            return
+        self._say(router_pb2.CallItem(call_id=self._id, room=self._num_read))
+        self._num_read, self._told = 0, self._time()
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._changed.clear()
         try:
             async with asyncio.timeout_at(self._deadline):
-                await self._waiter
+                await self._changed.wait()
         except TimeoutError:
             self.cancel()
             raise DeadlineExceeded("the timeout passed before the answer was complete") from None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class SharedStream:
     """A `Multiplex` call and the calls on it. Made on the loop that it runs on.
 
     Attributes:
-        open: whether it takes new calls.
+        open: whether new calls may be made.
         refused: when it ended as one does at a router that knows no shared streams, by
             time.monotonic(), or -inf.
     """
@@ -131,21 +154,18 @@ class SharedStream:
         self._next_id = 1
         self._items: list[router_pb2.CallItem] = []
         self._wake = asyncio.Event()
-        self._writing = asyncio.create_task(self._write())
-        self._reading = asyncio.create_task(self._read())
+        self._ending: asyncio.TimerHandle | None = None
+        # They are nobody's in particular, so they are not part of what the first caller traces.
+        self._writing = asyncio.create_task(self._write(), context=Context())
+        self._reading = asyncio.create_task(self._read(), context=Context())
+
+    @property
+    def full(self) -> bool:
+        """Whether new calls go on another stream."""
+        return not self.open or len(self._calls) >= MAX_CALLS
 
     def begin(self, begin: router_pb2.BeginCall) -> SharedCall:
-        """Make a call on an open stream.
-
-        Raises:
-            ResourceExhausted: it is too large for a message, which would end the stream.
-        """
-        num_bytes = begin.ByteSize()
-        if num_bytes > MAX_CALL_BYTES:
-            self._end_if_unused()
-            raise ResourceExhausted(
-                f"a request of {num_bytes} bytes is larger than one may be ({MAX_CALL_BYTES})"
-            )
+        """Make a call, of at most MAX_CALL_BYTES, on a stream that is open."""
         call_id, self._next_id = self._next_id, self._next_id + 1
         seconds = begin.timeout_seconds if begin.HasField("timeout_seconds") else None
         call = self._calls[call_id] = SharedCall(self._say, call_id, seconds)
@@ -164,13 +184,10 @@ class SharedStream:
             self._forget(item.call_id)
 
     def _forget(self, call_id: int) -> None:
-        self._calls.pop(call_id, None)
-        self._end_if_unused()
-
-    def _end_if_unused(self) -> None:
-        if not self._calls:
+        if self._calls.pop(call_id, None) is not None and not self._calls:
             self.open = False
             self._wake.set()
+            self._ending = asyncio.get_running_loop().call_later(END_SECONDS, self._call.cancel)
 
     async def _write(self) -> None:
         """Send what there is to say, and that nothing follows once no call is left."""
@@ -195,11 +212,10 @@ class SharedStream:
                     self._deal_out(told)
             self._end(lambda: Unavailable("the router ended the stream during the call"))
         except grpc.aio.AioRpcError as error:
-            cause, code = error, error.code()
-            if silent and code in _REFUSALS:
-                self.refused = time.monotonic()
-            unknown = code is grpc.StatusCode.UNIMPLEMENTED
-            self._end(lambda: _unknown() if unknown else shared_stream_error(cause))
+            cause = error
+            refused = silent and error.code() in _REFUSALS
+            self.refused = time.monotonic() if refused else -math.inf
+            self._end(lambda: _refusal(cause) if refused else shared_stream_error(cause))
         except asyncio.CancelledError:
             self._end(lambda: ClientClosed("the client was closed during the call"))
             raise
@@ -232,7 +248,46 @@ class SharedStream:
         for call in calls.values():
             call.fail(failure())
         self._writing.cancel()
+        if self._ending is not None:
+            self._ending.cancel()
 
 
-def _unknown() -> Unavailable:
-    return Unavailable("the router is too old for shared streams; streams of their own are next")
+def _refusal(error: grpc.aio.AioRpcError) -> StreamRefused:
+    return StreamRefused(f"the router took no shared stream: {error.details()}")
+
+
+def begin_call(
+    request: GenerateRequest | ResumeRequest,
+    seconds: float | None,
+    trace: Sequence[tuple[str, str]] = (),
+    *,
+    resumes: bool = False,
+) -> router_pb2.BeginCall:
+    """What makes a call on a shared stream.
+
+    Args:
+        request: what is asked for.
+        seconds: until the call fails with DeadlineExceeded, or None.
+        trace: its W3C context, as metadata.
+        resumes: whether its reader goes on elsewhere when the router leaves.
+
+    Raises:
+        ResourceExhausted: it is too large for a message, which would end the stream and all its
+            calls.
+    """
+    said = dict(trace)
+    begin = router_pb2.BeginCall(
+        timeout_seconds=seconds,
+        resumes=resumes,
+        traceparent=said.get("traceparent", ""),
+        tracestate=said.get("tracestate", ""),
+    )
+    if isinstance(request, GenerateRequest):
+        begin.generate.CopyFrom(request_to_wire(request))
+    else:
+        begin.resume.CopyFrom(resume_to_wire(request))
+    if begin.ByteSize() > MAX_CALL_BYTES:
+        raise ResourceExhausted(
+            f"a request of {begin.ByteSize()} bytes is larger than one may be ({MAX_CALL_BYTES})"
+        )
+    return begin

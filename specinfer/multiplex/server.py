@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Among more calls an event waits a few turns of the loop for others to leave with.
 CROWD = 8
+# A frame may hold very many items; the loop has others to turn to.
+ITEMS_A_TURN = 256
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,27 @@ class CallReader:
 Serve = Callable[[router_pb2.BeginCall, CallReader], Coroutine[Any, Any, None]]
 
 
+@dataclass
+class _Call:
+    """A call that is served.
+
+    Attributes:
+        reader: takes its events.
+        task: serves it, once it has begun.
+        given_up: whether it was cancelled; once, for a second time would cut its cleaning up short.
+    """
+
+    reader: CallReader
+    task: asyncio.Task[None] | None = None
+    given_up: bool = False
+
+    def give_up(self) -> None:
+        """Cancel it, unless it ends by a cancellation already."""
+        self.given_up = True
+        if self.task is not None and not self.task.cancelling():
+            self.task.cancel()
+
+
 class ServedStream:
     """One shared stream.
 
@@ -107,7 +131,7 @@ class ServedStream:
     def __init__(self, serve: Serve, limits: SharedStreamLimits | None = None) -> None:
         self._serve = serve
         self._limits = limits or SharedStreamLimits()
-        self._calls: dict[int, tuple[asyncio.Task[None], CallReader]] = {}
+        self._calls: dict[int, _Call] = {}
         self._outbox: deque[tuple[int, GenerateEvent | SpecinferError]] = deque()
         self._changed = asyncio.Event()
         self._sent = asyncio.Event()
@@ -120,7 +144,7 @@ class ServedStream:
         Closing this generator gives them all up.
 
         Raises:
-            InvalidRequest: what was read is no frame, or makes a call by an id that is in use.
+            InvalidRequest: a call was made by an id that is in use.
         """
         reading = asyncio.create_task(self._read(requests))
         reading.add_done_callback(lambda _: self._changed.set())
@@ -137,19 +161,22 @@ class ServedStream:
                         yield frame
                     self._sent.set()
         finally:
+            tasks = self._give_up_calls()
             await end_task(reading)
-            await self._end_calls()
+            if tasks:
+                await asyncio.wait(tasks)
 
     async def _read(self, requests: AsyncIterator[router_pb2.MultiplexRequest]) -> None:
+        num_items = 0
         async for frame in requests:
-            # What gRPC makes of bytes that are no message is None.
-            if not isinstance(frame, router_pb2.MultiplexRequest):
-                raise InvalidRequest("a frame that cannot be read")
             for item in frame.items:
                 while len(self._outbox) >= self._limits.max_unsent:
                     self._sent.clear()
                     await self._sent.wait()
                 self._handle(item)
+                num_items += 1
+                if num_items % ITEMS_A_TURN == 0:
+                    await asyncio.sleep(0)
 
     def _handle(self, item: router_pb2.CallItem) -> None:
         # A newer client may say what this version does not know, and a call may just have ended.
@@ -159,25 +186,33 @@ class ServedStream:
                 raise InvalidRequest(f"call {item.call_id} is under way already", field="call_id")
             self._begin(item.call_id, item.begin)
         elif call is not None and action == "room":
-            call[1].more(item.room)
+            call.reader.more(item.room)
         elif call is not None and action == "leave":
-            call[0].cancel()
+            call.give_up()
 
     def _begin(self, call_id: int, begin: router_pb2.BeginCall) -> None:
-        most = self._limits.max_calls
-        if len(self._calls) >= most:
-            error = ResourceExhausted(f"{most} calls share this stream already", retry_after=1.0)
+        error = self._refusal(begin)
+        if error is not None:
             self._tell(call_id, error)
-            return
-        if not begin.room:
-            self._tell(call_id, InvalidRequest("a reader has room for an event", field="room"))
             return
         reader = CallReader(
             lambda event: self._tell(call_id, event), begin.room, self._limits.max_room
         )
-        task = asyncio.create_task(self._run(call_id, begin, reader))
-        self._calls[call_id] = (task, reader)
-        task.add_done_callback(lambda _: self._ended(call_id))
+        call = self._calls[call_id] = _Call(reader)
+        call.task = asyncio.create_task(self._run(call_id, begin, reader))
+        call.task.add_done_callback(lambda task: self._ended(call_id, task))
+
+    def _refusal(self, begin: router_pb2.BeginCall) -> SpecinferError | None:
+        """Why a call cannot be begun here, whoever makes it."""
+        most = self._limits.max_calls
+        if len(self._calls) >= most:
+            return ResourceExhausted(f"{most} calls share this stream already", retry_after=1.0)
+        if not begin.room:
+            return InvalidRequest("a reader has room for an event", field="room")
+        # The loop's timers come in an order, in which such a number has no place.
+        if not math.isfinite(begin.timeout_seconds):
+            return InvalidRequest("timeout_seconds is a number", field="timeout_seconds")
+        return None
 
     async def _run(self, call_id: int, begin: router_pb2.BeginCall, reader: CallReader) -> None:
         """Serve a call to its end, and say how it failed if it did."""
@@ -203,8 +238,10 @@ class ServedStream:
         self._outbox.append((call_id, outcome))
         self._changed.set()
 
-    def _ended(self, call_id: int) -> None:
-        del self._calls[call_id]
+    def _ended(self, call_id: int, task: asyncio.Task[None]) -> None:
+        call = self._calls.pop(call_id)
+        if task.cancelled() and not call.given_up:
+            self._tell(call_id, InternalError("what served the call was cancelled"))
         self._changed.set()
 
     def _take_frames(self) -> Iterator[router_pb2.MultiplexResponse]:
@@ -214,20 +251,31 @@ class ServedStream:
             call_id, outcome = self._outbox.popleft()
             told = frame.events.add()
             told.call_id = call_id
-            if isinstance(outcome, SpecinferError):
-                told.failure.code = outcome.code
-                told.failure.detail.CopyFrom(error_detail(outcome))
-            else:
-                fill_event(told.event, outcome)
+            try:
+                _fill(told, outcome)
+            except Exception:
+                # A fault of ours, which is this call's alone.
+                log.exception("an event on a shared stream cannot be written")
+                _fill(told, InternalError("a fault inside the server; its log has the details"))
+                if call_id in self._calls:
+                    self._calls[call_id].give_up()
         if frame.ByteSize() <= self._limits.max_frame_bytes:
             yield frame
             return
         for events in split_frames(frame.events, self._limits.max_frame_bytes):
             yield router_pb2.MultiplexResponse(events=events)
 
-    async def _end_calls(self) -> None:
-        tasks = [task for task, _ in self._calls.values()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+    def _give_up_calls(self) -> list[asyncio.Task[None]]:
+        """Cancel all calls, at once; returns what to wait for."""
+        for call in self._calls.values():
+            call.give_up()
+        return [call.task for call in self._calls.values() if call.task is not None]
+
+
+def _fill(told: router_pb2.CallEvent, outcome: GenerateEvent | SpecinferError) -> None:
+    """Write what came of a call into its message."""
+    if isinstance(outcome, SpecinferError):
+        told.failure.code = outcome.code
+        told.failure.detail.CopyFrom(error_detail(outcome))
+    else:
+        fill_event(told.event, outcome)

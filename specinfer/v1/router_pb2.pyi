@@ -489,8 +489,8 @@ class BeginCall(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TRACESTATE_FIELD_NUMBER: _builtins.int
     room: _builtins.int
-    """Events that the reader has room for; the router may send fewer before it hears of more room. At
-    least one.
+    """Events that the reader has room for, at least one. A router counts no more than 64 at a time, so
+    that a reader says of more room before it has read as many.
     """
     timeout_seconds: _builtins.float
     """Seconds until the call fails with DEADLINE_EXCEEDED; unset never."""

@@ -12,18 +12,18 @@ import pytest
 from specinfer import (
     AsyncClient,
     DeadlineExceeded,
-    InternalError,
-    NotFound,
     ResourceExhausted,
     RetryPolicy,
     Unavailable,
 )
-from specinfer.convert import event_to_wire
+from specinfer.connection import REFUSED_SECONDS
 from specinfer.messages import GenerateEvent, GenerateRequest
-from specinfer.multiplex.client import MAX_CALL_BYTES, ROOM, SharedStream
-from specinfer.rpc import error_detail
+from specinfer.multiplex.client import (
+    MAX_CALL_BYTES,
+    ROOM,
+)
 from specinfer.v1 import router_pb2
-from tests.kit.fake_router import FakeRouter, answer, finished_event, started_event, tokens_event
+from tests.kit.fake_router import FakeRouter, answer, started_event, tokens_event
 from tests.kit.waiting import until
 
 # Who is not woken waits for ever.
@@ -92,14 +92,28 @@ async def test_interceptors_see_calls_of_their_own(multiplex: bool) -> None:
         assert router.begun == 0
 
 
-async def test_a_router_that_is_too_old_gets_calls_of_their_own_from_then_on() -> None:
+async def test_a_router_that_is_too_old_gets_calls_of_their_own_for_a_while() -> None:
     with Streams(too_old=True) as router:
-        async with AsyncClient(router.address, timeout=20, retry=FAST) as client:
+        async with AsyncClient(router.address, timeout=20, retry=ONCE) as client:
             assert (await client.generate("hi")).token_ids
-            assert all(
-                one.token_ids for one in await asyncio.gather(*map(client.generate, "abcdef"))
-            )
+            found = await asyncio.gather(*map(client.generate, "abcdef"))
+            assert all(one.token_ids for one in found)
             assert router.begun == 1
+            # As if that time had passed.
+            _, stream = client._connection._shared[0]
+            stream.refused -= REFUSED_SECONDS
+            assert (await client.generate("hi")).token_ids
+            assert router.begun == 2
+
+
+async def test_very_many_streams_take_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specinfer.multiplex.client.MAX_CALLS", 3)
+    with Streams() as router:
+        async with AsyncClient(router.address, retry=ONCE) as client:
+            found = await asyncio.gather(*map(client.generate, "abcdefghij"))
+        assert all(one.token_ids for one in found)
+        assert router.begun == 4
+        await until(lambda: router.running == 0, "the streams to end")
 
 
 class Endless:
@@ -185,130 +199,6 @@ async def test_who_calls_is_said_by_the_stream_so_that_a_new_token_takes_a_new_o
         assert sent == ["Bearer first", "Bearer first", "Bearer second"]
 
 
-class Line:
-    """A gRPC call as a shared stream sees it; a test tells what comes."""
-
-    def __init__(self) -> None:
-        self.said: list[router_pb2.CallItem] = []
-        self.done = asyncio.Event()
-        self.cancelled = False
-        self.coming: asyncio.Queue[Any] = asyncio.Queue()
-
-    async def write(self, frame: router_pb2.MultiplexRequest) -> None:
-        self.said += frame.items
-
-    async def done_writing(self) -> None:
-        self.done.set()
-
-    async def read(self) -> Any:
-        found = await self.coming.get()
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    def tell(self, *events: router_pb2.CallEvent) -> None:
-        self.coming.put_nowait(router_pb2.MultiplexResponse(events=events))
-
-    def tell_tokens(self, call_id: int, count: int) -> None:
-        request = GenerateRequest(prompt="x")
-        wire = event_to_wire(tokens_event(request, 0, [1]))
-        self.tell(*[router_pb2.CallEvent(call_id=call_id, event=wire)] * count)
-
-    def tell_end(self, call_id: int) -> None:
-        wire = event_to_wire(finished_event(0, 0))
-        self.tell(router_pb2.CallEvent(call_id=call_id, event=wire))
-
-    def rooms(self, call_id: int) -> list[int]:
-        return [
-            item.room for item in self.said if item.call_id == call_id and item.HasField("room")
-        ]
-
-
-def failed(call_id: int, error: Any) -> router_pb2.CallEvent:
-    failure = router_pb2.CallFailure(code=error.code, detail=error_detail(error))
-    return router_pb2.CallEvent(call_id=call_id, failure=failure)
-
-
-async def test_half_of_what_there_is_room_for_makes_room_for_more() -> None:
-    line = Line()
-    stream = SharedStream(line)
-    call = stream.begin(router_pb2.BeginCall())
-    line.tell_tokens(1, ROOM)
-    for count in range(1, ROOM + 1):
-        await call.read()
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert sum(line.rooms(1)) == count // (ROOM // 2) * (ROOM // 2)
-    assert line.said[0].begin.room == ROOM
-    line.tell_end(1)
-    assert (await call.read()).HasField("finished")
-    assert await call.read() is grpc.aio.EOF
-    await line.done.wait()
-
-
-async def test_a_failure_comes_after_what_came_before_it_and_is_one_calls_alone() -> None:
-    line = Line()
-    stream = SharedStream(line)
-    one, other = (stream.begin(router_pb2.BeginCall()) for _ in range(2))
-    line.tell_tokens(1, 2)
-    line.tell(failed(1, NotFound("gone")), router_pb2.CallEvent(call_id=2))
-    line.tell_tokens(1, 1)
-    line.tell_tokens(2, 1)
-    await one.read()
-    await one.read()
-    for _ in range(2):
-        with pytest.raises(NotFound, match="gone"):
-            await one.read()
-    await other.read()
-    assert stream.open
-    line.tell(failed(2, Unavailable("no worker")))
-    with pytest.raises(Unavailable):
-        await other.read()
-    assert not stream.open
-
-
-async def test_what_the_router_cannot_do_now_is_not_asked_of_the_same_stream() -> None:
-    line = Line()
-    stream = SharedStream(line)
-    one, other = (stream.begin(router_pb2.BeginCall()) for _ in range(2))
-    line.tell(failed(1, Unavailable("leaving")))
-    with pytest.raises(Unavailable):
-        await one.read()
-    assert not stream.open
-    line.tell_end(2)
-    assert (await other.read()).HasField("finished")
-
-
-@pytest.mark.parametrize(
-    ("code", "refused"),
-    [
-        (grpc.StatusCode.UNIMPLEMENTED, True),
-        (grpc.StatusCode.INTERNAL, True),
-        (grpc.StatusCode.UNAVAILABLE, False),
-    ],
-)
-async def test_a_stream_that_breaks_breaks_every_call_with_an_error_of_its_own(
-    code: grpc.StatusCode, refused: bool
-) -> None:
-    metadata = grpc.aio.Metadata()
-    for told in (False, True):
-        line = Line()
-        stream = SharedStream(line)
-        calls = [stream.begin(router_pb2.BeginCall()) for _ in range(3)]
-        if told:
-            line.tell_tokens(1, 1)
-            await calls[0].read()
-        line.coming.put_nowait(grpc.aio.AioRpcError(code, metadata, metadata, "broken"))
-        found = await asyncio.gather(*(call.read() for call in calls), return_exceptions=True)
-        assert all(isinstance(error, Unavailable) for error in found)
-        assert len(set(map(id, found))) == 3
-        assert not stream.open
-        assert (stream.refused > 0) is (refused and not told)
-
-
 async def test_a_request_that_is_too_large_does_not_break_the_others() -> None:
     with Streams() as router:
         router.script = answer
@@ -321,29 +211,3 @@ async def test_a_request_that_is_too_large_does_not_break_the_others() -> None:
             with pytest.raises(ResourceExhausted, match="larger"):
                 await client.generate("x" * MAX_CALL_BYTES)
         await until(lambda: router.running == 0, "the streams to end")
-
-
-async def test_what_cannot_be_read_fails_the_calls_that_wait() -> None:
-    line = Line()
-    stream = SharedStream(line)
-    call = stream.begin(router_pb2.BeginCall())
-    line.coming.put_nowait(None)
-    with pytest.raises(InternalError, match="cannot be read"):
-        await call.read()
-    assert line.cancelled
-    assert not stream.open
-
-
-async def test_a_call_that_is_given_up_is_left_once_and_wakes_its_reader() -> None:
-    line = Line()
-    stream = SharedStream(line)
-    call = stream.begin(router_pb2.BeginCall())
-    reading = asyncio.create_task(call.read())
-    await asyncio.sleep(0)
-    call.cancel()
-    call.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
-    await line.done.wait()
-    assert [item.HasField("leave") for item in line.said] == [False, True]
-    assert not stream.open

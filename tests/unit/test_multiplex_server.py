@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +21,14 @@ from specinfer.messages import (
     TokensEvent,
     Usage,
 )
-from specinfer.multiplex.server import CallReader, Serve, ServedStream, SharedStreamLimits
+from specinfer.multiplex.server import (
+    CROWD,
+    ITEMS_A_TURN,
+    CallReader,
+    Serve,
+    ServedStream,
+    SharedStreamLimits,
+)
 from specinfer.rpc import detailed_error
 from specinfer.v1 import router_pb2
 from tests.kit.waiting import until
@@ -175,6 +183,101 @@ async def test_a_call_that_is_left_ends_and_tells_nothing_more() -> None:
     assert (held.running, peer.failures) == (0, {})
 
 
+@pytest.mark.parametrize("seconds", [None, 0.02])
+async def test_what_serves_a_call_cleans_up_however_often_it_is_given_up(
+    seconds: float | None,
+) -> None:
+    begun, left, cleaning, cleaned = asyncio.Event(), asyncio.Event(), asyncio.Event(), list[int]()
+
+    async def serve(call: router_pb2.BeginCall, reader: CallReader) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaning.set()
+            await left.wait()
+            cleaned.append(1)
+
+    async with talking(serve) as peer:
+        peer.say(begin(1, seconds=seconds))
+        await begun.wait()
+        if seconds is None:
+            peer.say(leave(1))
+        await cleaning.wait()
+        peer.say(leave(1), leave(1))
+        await until(lambda: peer.said.empty(), "the leaves to be read")
+        peer.task.cancel()
+        await asyncio.sleep(0)
+        left.set()
+        await asyncio.wait([peer.task])
+    assert cleaned == [1]
+
+
+async def test_what_serves_a_call_is_cancelled_by_somebody_else_and_the_reader_is_told() -> None:
+    async def serve(call: router_pb2.BeginCall, reader: CallReader) -> None:
+        raise asyncio.CancelledError
+
+    async with talking(serve) as peer:
+        peer.say(begin(1))
+        await until(lambda: 1 in peer.failures, "the failure")
+        assert peer.failures[1].code == "INTERNAL"
+
+
+async def test_an_event_that_cannot_be_written_is_one_calls_alone() -> None:
+    held = Held()
+
+    async def serve(call: router_pb2.BeginCall, reader: CallReader) -> None:
+        if call.generate.prompt:
+            reader.put(tokens(-1))
+        await held(call, reader)
+
+    async with talking(serve) as peer:
+        peer.say(begin(1), begin(2, "bad"))
+        await until(lambda: bool(peer.failures), "the failure")
+        await until(lambda: held.running == 1, "the call to end")
+        assert (list(peer.failures), numbers(peer.events[1])) == ([2], [0])
+
+
+@pytest.mark.parametrize(("num_calls", "num_frames"), [(CROWD, CROWD), (CROWD + 1, 2)])
+async def test_in_a_crowd_events_wait_a_few_turns_for_each_other(
+    num_calls: int, num_frames: int
+) -> None:
+    turn = asyncio.Event()
+
+    async def serve(call: router_pb2.BeginCall, reader: CallReader) -> None:
+        await turn.wait()
+        # Each a turn later than the one before, as what workers answer comes.
+        for _ in range(int(call.generate.prompt)):
+            await asyncio.sleep(0)
+        reader.put(tokens(0))
+        await asyncio.Event().wait()
+
+    async with talking(serve) as peer:
+        peer.say(*(begin(at, str(at)) for at in range(num_calls)))
+        await until(peer.said.empty, "the calls to begin")
+        turn.set()
+        await until(lambda: len(peer.events) == num_calls, "all events")
+        assert len(peer.frames) == num_frames
+
+
+async def test_a_frame_of_very_many_items_leaves_the_loop_to_others() -> None:
+    turns, begun = 0, list[int]()
+
+    async def others() -> None:
+        nonlocal turns
+        while not begun:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def serve(call: router_pb2.BeginCall, reader: CallReader) -> None:
+        begun.append(turns)
+
+    async with talking(serve) as peer:
+        peer.say(*[router_pb2.CallItem(call_id=9)] * 40 * ITEMS_A_TURN, begin(1))
+        await others()
+        assert begun[0] >= 40
+
+
 async def test_a_peer_that_goes_takes_its_calls_along() -> None:
     held = Held()
     async with talking(held) as peer:
@@ -223,6 +326,8 @@ async def test_a_call_whose_time_is_up_is_cancelled_and_told_so() -> None:
     [
         (begin(9), "RESOURCE_EXHAUSTED", "2 calls"),
         (begin(9, room=0), "INVALID_ARGUMENT", "room"),
+        (begin(9, seconds=math.nan), "INVALID_ARGUMENT", "timeout_seconds"),
+        (begin(9, seconds=math.inf), "INVALID_ARGUMENT", "timeout_seconds"),
     ],
 )
 async def test_what_cannot_be_begun_fails_by_itself(
@@ -237,18 +342,13 @@ async def test_what_cannot_be_begun_fails_by_itself(
         assert held.running == 2
 
 
-async def test_an_id_that_is_in_use_and_what_is_no_frame_end_the_stream() -> None:
-    async def unreadable() -> AsyncIterator[router_pb2.MultiplexRequest]:
-        yield None  # type: ignore[misc]
-
+async def test_an_id_that_is_in_use_ends_the_stream_and_its_calls() -> None:
     held = Held()
     async with talking(held) as peer:
         peer.say(begin(1), begin(1))
         with pytest.raises(InvalidRequest, match="under way"):
             await peer.task
     assert held.running == 0
-    with pytest.raises(InvalidRequest, match="cannot be read"):
-        await anext(ServedStream(held).frames(unreadable()))
 
 
 async def test_what_this_version_does_not_know_is_passed_over() -> None:

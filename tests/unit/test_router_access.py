@@ -158,7 +158,9 @@ async def test_a_key_that_is_withdrawn_makes_no_calls_on_a_stream_that_it_opened
         call = built.stub.Multiplex(frames(), metadata=metadata)
         while not (await call.read()).events[-1].event.HasField("finished"):
             pass
-        await KeyFile(tmp_path / "keys").remove(key_id_of(built.key))
+        key_id = key_id_of(built.key)
+        assert key_id is not None
+        await KeyFile(tmp_path / "keys").remove(key_id)
         await built.access.refresh()
         withdrawn.set()
         with pytest.raises(Unauthenticated):

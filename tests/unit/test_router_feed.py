@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
 
 import pytest
 
-from specinfer.errors import NotFound, ReaderStalled, RouterLeaving
+from specinfer.errors import InvalidRequest, NotFound, ReaderStalled, RouterLeaving
 from specinfer.messages import GenerateEvent, GenerateRequest, ResumeRequest, Started, TokensEvent
+from specinfer.multiplex.client import begin_call
+from specinfer.telemetry import TraceContext
+from specinfer.v1 import router_pb2
+from specinfer_router.access import Caller
+from specinfer_router.keys.control import AccessControl
 from specinfer_router.router import RouterLimits
+from specinfer_router.servicer import GenerationServicer
 from specinfer_router.store import ABANDONED
 from tests.kit.router import Bench, collected, request_of, running_router
 from tests.kit.waiting import until
@@ -120,3 +127,33 @@ async def test_a_router_that_ends_tells_who_is_fed() -> None:
         with pytest.raises(RouterLeaving):
             await feeding
         await bench.router.idle()
+
+
+async def test_what_a_shared_stream_says_of_a_call_reaches_the_router() -> None:
+    class Listener:
+        callers: ClassVar[list[Caller]] = []
+
+        async def feed(self, request: Any, reader: Any, caller: Caller) -> None:
+            self.callers.append(caller)
+
+    class Context:
+        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+            return ()
+
+        def time_remaining(self) -> float | None:
+            return 1000.0
+
+    servicer = GenerationServicer(cast(Any, Listener()), AccessControl())
+    trace = (("traceparent", "00-1-2-01"), ("tracestate", "a=b"))
+    for seconds, resumes in ((2.5, True), (None, False)):
+        begin = begin_call(named("said"), seconds, trace, resumes=resumes)
+        await servicer._serve(Context(), begin, cast(Any, None))
+        caller = Listener.callers.pop()
+        assert (caller.seconds_left, caller.resumes) == (seconds, resumes)
+        assert caller.trace == TraceContext("00-1-2-01", "a=b")
+    begin.generate.ClearField("input")
+    with pytest.raises(InvalidRequest) as caught:
+        await servicer._serve(Context(), begin, cast(Any, None))
+    assert caught.value.request_id == "said"
+    with pytest.raises(InvalidRequest, match="generates or resumes"):
+        await servicer._serve(Context(), router_pb2.BeginCall(room=1), cast(Any, None))

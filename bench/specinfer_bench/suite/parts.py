@@ -136,6 +136,7 @@ PARTS = (
         "the router's processor time",
         "64 sessions of one client, answers at once",
         "64 long sessions of one client, answers at once",
+        "64 sessions, answers at once",
         "64 long sessions, answers at once",
     ),
     _router(
