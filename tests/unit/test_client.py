@@ -262,7 +262,7 @@ async def test_a_deadline_ends_a_call(router: FakeRouter) -> None:
     router.script = silent
     async with AsyncClient(router.address, timeout=60) as client:
         with pytest.raises(DeadlineExceeded) as caught:
-            await client.generate("hello", timeout=0.1, request_id="r-4")
+            await client.generate("hello", timeout=0.5, request_id="r-4")
     assert caught.value.request_id == "r-4"
     assert await asyncio.to_thread(router.cancelled.wait, 10)
 
