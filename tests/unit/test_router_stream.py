@@ -102,6 +102,33 @@ async def test_a_stream_that_is_cut_tells_what_waits_first() -> None:
     assert source.closed
 
 
+async def test_who_is_fed_gets_every_event_and_the_last_one_is_told() -> None:
+    source, streams = Source(20), OpenStreams(max_events=4, stall_seconds=60.0)
+    reader: Buffer[int] = Buffer(100)
+    assert await streams.feed(source.events(), reader) == 20
+    assert [await reader.take() for _ in range(20)] == list(range(1, 21))
+
+
+async def test_feeding_that_is_given_up_ends_when_its_source_is_closed() -> None:
+    class Slow(Source):
+        async def events(self) -> AsyncGenerator[int, None]:
+            try:
+                yield 1
+                yield 2
+            finally:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                self.closed = True
+
+    source, streams = Slow(2), OpenStreams(max_events=4, stall_seconds=60.0)
+    reader: Buffer[int] = Buffer(1)
+    feeding = asyncio.create_task(streams.feed(source.events(), reader))
+    await until(lambda: reader.full, "the reader to be full")
+    feeding.cancel()
+    await asyncio.wait([feeding])
+    assert source.closed
+
+
 async def test_a_buffer_wakes_whichever_side_waits() -> None:
     buffer: Buffer[int] = Buffer(1)
     taking = asyncio.create_task(buffer.take())
