@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 # Events of a call that may come before any of them is read; half of them read makes room for more.
 ROOM = 64
-ROOM_SECONDS = 0.25
+ROOM_SECONDS = 1.0
 # More calls than these go on another stream; a router takes some more on one.
 MAX_CALLS = 256
 # A router that does not end a stream without calls has so long.
