@@ -7,6 +7,7 @@ a failed one is to be made again; it knows nothing of what a stream's events add
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import weakref
@@ -157,6 +158,9 @@ class Connection:
         self._channels: dict[int, grpc.aio.Channel] = {}
         # By router: who calls, and the stream that their calls share.
         self._shared: dict[int, tuple[_Metadata, SharedStream]] = {}
+        self._streams: weakref.WeakSet[SharedStream] = weakref.WeakSet()
+        # By router: when it took no such stream, by time.monotonic().
+        self._refused: dict[int, float] = {}
         self._preferred = 0
         self._chance = random.Random()
         self._closed = False
@@ -179,6 +183,7 @@ class Connection:
     async def close(self) -> None:
         """Cancel what is under way and close the channels."""
         self._closed = True
+        await asyncio.gather(*(stream.close() for stream in self._streams))
         channels, self._channels = self._channels, {}
         await asyncio.gather(*(channel.close(None) for channel in channels.values()))
 
@@ -202,8 +207,10 @@ class Connection:
 
     async def again(self, error: SpecinferError, attempts: Attempts, router: int | None) -> None:
         """Return when a failed call is due again, here or elsewhere; raises `error` when not."""
-        if isinstance(error, StreamRefused):
-            return  # It has not been made yet; the next one is its own.
+        if isinstance(error, StreamRefused) and router is not None:
+            # At once, as a call of its own, which meets whatever else there was to meet.
+            self._refused[router] = time.monotonic()
+            return
         if isinstance(error, Unauthenticated) and self._options.credentials.renewable:
             if attempts.renew():
                 return
@@ -226,7 +233,7 @@ class Connection:
         caller = await self._options.credentials.metadata()
         router = await self._pick()
         left = attempts.remaining()
-        if self._options.multiplex and not self._refused(router):
+        if self._options.multiplex and not self._refuses_streams(router):
             begin = begin_call(request, left, trace, resumes=self._options.retry.hands_over)
             shared = self._shared_stream(router, caller)
             return EventCall(shared.begin(begin), router, silence, shared.retire)
@@ -240,11 +247,9 @@ class Connection:
         resume = resume_to_wire(request)
         return EventCall(stub.Resume(resume, timeout=left, metadata=metadata), router, silence)
 
-    def _refused(self, router: int) -> bool:
-        """Whether a router took no shared stream a while ago."""
-        if router not in self._shared:
-            return False
-        return self._shared[router][1].refused + REFUSED_SECONDS > time.monotonic()
+    def _refuses_streams(self, router: int) -> bool:
+        """Whether a router took no shared stream lately."""
+        return self._refused.get(router, -math.inf) + REFUSED_SECONDS > time.monotonic()
 
     def _shared_stream(self, router: int, caller: _Metadata) -> SharedStream:
         """The stream that new calls of a router share."""
@@ -253,6 +258,7 @@ class Connection:
         if stream is None or stream.full or known != caller:
             stream = SharedStream(self._stub(router).Multiplex(metadata=caller))
             self._shared[router] = (caller, stream)
+            self._streams.add(stream)
         return stream
 
     async def capabilities(self, limits: CallLimits) -> Capabilities:

@@ -112,6 +112,7 @@ class Readers:
                 items = [item for told in frame.events if (item := answer(told)) is not None]
                 if items:
                     await call.write(router_pb2.MultiplexRequest(items=items))
+        raise SpecinferError("the router ended the stream that all sessions share")
 
 
 def _request(at: int, tokens: int) -> router_pb2.GenerateRequest:

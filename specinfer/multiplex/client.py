@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import Context
@@ -41,6 +39,8 @@ ROOM_SECONDS = 1.0
 MAX_CALLS = 256
 # A router that does not end a stream without calls has so long.
 END_SECONDS = 5.0
+# A loop that ends before its calls would have gRPC complain, and this is as long as one waits.
+CLOSE_SECONDS = 0.5
 MAX_FRAME_BYTES = MAX_MESSAGE_BYTES // 2
 # Leaves room for what surrounds it in a frame of its own.
 MAX_CALL_BYTES = MAX_MESSAGE_BYTES - 1024
@@ -49,7 +49,7 @@ _REFUSALS = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
 
 
 class StreamRefused(Unavailable):
-    """The router takes no shared streams, or none now; a call of its own is next."""
+    """A stream ended as one does at a router that is too old; calls of their own are next."""
 
 
 class SharedCall:
@@ -82,7 +82,7 @@ class SharedCall:
             SpecinferError: what the call failed with, after the events that came before.
             asyncio.CancelledError: it was cancelled meanwhile.
         """
-        while not self._events:
+        while self._cancelled or not self._events:
             if self._cancelled:
                 raise asyncio.CancelledError
             if self._failure is not None:
@@ -142,13 +142,10 @@ class SharedStream:
 
     Attributes:
         open: whether new calls may be made.
-        refused: when it ended as one does at a router that knows no shared streams, by
-            time.monotonic(), or -inf.
     """
 
     def __init__(self, call: Any) -> None:
         self.open = True
-        self.refused = -math.inf
         self._call = call
         self._calls: dict[int, SharedCall] = {}
         self._next_id = 1
@@ -172,6 +169,13 @@ class SharedStream:
         begin.room = ROOM
         self._say(router_pb2.CallItem(call_id=call_id, begin=begin))
         return call
+
+    async def close(self) -> None:
+        """Give up the calls that are left, and return when the stream has ended, or does not."""
+        self.open = False
+        if self._calls:
+            self._call.cancel()
+        await asyncio.wait((self._reading,), timeout=CLOSE_SECONDS)
 
     def retire(self) -> None:
         """Take no new calls; those that are under way go on."""
@@ -214,7 +218,6 @@ class SharedStream:
         except grpc.aio.AioRpcError as error:
             cause = error
             refused = silent and error.code() in _REFUSALS
-            self.refused = time.monotonic() if refused else -math.inf
             self._end(lambda: _refusal(cause) if refused else shared_stream_error(cause))
         except asyncio.CancelledError:
             self._end(lambda: ClientClosed("the client was closed during the call"))

@@ -104,18 +104,20 @@ class _Call:
 
     Attributes:
         reader: takes its events.
+        deadline: cancels what serves it when its time is up.
         task: serves it, once it has begun.
-        given_up: whether it was cancelled; once, for a second time would cut its cleaning up short.
+        given_up: whether nobody wants it any more.
     """
 
     reader: CallReader
+    deadline: asyncio.Timeout
     task: asyncio.Task[None] | None = None
     given_up: bool = False
 
     def give_up(self) -> None:
-        """Cancel it, unless it ends by a cancellation already."""
-        self.given_up = True
-        if self.task is not None and not self.task.cancelling():
+        """Cancel what serves it: once, for another time would cut its cleaning up short."""
+        cancelled, self.given_up = self.given_up or self.deadline.expired(), True
+        if self.task is not None and not cancelled:
             self.task.cancel()
 
 
@@ -198,8 +200,9 @@ class ServedStream:
         reader = CallReader(
             lambda event: self._tell(call_id, event), begin.room, self._limits.max_room
         )
-        call = self._calls[call_id] = _Call(reader)
-        call.task = asyncio.create_task(self._run(call_id, begin, reader))
+        seconds = begin.timeout_seconds if begin.HasField("timeout_seconds") else None
+        call = self._calls[call_id] = _Call(reader, asyncio.timeout(seconds))
+        call.task = asyncio.create_task(self._run(call_id, begin, call))
         call.task.add_done_callback(lambda task: self._ended(call_id, task))
 
     def _refusal(self, begin: router_pb2.BeginCall) -> SpecinferError | None:
@@ -214,20 +217,18 @@ class ServedStream:
             return InvalidRequest("timeout_seconds is a number", field="timeout_seconds")
         return None
 
-    async def _run(self, call_id: int, begin: router_pb2.BeginCall, reader: CallReader) -> None:
+    async def _run(self, call_id: int, begin: router_pb2.BeginCall, call: _Call) -> None:
         """Serve a call to its end, and say how it failed if it did."""
-        seconds = begin.timeout_seconds if begin.HasField("timeout_seconds") else None
         failure: SpecinferError = InternalError("the call ended without its last event")
-        deadline = asyncio.timeout(seconds)
         try:
-            async with deadline:
-                await self._serve(begin, reader)
-            if isinstance(reader.last, Finished):
+            async with call.deadline:
+                await self._serve(begin, call.reader)
+            if isinstance(call.reader.last, Finished):
                 return
         except SpecinferError as error:
             failure = error
         except Exception as error:
-            if isinstance(error, TimeoutError) and deadline.expired():
+            if isinstance(error, TimeoutError) and call.deadline.expired():
                 failure = DeadlineExceeded("the timeout passed before the call had ended")
             else:
                 log.exception("a call on a shared stream failed")

@@ -455,7 +455,7 @@ class CallItem(_message.Message):
 
     @_builtins.property
     def leave(self) -> Global___LeaveCall:
-        """It has left; nothing more is sent, as when a stream of its own is cancelled."""
+        """It has left, as when a stream of its own is cancelled; what is on its way may still come."""
 
     def __init__(
         self,
@@ -592,7 +592,7 @@ class CallEvent(_message.Message):
 
     @_builtins.property
     def failure(self) -> Global___CallFailure:
-        """The call failed; this is its last."""
+        """The call failed. What comes of a call after this, or after Finished, is to be passed over."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import pytest
 
 from specinfer import (
     AsyncClient,
+    ClientClosed,
     DeadlineExceeded,
     ResourceExhausted,
     RetryPolicy,
@@ -100,10 +101,38 @@ async def test_a_router_that_is_too_old_gets_calls_of_their_own_for_a_while() ->
             assert all(one.token_ids for one in found)
             assert router.begun == 1
             # As if that time had passed.
-            _, stream = client._connection._shared[0]
-            stream.refused -= REFUSED_SECONDS
+            client._connection._refused[0] -= REFUSED_SECONDS
             assert (await client.generate("hi")).token_ids
             assert router.begun == 2
+
+
+async def test_too_old_a_router_is_left_alone_however_many_streams_it_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("specinfer.multiplex.client.MAX_CALLS", 2)
+    with Streams(too_old=True) as router:
+        async with AsyncClient(router.address, timeout=20, retry=ONCE) as client:
+            found = await asyncio.gather(*map(client.generate, "abcdefghij"))
+            assert all(one.token_ids for one in found)
+            assert router.begun <= 10
+            begun = router.begun
+            assert (await client.generate("hi")).token_ids
+            assert router.begun == begun
+
+
+async def test_nothing_of_a_stream_is_left_when_its_client_has_been_closed() -> None:
+    with Streams() as router:
+        router.script = Endless()
+        async with AsyncClient(router.address, retry=ONCE) as client, client.stream("a") as stream:
+            await anext(stream)
+        assert len(asyncio.all_tasks()) == 1
+        client = AsyncClient(router.address, retry=ONCE)
+        reading = asyncio.create_task(client.generate("silent"))
+        await until(lambda: router.running == 1, "the call to begin")
+        await client.close()
+        assert asyncio.all_tasks() <= {asyncio.current_task(), reading}
+        with pytest.raises(ClientClosed):
+            await reading
 
 
 async def test_very_many_streams_take_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:

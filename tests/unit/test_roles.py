@@ -45,6 +45,7 @@ PEER = "peer"
 RPCS = {
     "specinfer.v1.GenerationService/Generate": USER,
     "specinfer.v1.GenerationService/Resume": USER,
+    "specinfer.v1.GenerationService/Multiplex": USER,
     "specinfer.v1.GenerationService/Cancel": USER,
     "specinfer.v1.GenerationService/Explain": USER,
     "specinfer.v1.GenerationService/GetCapabilities": USER,

@@ -105,7 +105,8 @@ async def test_a_stream_that_is_cut_tells_what_waits_first() -> None:
 async def test_who_is_fed_gets_every_event_and_the_last_one_is_told() -> None:
     source, streams = Source(20), OpenStreams(max_events=4, stall_seconds=60.0)
     reader: Buffer[int] = Buffer(100)
-    assert await streams.feed(source.events(), reader) == 20
+    last = await streams.feed(source.events(), reader)
+    assert last == 20
     assert [await reader.take() for _ in range(20)] == list(range(1, 21))
 
 

@@ -66,17 +66,24 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
         self, request_iterator: AsyncIterator[router_pb2.MultiplexRequest], context: Any
     ) -> AsyncGenerator[router_pb2.MultiplexResponse, None]:
         """Stream the events of all calls that the caller makes; its leaving cancels them all."""
-        stream = ServedStream(partial(self._serve, context))
+        stream, refusal = ServedStream(partial(self._serve, context)), None
+        try:
+            self._caller(context)
+        except SpecinferError as error:
+            # Told of the calls of one frame first: a client that is writing does not learn why a
+            # stream is refused (grpc/grpc#36066).
+            refusal, request_iterator = error, _first(request_iterator)
         async with aclosing(stream.frames(request_iterator)) as frames:
             async for frame in frames:
                 yield frame
+        if refusal is not None:
+            raise refusal
 
     async def _serve(self, context: Any, begin: router_pb2.BeginCall, reader: CallReader) -> None:
         """Serve one call of a shared stream."""
         request: GenerateRequest | ResumeRequest
         try:
-            # For each call: a key may be withdrawn meanwhile, and a client that is writing does not
-            # learn why a stream is refused (grpc/grpc#36066).
+            # For each call: a key may be withdrawn meanwhile.
             caller = replace(
                 self._caller(context),
                 seconds_left=begin.timeout_seconds if begin.HasField("timeout_seconds") else None,
@@ -127,6 +134,14 @@ class GenerationServicer(router_pb2_grpc.GenerationServiceServicer):
             resumes=metadata.get(RESUMES_KEY) == RESUMES,
             trace=trace,
         )
+
+
+async def _first(
+    frames: AsyncIterator[router_pb2.MultiplexRequest],
+) -> AsyncIterator[router_pb2.MultiplexRequest]:
+    async for frame in frames:
+        yield frame
+        return
 
 
 def add_generation(server: RpcServer, router: Router, access: AccessControl | None = None) -> None:
