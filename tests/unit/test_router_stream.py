@@ -123,7 +123,8 @@ async def test_feeding_that_is_given_up_ends_when_its_source_is_closed() -> None
 
     source, streams = Slow(2), OpenStreams(max_events=4, stall_seconds=60.0)
     reader: Buffer[int] = Buffer(1)
-    feeding = asyncio.create_task(streams.feed(source.events(), reader))
+    fed = streams.feed(source.events(), reader)
+    feeding = asyncio.create_task(fed)
     await until(lambda: reader.full, "the reader to be full")
     feeding.cancel()
     await asyncio.wait([feeding])
