@@ -15,7 +15,13 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from specinfer.errors import InvalidRequest, SpecinferError, Unavailable, error_class
+from specinfer.errors import (
+    InternalError,
+    InvalidRequest,
+    SpecinferError,
+    Unavailable,
+    error_class,
+)
 from specinfer.v1 import tree_pb2
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
@@ -128,6 +134,11 @@ def error_detail(error: SpecinferError) -> tree_pb2.ErrorDetail:
         retry_after=error.retry_after,
         request_id=error.request_id[:MAX_ERROR_TEXT],
     )
+
+
+def hidden_fault() -> InternalError:
+    """What callers see of a fault of ours, which whoever caught it has logged."""
+    return InternalError("a fault inside the server; its log has the details")
 
 
 def error_text(error: SpecinferError) -> str:

@@ -28,6 +28,7 @@ from specinfer.rpc import (
     TlsSettings,
     error_metadata,
     error_text,
+    hidden_fault,
     status_code,
 )
 from specinfer.tasks import end_task
@@ -307,6 +308,6 @@ async def _end(
         raise error
     if not isinstance(error, SpecinferError):
         log.error("call %s failed", method, exc_info=error)
-        error = InternalError("a fault inside the server; its log has the details")
+        error = hidden_fault()
     await context.abort(status_code(error), error_text(error), error_metadata(error))
     raise error

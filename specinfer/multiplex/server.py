@@ -24,7 +24,7 @@ from specinfer.errors import (
 )
 from specinfer.messages import Finished, GenerateEvent
 from specinfer.outbox import filling, split_frames
-from specinfer.rpc import MAX_MESSAGE_BYTES, error_detail
+from specinfer.rpc import MAX_MESSAGE_BYTES, error_detail, hidden_fault
 from specinfer.tasks import end_task
 from specinfer.v1 import router_pb2
 
@@ -232,7 +232,7 @@ class ServedStream:
                 failure = DeadlineExceeded("the timeout passed before the call had ended")
             else:
                 log.exception("a call on a shared stream failed")
-                failure = InternalError("a fault inside the server; its log has the details")
+                failure = hidden_fault()
         self._tell(call_id, failure)
 
     def _tell(self, call_id: int, outcome: GenerateEvent | SpecinferError) -> None:
@@ -257,7 +257,7 @@ class ServedStream:
             except Exception:
                 # A fault of ours, which is this call's alone.
                 log.exception("an event on a shared stream cannot be written")
-                _fill(told, InternalError("a fault inside the server; its log has the details"))
+                _fill(told, hidden_fault())
                 if call_id in self._calls:
                     self._calls[call_id].give_up()
         if frame.ByteSize() <= self._limits.max_frame_bytes:
