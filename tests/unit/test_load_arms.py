@@ -47,12 +47,18 @@ def test_a_sweep_says_how_much_faster_each_arm_is() -> None:
     assert eight["static"].ratio == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("max_seconds", "turns"), [(0.0, 1), (9.0, 2), (100.0, 3)])
-def test_a_sweep_begins_no_turn_that_would_end_too_late(max_seconds: float, turns: int) -> None:
+@pytest.mark.parametrize(
+    ("max_seconds", "turns"), [(0.0, [1, 1]), (2.7, [1, 2]), (3.9, [2, 2]), (100.0, [3, 3])]
+)
+def test_a_sweep_begins_no_turn_that_would_end_too_late(
+    max_seconds: float, turns: list[int]
+) -> None:
     asks = simulated(dict.fromkeys(ARMS, 0.01))
-    # A turn takes three arms of ten requests of a tenth of a second each; the first also warms up.
-    options = SweepOptions((1,), 10, max_tokens=10, repeats=3, max_seconds=max_seconds)
-    assert run_in_virtual_time(run_sweep(asks, PROMPTS, options)).turns == turns
+    # A turn of one session takes three times four requests of a tenth of a second, one of eight
+    # sessions three times two; a little more where it warms up.
+    options = SweepOptions((1, 8), max_tokens=10, repeats=3, max_seconds=max_seconds)
+    report = run_in_virtual_time(run_sweep(asks, PROMPTS, options))
+    assert [cell.turns for cell in report.cells] == turns
 
 
 def test_a_speed_counts_every_request_from_the_first_to_the_last() -> None:

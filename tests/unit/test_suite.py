@@ -119,7 +119,7 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
     page = filled(EMPTY, Results.read(tmp_path))
     for said in (
         "| 200m | 0.8 | **4.50** | 40.0 | 180.0 |",
-        "| 8 | 800.0 | 800.0 | 800.0 | 1.00 | **1.00** | 10.00 | yes |",
+        "| 8 | 1 | 800.0 | 800.0 | 800.0 | 1.00 | **1.00** | 10.00 | yes |",
         "(goal 0.97: met)",
         "(goal 1.5: not met)",
         "| 300 | 300 | 300 |",

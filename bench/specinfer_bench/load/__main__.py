@@ -101,7 +101,8 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sessions", default=default, help="sessions at once, a cell each")
     parser.add_argument("--requests-a-session", type=int, default=SweepOptions.requests_a_session)
     parser.add_argument("--repeats", type=int, default=SweepOptions.repeats, help="turns of a cell")
-    parser.add_argument("--max-seconds", type=float, default=math.inf, help="begin no turn past it")
+    late = "begin no further turn that would end past it"
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help=late)
 
 
 @contextmanager

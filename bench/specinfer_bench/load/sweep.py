@@ -3,7 +3,8 @@
 Each cell keeps a number of sessions busy with the same requests and takes the speed of them all
 together. The arms of a cell run one after the other and their order turns, so that a machine whose
 speed wanders is fair to all; all cells get a turn before any gets another; ratios are taken turn by
-turn. This module starts nothing.
+turn. Where the time is bounded, cells of few sessions, whose turns are short and tell least, get
+more of them. This module starts nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class SweepOptions:
             fewer than MIN_REQUESTS in all.
         max_tokens: tokens of each answer.
         repeats: most turns of each cell.
-        max_seconds: no further turn begins that would not end within so long; one always runs.
+        max_seconds: no further turn of a cell begins that would not end within so long of the
+            sweep's beginning; one always runs.
         seed: of the first request.
 
     Raises:
@@ -91,11 +93,13 @@ class Cell:
 
     Attributes:
         requests: requests of one turn of an arm.
+        turns: times that every arm ran.
         identical: whether every request gave the same tokens in every arm and turn.
     """
 
     sessions: int
     requests: int
+    turns: int
     identical: bool
     arms: Mapping[str, ArmCell]
 
@@ -105,14 +109,12 @@ class SweepReport:
     """The cells, and what they say about the goals.
 
     Attributes:
-        turns: times that every arm of every cell ran.
         lowest_by_cost: smallest ratio of the arm chosen by cost, over all cells.
         lowest_by_cost_low_load: smallest of those at up to LOW_LOAD_SESSIONS sessions, or None.
         identical: whether no output differed anywhere.
     """
 
     cells: tuple[Cell, ...]
-    turns: int
     goal_any_load: float
     goal_low_load: float
     lowest_by_cost: float
@@ -144,11 +146,21 @@ class _Turn:
 
 @dataclass
 class _Cell:
-    """A number of sessions, and what its arms gave so far."""
+    """A number of sessions, and what its arms gave so far, in how many seconds."""
 
     sessions: int
     requests: list[Arrival]
     turns: dict[str, list[_Turn]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+    seconds: float = 0.0
+
+    @property
+    def num_turns(self) -> int:
+        """Times that every arm ran."""
+        return len(self.turns[OFF])
+
+    def ends_by(self, seconds: float) -> bool:
+        """Whether another turn, as long as those before, is over within so many; the first is."""
+        return not self.num_turns or self.seconds / self.num_turns <= seconds
 
 
 async def run_sweep(
@@ -173,23 +185,18 @@ async def run_sweep(
     cells = [
         _Cell(sessions, _requests(prompts, sessions, options)) for sessions in options.sessions
     ]
-    done = 0
-    # Another turn that takes as long as those before must end in time.
-    while done < options.repeats and _in_time(loop.time() - begun, done, options.max_seconds):
+    for _ in range(options.repeats):
         for cell in cells:
-            await _one_turn(cell, asks, done, progress)
-        done += 1
-    return _report([_summed(cell) for cell in cells], done)
+            turn_begun = loop.time()
+            if cell.ends_by(options.max_seconds - (turn_begun - begun)):
+                await _one_turn(cell, asks, progress)
+                cell.seconds += loop.time() - turn_begun
+    return _report([_summed(cell) for cell in cells])
 
 
-def _in_time(seconds: float, done: int, limit: float) -> bool:
-    return not done or seconds * (done + 1) / done <= limit
-
-
-async def _one_turn(
-    cell: _Cell, asks: Mapping[str, Ask], turn: int, progress: Callable[[str], None]
-) -> None:
+async def _one_turn(cell: _Cell, asks: Mapping[str, Ask], progress: Callable[[str], None]) -> None:
     """Run every arm once, each turn in another order."""
+    turn = cell.num_turns
     if turn == 0:
         # Prefix caches and lazy set-up: every arm finds the same.
         await _turn(asks[OFF], _short(cell.requests), cell.sessions)
@@ -227,6 +234,7 @@ def _summed(cell: _Cell) -> Cell:
     return Cell(
         cell.sessions,
         requests=len(reference),
+        turns=cell.num_turns,
         identical=all(turn.tokens == reference for arm in ARMS for turn in turns[arm]),
         arms={arm: _arm_cell(plain, turns[arm]) for arm in ARMS},
     )
@@ -248,12 +256,11 @@ def _arm_cell(plain: Sequence[float], turns: Sequence[_Turn]) -> ArmCell:
     )
 
 
-def _report(cells: Sequence[Cell], turns: int) -> SweepReport:
+def _report(cells: Sequence[Cell]) -> SweepReport:
     by_cost = {cell.sessions: cell.arms[BY_COST].ratio for cell in cells}
     low = [ratio for sessions, ratio in by_cost.items() if sessions <= LOW_LOAD_SESSIONS]
     return SweepReport(
         cells=tuple(cells),
-        turns=turns,
         goal_any_load=GOAL_ANY_LOAD,
         goal_low_load=GOAL_LOW_LOAD,
         lowest_by_cost=min(by_cost.values()),

@@ -87,7 +87,7 @@ def _router(name: str, title: str, *loads: str) -> Part:
 
 _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "40", "--repeats", "1")
-_SWEEP = "sweep --sessions 1,2,4,8,16,32,64 --max-tokens 24 --max-seconds 75"
+_SWEEP = "sweep --sessions 1,2,4,8,16,32,64 --max-tokens 24 --max-seconds 125"
 _OPEN = "open --rate 2.5 --requests 28 --max-tokens 32"
 _RATES = "rates --rates 2,8 --seconds 3 --max-tokens 24"
 _SIMULATED = (
@@ -134,9 +134,7 @@ PARTS = (
     _router(
         "cost",
         "the router's processor time",
-        "64 sessions of one client, answers at once",
         "64 long sessions of one client, answers at once",
-        "64 sessions, answers at once",
         "64 long sessions, answers at once",
     ),
     _router(
