@@ -92,7 +92,7 @@ _OPEN = "open --rate 2.5 --requests 28 --max-tokens 32"
 _RATES = "rates --rates 2,8 --seconds 3 --max-tokens 24"
 _SIMULATED = (
     "python -m specinfer_bench.load sweep --simulated --sessions 1,4,16,32,64 --max-tokens 16"
-    " --repeats 2"
+    " --repeats 2 --max-seconds 40"
 )
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
 # What is near enough to take the machine's mood for the difference: two loads each.
