@@ -79,6 +79,7 @@ LOADS = {
     "64 sessions, steps of 50 ms": Load(simulation=_STEPS),
     "4 sessions, steps of 50 ms": Load(4, simulation=_STEPS),
     "1 session, steps of 50 ms": Load(1, simulation=_STEPS),
+    "1 session on a shared call, steps of 50 ms": Load(1, one_client=True, simulation=_STEPS),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from specinfer.errors import InvalidRequest
 from specinfer_bench.load.arrivals import Arrival
-from specinfer_bench.load.asking import BY_COST, OFF
+from specinfer_bench.load.asking import BY_COST, OFF, STATIC
 from specinfer_bench.load.observation import Observation
 from specinfer_bench.load.open_loop import Ask, Clock
 from specinfer_bench.load.rates import RateCell, RatesOptions, run_rates
@@ -48,17 +48,39 @@ def test_a_sweep_says_how_much_faster_each_arm_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_seconds", "turns"), [(0.0, [1, 1]), (2.7, [1, 2]), (3.9, [2, 2]), (100.0, [3, 3])]
+    ("max_seconds", "turns"), [(0.0, [1, 1]), (2.7, [1, 2]), (3.5, [2, 2]), (100.0, [3, 3])]
 )
 def test_a_sweep_begins_no_turn_that_would_end_too_late(
     max_seconds: float, turns: list[int]
 ) -> None:
     asks = simulated(dict.fromkeys(ARMS, 0.01))
-    # A turn of one session takes three times four requests of a tenth of a second, one of eight
-    # sessions three times two; a little more where it warms up.
+    # The first turn of one session takes three times four requests of a tenth of a second, that of
+    # eight sessions three times two, and a little more to warm up; others two thirds of it.
     options = SweepOptions((1, 8), max_tokens=10, repeats=3, max_seconds=max_seconds)
     report = run_in_virtual_time(run_sweep(asks, PROMPTS, options))
     assert [cell.turns for cell in report.cells] == turns
+    tellers = [report.cells[0].arms[arm].first_token_ms.count for arm in ARMS]
+    assert tellers == [4 * turns[0], 4, 4 * turns[0]]
+
+
+def test_later_turns_have_the_arms_of_the_goals_alone_and_change_their_order() -> None:
+    asked: list[str] = []
+
+    def ask_of(arm: str) -> Ask:
+        async def ask(arrival: Arrival, seen: Observation, clock: Clock) -> None:
+            asked.append(arm)
+            await asyncio.sleep(0.01)
+            seen.events.append((clock(), arrival.max_tokens))
+
+        return ask
+
+    options = SweepOptions((1,), max_tokens=10, repeats=3)
+    asks = {arm: ask_of(arm) for arm in ARMS}
+    run_in_virtual_time(run_sweep(asks, PROMPTS, options))
+    # What ends a turn begins the next one.
+    runs = [arm for arm, before in zip(asked, ["", *asked], strict=False) if arm != before]
+    assert runs == [*ARMS, OFF, BY_COST]
+    assert [asked.count(arm) for arm in (OFF, STATIC, BY_COST)] == [12 + 3, 4, 12]
 
 
 def test_a_speed_counts_every_request_from_the_first_to_the_last() -> None:

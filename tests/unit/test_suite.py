@@ -90,6 +90,18 @@ def open_document(speculation: str) -> dict[str, object]:
     }
 
 
+def router_document() -> dict[str, object]:
+    spent = {"median": 0.19, "low": 0.1, "high": 0.2}
+    crowd = {"load": {"sessions": 64, "tokens": 256}, "router_ms_of_a_round": spent}
+    lost = {"median": 0.06, "low": 0.05, "high": 0.07}
+    alone = {**crowd, "load": {"sessions": 1, "tokens": 256}, "loss": lost}
+    loads = {
+        "crowd": {**crowd, "rounds_per_second": 4000.0},
+        "alone": {**alone, "rounds_per_second": 17.0, "loop_rounds_per_second": 17.8},
+    }
+    return {"goal_ms": 0.2, "goal_loss": 0.05, "loads": loads}
+
+
 def write_results(folder: Path, speedup: float = 4.5) -> None:
     documents = {
         "speed-200m-t0.8": speed_report(speedup),
@@ -98,7 +110,7 @@ def write_results(folder: Path, speedup: float = 4.5) -> None:
         "load-open-off": open_document(OFF),
         "load-open-by-cost": open_document(BY_COST),
         "peers-200m": {"reports": [], "skipped": {"vllm": "not installed"}, "setup": {}},
-        "router-cost": {"router_ms": {"median": 0.19, "low": 0.1, "high": 0.2}, "good": True},
+        "router-cost": router_document(),
         "kernels-kv-cache": {"lines": ["8 rows   0.1 ms"], "setup": {}},
     }
     for name, document in documents.items():
@@ -124,11 +136,12 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
         "(goal 1.5: not met)",
         "| 300 | 300 | 300 |",
         "skipped: not installed",
-        "| router ms | 0.19 (0.1 to 0.2) |",
+        "| crowd | 256 | **0.190** (0.100 to 0.200) | 0.2: met | 4000 |  |  |  |",
+        "| 17 | 17.8 | **6.0%** (5.0% to 7.0%) | 5%: not met |",
         "8 rows   0.1 ms",
         "A call that generates nothing took 2.2 and 2.2 ms after these runs.",
         "*overlap: failed, exit status 1: a / b.*",
-        "Nothing else ran on it.",
+        "Just before each part at most 0.0 of its cores were busy.",
         "| router-cost | `run router-cost` | done | 9 | 0.0 | abc1234, changed |",
     ):
         assert said in page, said

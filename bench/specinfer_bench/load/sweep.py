@@ -3,8 +3,8 @@
 Each cell keeps a number of sessions busy with the same requests and takes the speed of them all
 together. The arms of a cell run one after the other and their order turns, so that a machine whose
 speed wanders is fair to all; all cells get a turn before any gets another; ratios are taken turn by
-turn. Where the time is bounded, cells of few sessions, whose turns are short and tell least, get
-more of them. This module starts nothing.
+turn. One tree is there to compare with and runs in the first turn alone. This module starts
+nothing.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Cell:
 
     Attributes:
         requests: requests of one turn of an arm.
-        turns: times that every arm ran.
+        turns: times that it ran; one tree ran in the first of them.
         identical: whether every request gave the same tokens in every arm and turn.
     """
 
@@ -155,11 +155,11 @@ class _Cell:
 
     @property
     def num_turns(self) -> int:
-        """Times that every arm ran."""
+        """Times that it ran."""
         return len(self.turns[OFF])
 
     def ends_by(self, seconds: float) -> bool:
-        """Whether another turn, as long as those before, is over within so many; the first is."""
+        """Whether another turn, no longer than those before, is over by then; the first one is."""
         return not self.num_turns or self.seconds / self.num_turns <= seconds
 
 
@@ -195,12 +195,13 @@ async def run_sweep(
 
 
 async def _one_turn(cell: _Cell, asks: Mapping[str, Ask], progress: Callable[[str], None]) -> None:
-    """Run every arm once, each turn in another order."""
+    """Run every arm once, in the first turn, and then those two that the goals are about."""
     turn = cell.num_turns
     if turn == 0:
         # Prefix caches and lazy set-up: every arm finds the same.
         await _turn(asks[OFF], _short(cell.requests), cell.sessions)
-    for arm in (*ARMS[turn % len(ARMS) :], *ARMS[: turn % len(ARMS)]):
+    further = (BY_COST, OFF) if turn % 2 else (OFF, BY_COST)
+    for arm in further if turn else ARMS:
         found = await _turn(asks[arm], cell.requests, cell.sessions)
         cell.turns[arm].append(found)
         progress(f"{cell.sessions} sessions, {arm}: {found.speed:.1f} tokens/s")
@@ -242,7 +243,7 @@ def _summed(cell: _Cell) -> Cell:
 
 def _arm_cell(plain: Sequence[float], turns: Sequence[_Turn]) -> ArmCell:
     speeds = [turn.speed for turn in turns]
-    ratios = [speed / base for speed, base in zip(speeds, plain, strict=True)]
+    ratios = [speed / base for speed, base in zip(speeds, plain[: len(speeds)], strict=True)]
     seen = [one for turn in turns for one in turn.observations]
     return ArmCell(
         tokens_per_second=median(speeds),

@@ -20,11 +20,11 @@ from specinfer_bench.suite.results import Results
 from specinfer_bench.suite.running import DONE
 from specinfer_bench.suite.tables import (
     agreement_table,
-    numbers_table,
     open_table,
     overlap_table,
     printed,
     rates_table,
+    router_table,
     speed_table,
     sweep_table,
     table,
@@ -100,15 +100,9 @@ def _arms_of(prefix: str) -> Callable[[Results, str], str]:
     return section
 
 
-def _numbers_of(prefix: str) -> Callable[[Results, str], str]:
-    def section(results: Results, pictures: str) -> str:
-        tables = [
-            f"**{results.parts[name].title}**\n\n{numbers_table(each)}"
-            for name, each in results.named(prefix).items()
-        ]
-        return _whole(results, prefix, *tables)
-
-    return section
+def _router(results: Results, pictures: str) -> str:
+    documents = list(results.named("router-").values())
+    return _whole(results, "router-", router_table(documents) if documents else "")
 
 
 def _overlap(results: Results, pictures: str) -> str:
@@ -158,7 +152,7 @@ def _state(results: Results) -> str:
     """What else the machine did."""
     busiest = max((part.busy_cores for part in results.parts.values()), default=0.0)
     if busiest <= BUSY_CORES:
-        return "Nothing else ran on it."
+        return f"Just before each part at most {busiest:.1f} of its cores were busy."
     return (
         f"**Other work kept up to {busiest:.1f} of the machine's cores busy meanwhile**: numbers "
         "are low and wander, and only what was run in turn can be compared at all."
@@ -203,7 +197,7 @@ SECTIONS: Mapping[str, Callable[[Results, str], str]] = {
     "plain": _arms_of("plain-"),
     "peers": _arms_of("peers-"),
     "ablations": _arms_of("ablations"),
-    "router": _numbers_of("router-"),
+    "router": _router,
     "overlap": _overlap,
     "kernels": _kernels,
     "parts": _parts,

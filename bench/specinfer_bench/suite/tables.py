@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
+from specinfer_bench.load.agreement import TOLERANCE
 from specinfer_bench.suite.results import Document
 
 ARM_NAMES = {"off": "off", "static": "on, one shape", "by_cost": "chosen by cost"}
-MAX_ROWS = 40
+# The number of sessions that the goal of the router's time is stated for.
+CROWD = 64
 COUNT_NAMES = {
     "requests": "requests",
     "prompt_tokens": "prompt tokens",
@@ -161,7 +162,7 @@ def agreement_table(documents: Mapping[str, Document]) -> str:
     """The clients' numbers beside those that the router shows to Prometheus."""
     head = (
         *("speculation", "number", "router", "as told to clients", "clients' clocks"),
-        *("difference", "ms a request"),
+        *("difference", f"within {TOLERANCE:.0%}", "ms a request"),
     )
     rows = [row for each in documents.values() for row in _agreement_rows(each)]
     told = [each["empty_call_ms"] for each in documents.values() if "empty_call_ms" in each]
@@ -180,6 +181,7 @@ def _agreement_rows(report: Document) -> Iterator[list[str]]:
             f"{both['told']:.6g}" if both.get("told") is not None else "",
             f"{both['client']:.6g}",
             f"{both['difference']:+.1%}",
+            "yes" if abs(both["difference"]) <= TOLERANCE else "no",
             f"{both['way_ms']:+.2f}" if both.get("way_ms") else "",
         ]
 
@@ -209,24 +211,42 @@ def _overlap_row(name: str, arm: Document) -> list[str]:
     ]
 
 
-def numbers_table(report: Document) -> str:
-    """Any report's numbers by their names: for parts that have no table of their own."""
-    found = [row for row in _numbers("", report) if not row[0].startswith("setup")]
-    return table(("number", "value"), found[:MAX_ROWS])
+def router_table(reports: Sequence[Document]) -> str:
+    """What a round costs the router by load, and what it loses against the loop alone."""
+    head = (
+        *("load", "tokens of a session", "router's ms of a round", "goal"),
+        *("rounds/s", "loop alone, rounds/s", "loss", "goal"),
+    )
+    rows = [
+        _router_row(report, name, found)
+        for report in reports
+        for name, found in report["loads"].items()
+    ]
+    return table(head, rows)
 
 
-def _numbers(name: str, value: Any) -> Iterator[list[str]]:
-    title = name.replace("_", " ")
-    if isinstance(value, Mapping) and set(value) == {"median", "low", "high"}:
-        low, high = f"{value['low']:.4g}", f"{value['high']:.4g}"
-        yield [title, f"{value['median']:.4g} ({low} to {high})"]
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _numbers(f"{name}, {key}" if name else str(key), each)
-    elif isinstance(value, bool):
-        yield [title, _yes(value)]
-    elif isinstance(value, int | float):
-        yield [title, f"{value:.4g}" if isinstance(value, float) else str(value)]
+def _router_row(report: Document, name: str, found: Document) -> list[str]:
+    spent, load = found["router_ms_of_a_round"], found["load"]
+    row = [
+        name,
+        str(load["tokens"]),
+        f"**{spent['median']:.3f}** ({spent['low']:.3f} to {spent['high']:.3f})",
+        _goal(spent["median"], report["goal_ms"], "g") if load["sessions"] == CROWD else "",
+        f"{found['rounds_per_second']:.0f}",
+    ]
+    if "loss" not in found:
+        return [*row, "", "", ""]
+    lost = found["loss"]
+    return [
+        *row,
+        f"{found['loop_rounds_per_second']:.1f}",
+        f"**{lost['median']:.1%}** ({lost['low']:.1%} to {lost['high']:.1%})",
+        _goal(lost["median"], report["goal_loss"], ".0%"),
+    ]
+
+
+def _goal(value: float, most: float, form: str) -> str:
+    return f"{most:{form}}: {_met(value <= most)}"
 
 
 def printed(report: Document) -> str:
