@@ -120,9 +120,17 @@ def _point(num_rows: object, context_len: object, seconds: object) -> tuple[int,
 
 def _make_room(folder: Path) -> None:
     """Let the oldest files go until there are MAX_FILES; others may do so at the same time."""
-    found = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.glob("*.json"), key=_written_at)
     for path in found[: max(0, len(found) - MAX_FILES)]:
         path.unlink(missing_ok=True)
+
+
+def _written_at(path: Path) -> float:
+    """When a file was written; the beginning of time for one that is gone meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _path(folder: Path, key: Mapping[str, str]) -> Path:

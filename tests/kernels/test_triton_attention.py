@@ -140,6 +140,7 @@ def ragged_batch(geometry: Geometry) -> list[Session]:
         (torch.float32, 3, 3, 5, True),
         (torch.float16, 8, 1, 64, True),
         (torch.bfloat16, 5, 1, 96, False),
+        (torch.bfloat16, 4, 2, 128, False),
         (torch.bfloat16, 4, 1, 256, True),
         (torch.float16, 18, 1, 16, False),
     ],

@@ -82,11 +82,20 @@ def _attention_builds(launches: list[tuple[str, Any]]) -> Iterator[tuple[str, Bu
     tables = (layout.row_offsets, layout.context_lens, layout.block_tables)
     plan = attention.plan_attention(layout.row_offsets, layout.context_lens, layout.ancestors)
     yield from _take(launches, "")
-    numbers: dict[str, Any] = {"scale": 0.1, "sliding_window": None, "softcap": None}
-    for dtype, kind in ((BFLOAT16, BFLOAT16), (FLOAT16, FLOAT8)):
-        query, cache = torch.empty(5, 8, 64, dtype=dtype), torch.empty(4, 16, 2, 64, dtype=kind)
-        attention.tree_attention(query, cache, cache, *tables, plan, **numbers)
-        yield from _take(launches, str(kind))
+    plain: dict[str, Any] = {"sliding_window": None, "softcap": None}
+    cut = {"sliding_window": 9, "softcap": 5.0}
+    for dtype, kind, size, rest in (
+        (BFLOAT16, BFLOAT16, 64, plain),
+        (FLOAT16, FLOAT8, 64, plain),
+        (BFLOAT16, BFLOAT16, 128, plain),
+        (BFLOAT16, BFLOAT16, 128, {**cut, "serial": True}),
+        (BFLOAT16, BFLOAT16, 256, plain),
+        (FLOAT32, FLOAT32, 256, plain),
+    ):
+        query, cache = torch.empty(5, 8, size, dtype=dtype), torch.empty(4, 16, 2, size, dtype=kind)
+        attention.tree_attention(query, cache, cache, *tables, plan, scale=0.1, **rest)
+        label = f"{str(kind).removeprefix('torch.')} {size}"
+        yield from _take(launches, label if rest is plain else f"{label} serial, cut")
 
 
 def _linear_builds(launches: list[tuple[str, Any]]) -> Iterator[tuple[str, Build]]:

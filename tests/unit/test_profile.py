@@ -201,6 +201,16 @@ def test_the_oldest_files_make_room(tmp_path: Path) -> None:
     assert read_profile(tmp_path, KEY | {"model": str(MAX_FILES + 4)}) == PROFILE
 
 
+def test_a_file_that_another_worker_took_away_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Listed, and not there: as it is for whoever looks just after the other one's unlink.
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    write_profile(tmp_path, KEY, PROFILE)
+    assert not caplog.records
+    assert read_profile(tmp_path, KEY) == PROFILE
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = write_tiny_llama(tmp_path_factory.mktemp("profile") / "model")

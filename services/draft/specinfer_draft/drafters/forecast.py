@@ -40,6 +40,9 @@ _TOP_P_TOKENS = 256
 MAX_NOISE_BYTES = 64 * 1024 * 1024
 # Trees of several hundred sessions; a small vocabulary would else fill the bytes with what is over.
 MAX_NOISE_ROWS = 2048
+# Of so few tokens a call costs as much as the noise of several positions, and texts go on.
+SMALL_VOCABULARY = 16384
+NOISE_AHEAD = 7
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class NoiseCache:
         self._vocab_size = vocab_size
         self._device = device
         self._max_rows = max(1, min(MAX_NOISE_ROWS, max_bytes // (4 * vocab_size)))
+        self._num_ahead = NOISE_AHEAD if vocab_size <= SMALL_VOCABULARY else 0
         self._rows: OrderedDict[tuple[int, float, int], Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -92,6 +96,7 @@ class NoiseCache:
         wanted = sorted(set(positions))
         fresh = [position for position in wanted if (seed, temperature, position) not in self._rows]
         if fresh:
+            fresh += range(wanted[-1] + 1, wanted[-1] + 1 + self._num_ahead)
             seeds = torch.full((len(fresh),), seed, dtype=torch.int64)
             noise = gumbel_noise(seeds, torch.tensor(fresh, dtype=torch.int64), self._vocab_size)
             scaled = (noise * temperature).float().to(self._device)
