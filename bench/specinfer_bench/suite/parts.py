@@ -18,8 +18,10 @@ KERNEL_SECONDS = 60.0
 # Where a bench by itself would take longer than there is time here.
 KERNEL_OPTIONS = {
     "packed_linear.py": ("--rows", "1,8,16,32"),
-    "whole_pass.py": ("--rows", "1,2,4,8,16,32"),
+    "whole_pass.py": ("--model", "1b", "--contexts", "64", "--rows", "1,2,4,8,16,32"),
 }
+# What the others are parts of.
+KERNELS_FIRST = ("whole_pass.py", "packed_linear.py")
 SPEED_PREFIX = "speed-"
 # How parts are told of a cluster that runs: by its router's address, or by a file.
 BY_ADDRESS, BY_FILE = "--router", "--cluster"
@@ -95,7 +97,7 @@ _SIMULATED = (
     "python -m specinfer_bench.load sweep --simulated --sessions 1,4,16,32,64 --max-tokens 16"
     " --repeats 2 --max-seconds 40"
 )
-_PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 20"
+_PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 32"
 # What is near enough to take the machine's mood for the difference: two loads each.
 _PLAIN = f"{_PEERS} --plain --temperatures 0 --loads 2"
 _SHORT_PEERS = "--num-prompts 2 --max-tokens 16 --max-seconds 50 --repeats 1 --temperatures 0"
@@ -161,7 +163,8 @@ PACKING = Part(
 
 def all_parts(root: Path) -> tuple[Part, ...]:
     """The parts, among them one for each benchmark of kernels below `root`."""
-    files = sorted(path.name for path in (root / KERNELS).glob("*.py"))
+    found = sorted(path.name for path in (root / KERNELS).glob("*.py"))
+    files = [*KERNELS_FIRST, *(name for name in found if name not in KERNELS_FIRST)]
     here = [name for name in files if name not in NO_BENCH and not name.startswith(GPU_PREFIX)]
     return (*PARTS, *(_kernel(name) for name in here), PACKING)
 
