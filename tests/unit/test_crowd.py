@@ -198,3 +198,59 @@ def rounds_until_it_gives_up(lead: int) -> int:
 def test_a_crowd_gives_up_guesses_that_go_bad_soon() -> None:
     """Though few of its rounds are told: chances are made anew after 32 rounds of each."""
     assert max(rounds_until_it_gives_up(lead) for lead in range(40, 72, 8)) <= 40
+
+
+# A row costs the same however many there are, but for what comes with every pass.
+ROWS = StepCurve([StepCost(1, 0, 0.021), StepCost(256, 0, 0.276)])
+SURE = [[0.95]]
+
+
+def speed_over_plain(world: World, num_rounds: int = 400, num_sessions: int = 16) -> float:
+    drafter = (StepCost(1, 0, world.draft_level),)
+    policy = AdaptiveShape(ShapeQuery(12, 12), Calibration(world.costs, lambda: drafter))
+    simulation = Simulation(world, policy, num_sessions, seed=5)
+    plain = num_sessions / (world.plain_waits * world.costs.at(num_sessions, world.context_len))
+    return simulation.run(num_rounds).speed / plain
+
+
+def test_a_crowd_whose_guesses_pay_by_their_costs_and_not_by_their_rounds_leaves_them() -> None:
+    promised = speed_over_plain(World(ROWS, SURE))
+    assert promised > 1.25
+    # What rounds with guesses take beyond their passes eats up more than they bring.
+    waits = 2.0
+    assert promised / waits < 0.85
+    # A minute, that first seconds and probes, which all wait for here, weigh as little as they do.
+    assert speed_over_plain(World(ROWS, SURE, guess_waits=waits), num_rounds=1600) > 0.96
+
+
+def test_waits_that_plain_rounds_have_as_well_do_not_speak_against_guesses() -> None:
+    promised = speed_over_plain(World(ROWS, SURE))
+    waits = World(ROWS, SURE, guess_waits=2.0, plain_waits=2.0)
+    assert speed_over_plain(waits) > 0.9 * promised
+
+
+def test_guesses_are_tried_again_when_their_rounds_may_wait_less() -> None:
+    world = World(ROWS, SURE, guess_waits=2.0)
+    drafter = (StepCost(1, 0, world.draft_level),)
+    policy = AdaptiveShape(ShapeQuery(12, 12), Calibration(world.costs, lambda: drafter))
+    simulation = Simulation(world, policy, 16, seed=5)
+    simulation.run(200)
+    assert simulation.run(50).speed < 1.05 * 16 / world.costs.at(16, world.context_len)
+    world.guess_waits = 1.0
+    # A minute of plain rounds.
+    simulation.run(2000)
+    later = simulation.run(50)
+    assert later.speed > 1.2 * 16 / world.costs.at(16, world.context_len)
+
+
+def test_few_sessions_are_not_kept_from_guesses_by_what_a_crowd_saw() -> None:
+    record = Calibration(ROWS).record("", 0.0)
+    for _ in range(1000):
+        record.overruns.observe(guessing=True, seconds=4.0, expected=1.0)
+    assert record.overruns.kept < 0.3
+    calibration = Calibration(ROWS)
+    calibration.record("", 0.0).overruns = record.overruns
+    policy = AdaptiveShape(ShapeQuery(12, 12), calibration)
+    shapes = [policy.plan(SpeculationOptions(), policy.history(0.0, 100), n) for n in (2, 16)]
+    assert shapes[0].max_nodes > 1
+    assert shapes[1].max_nodes <= 1
