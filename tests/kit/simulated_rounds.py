@@ -34,8 +34,6 @@ class World:
         contention: how much longer a pass takes while others are drafted for, at most.
         gathers: whether a pass waits for who is drafted for; else nobody is held up by others.
         pace: how much longer everything takes in a round, by its number.
-        guess_waits, plain_waits: how much longer than its pass a round takes with guesses in it and
-            without, for passes in groups wait for each other.
     """
 
     costs: StepCurve
@@ -47,8 +45,6 @@ class World:
     contention: float = 1.0
     gathers: bool = False
     pace: Callable[[int], float] = lambda _: 1.0
-    guess_waits: float = 1.0
-    plain_waits: float = 1.0
 
 
 @dataclass
@@ -111,14 +107,13 @@ class Simulation:
         num_rows = sum(map(len, trees))
         verify = pace * world.costs.at(num_rows, world.context_len)
         verify *= 1.0 + (world.contention - 1.0) * num_drafted / batch
-        waited = verify * (world.guess_waits if num_drafted else world.plain_waits)
         for history, tree, seconds in zip(self._histories, trees, drafts, strict=True):
-            totals.num_tokens += 1 + self._learn(history, tree, num_rows, seconds, verify, waited)
+            totals.num_tokens += 1 + self._learn(history, tree, num_rows, seconds, verify)
             totals.num_nodes += tree.num_draft_tokens
             if self._in_turn:
                 self._plans.append(self._plan(history, told))
         totals.num_rounds += 1
-        totals.seconds += draft + waited
+        totals.seconds += draft + verify
 
     def _plan(self, history: RoundHistory, told: int) -> ShapeQuery:
         return self._policy.plan(SpeculationOptions(), history, told)
@@ -129,13 +124,7 @@ class Simulation:
         return world.draft_fixed + depth * world.draft_level if depth else 0.0
 
     def _learn(
-        self,
-        history: RoundHistory,
-        tree: TokenTree,
-        num_rows: int,
-        draft: float,
-        seconds: float,
-        waited: float,
+        self, history: RoundHistory, tree: TokenTree, num_rows: int, draft: float, seconds: float
     ) -> int:
         accepted = self._walk(tree)
         guess = Guess(
@@ -147,15 +136,8 @@ class Simulation:
             drafter="simulated" if tree.num_draft_tokens else "",
         )
         tokens = tuple(range(len(accepted) + 1))
-        result = VerifyResult(
-            1,
-            accepted,
-            tokens,
-            num_rows=num_rows,
-            compute_seconds=seconds,
-            queue_seconds=waited - seconds,
-        )
-        history.observe(guess, Checked(result, waited), context_len=self.world.context_len)
+        result = VerifyResult(1, accepted, tokens, num_rows=num_rows, compute_seconds=seconds)
+        history.observe(guess, Checked(result, seconds), context_len=self.world.context_len)
         return len(accepted)
 
     def _walk(self, tree: TokenTree) -> tuple[int, ...]:

@@ -15,8 +15,13 @@ from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
 from specinfer_router import goodput
 from specinfer_router.calibration import Acceptance, Calibration, Snapshot, shift_acceptance
-from specinfer_router.goodput import PROBE_ROUNDS, AdaptiveShape, Choice, sizes
-from specinfer_router.round_costs import RoundCosts
+from specinfer_router.goodput import (
+    PROBE_ROUNDS,
+    AdaptiveShape,
+    Choice,
+    RoundCosts,
+    sizes,
+)
 from specinfer_router.round_history import RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
 from tests.kit.simulated_rounds import Simulation, World
@@ -242,7 +247,7 @@ def test_a_choice_is_made_anew_after_passes_and_not_for_every_session_of_one(
     made, costs = list[int](), StepCurve([StepCost(1, 0, 0.05), StepCost(1024, 0, 0.05)])
     best = goodput.best_choice
 
-    def counted(tokens: TokenTable, costs: RoundCosts) -> goodput.Choice:
+    def counted(tokens: TokenTable, costs: goodput.RoundCosts) -> goodput.Choice:
         made.append(costs.num_sessions)
         return best(tokens, costs)
 

@@ -16,7 +16,7 @@ from specinfer.messages import StepCost
 from specinfer.step_curve import StepCurve
 from specinfer.tree import TokenTree
 from specinfer_router.crowd import Places
-from specinfer_router.live_costs import LiveCosts, MovingAverage, Overruns
+from specinfer_router.live_costs import LiveCosts, MovingAverage
 
 MAX_LEVELS = 8
 MAX_RANKS = 4
@@ -179,7 +179,6 @@ class DrafterRecord:
 
     Attributes:
         cost: what its answers take, to one session at a time.
-        overruns: what a crowd's rounds take beyond their costs.
         snapshot: its acceptance, made anew now and then.
         num_idle_rounds: rounds planned without a guess since the last one with a guess.
         num_busy_rounds: rounds planned with guesses, not to probe, since the last one without.
@@ -195,7 +194,6 @@ class DrafterRecord:
         # Of how many sessions it was told last, and what; mostly it is the same number again.
         self._slowness = (1, 1.0)
         self.cost = DraftCost(self._alone if costs else 0.0)
-        self.overruns = Overruns()
         self.num_idle_rounds = self.num_busy_rounds = 0
         self.num_vain_probes = self.num_vain_starts = self.crowd = 0
         self._counts = AcceptanceCounts()

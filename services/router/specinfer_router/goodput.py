@@ -11,11 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 from weakref import WeakSet
 
 from specinfer.messages import ShapeQuery, SpeculationOptions
 from specinfer_router.calibration import (
+    MAX_LEVELS,
     MOST_ACCEPTED,
     Acceptance,
     Calibration,
@@ -23,8 +24,8 @@ from specinfer_router.calibration import (
     shift_acceptance,
 )
 from specinfer_router.crowd import CROWD, RecentMost
+from specinfer_router.plain_pace import tokens_within
 from specinfer_router.policy import is_root_alone, requested
-from specinfer_router.round_costs import RoundCosts, coarse
 from specinfer_router.round_history import RoundHistory, RoundLoad
 from specinfer_router.sequoia import TokenTable, expected_tokens
 
@@ -43,12 +44,78 @@ MAX_DEPTH = 16
 ALWAYS_RIGHT: Acceptance = ((MOST_ACCEPTED,),)
 # Passes after which a choice is made again, for what passes cost is learnt from them.
 PASSES_A_CHOICE = 32
+# Costs and contexts that differ by less than this share of an octave make the same choice.
+STEPS_AN_OCTAVE = 6
 SHIFT_STEP = 0.5
+# Less than this share of a pass decides nothing, and is noise where a cost is learnt from answers.
+LEAST_SHARE = 1 / 64
 # Steps of contexts and draft seconds that make the same choice for them.
 STEPS_OF_A_CROWD = 6
 # Rounds of every session after which speculation that began was no vain start.
 LASTING_ROUNDS = 16
 MOST_VAIN_STARTS = 8
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """Seconds of a round's parts, as they are when a shape is chosen.
+
+    Attributes:
+        calibration: what passes cost.
+        num_sessions: sessions that share a pass.
+        context_len: keys that each row sees.
+        draft_fixed, draft_level: of a propose, and of each level of its tree.
+        known_level: of a level, by the drafter's own measurement; 0 when it is not known.
+        plain_seconds: for how long a crowd's plain tokens come together.
+    """
+
+    calibration: Calibration
+    num_sessions: int
+    context_len: int
+    draft_fixed: float
+    draft_level: float
+    known_level: float
+    plain_seconds: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        calibration: Calibration,
+        record: DrafterRecord,
+        num: int,
+        context: int,
+        plain_seconds: float = 0.0,
+    ) -> Self:
+        """For `num` sessions at once of `context` tokens each, drafted for together."""
+        slowness = record.slowness(num)
+        fixed, level = (slowness * seconds for seconds in record.cost.parts())
+        known = slowness * record.cost.known_level
+        return cls(calibration, num, context, fixed, level, known, plain_seconds)
+
+    def verify(self, num_nodes: int) -> float:
+        """A pass that carries `num_nodes` guesses a session, and what comes with every round."""
+        known = self.calibration
+        seconds = known.costs.at(self.num_sessions * (num_nodes + 1), self.context_len)
+        return seconds + known.overhead_seconds.value
+
+    def plain(self) -> float:
+        """A plain token; where several come together, they share what comes with a round."""
+        alone = self.verify(0)
+        if self.num_sessions <= CROWD:
+            return alone
+        together = tokens_within(self.plain_seconds, alone)
+        return alone - self.calibration.overhead_seconds.value * (1.0 - 1.0 / together)
+
+    def draft(self, depth: int) -> float:
+        """A propose of `depth` levels."""
+        return self.draft_fixed + depth * self.draft_level
+
+    def steps(self) -> tuple[int, int, int]:
+        """The same for contexts and drafters that make the same choice; passes are not in it."""
+        least = LEAST_SHARE * self.verify(0)
+        drafts = (self.draft_fixed, MAX_LEVELS * self.draft_level)
+        fixed, levels = (_step(seconds if seconds > least else 0.0) for seconds in drafts)
+        return _step(self.context_len), fixed, levels
 
 
 @dataclass(frozen=True)
@@ -89,8 +156,7 @@ class AdaptiveShape:
     that are all right would pay, nothing is tried.
 
     More than CROWD sessions are decided for as one, for their rows are each other's costs, and
-    probe that rarely from the beginning. What guesses promise them is held against what rounds with
-    guesses took beyond their costs (`Overruns`).
+    probe that rarely from the beginning.
     """
 
     def __init__(
@@ -143,8 +209,7 @@ class AdaptiveShape:
         going = history.speculating
         if going is None or crowded:
             going = record.num_idle_rounds == 0
-        gain = choice.gain * record.overruns.kept if crowded else choice.gain
-        history.speculating = gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
+        history.speculating = choice.gain > 1.0 + (STAY_MARGIN if going else START_MARGIN)
         if history.speculating:
             _goes_on(record, sharing)
             return _best_first(choice.num_nodes, choice.depth, asked.branch)
@@ -201,7 +266,7 @@ class AdaptiveShape:
             # What tells them apart, and what wanders from answer to answer, is looked at coarsely:
             # else each of the many would make a choice of its own.
             steps = self._costs(record, history).steps()
-            near = (coarse(sharing), *(step // STEPS_OF_A_CROWD for step in steps))
+            near = (_step(sharing), *(step // STEPS_OF_A_CROWD for step in steps))
         else:
             near = (sharing, *self._costs(record, history).steps())
         passes = int(self._calibration.num_passes) // PASSES_A_CHOICE
@@ -318,6 +383,11 @@ def sizes(max_nodes: int) -> Iterator[int]:
         size += max(1, size // 8)
     if max_nodes:
         yield max_nodes
+
+
+def _step(value: float) -> int:
+    """The same number for values that differ little."""
+    return round(STEPS_AN_OCTAVE * math.log2(value)) if value > 0 else -(10**6)
 
 
 def _bound(kept: OrderedDict[tuple[object, ...], Any], most: int) -> None:

@@ -1,5 +1,4 @@
-"""What a target's passes cost as they are now, by measurement and by what is seen, and beyond that
-whole rounds.
+"""What a target's passes cost as they are now: its own measurement, corrected by what is seen.
 
 This module knows nothing of sessions, drafters or shapes.
 """
@@ -9,7 +8,6 @@ from __future__ import annotations
 import math
 
 from specinfer.step_curve import StepCurve
-from specinfer_router.crowd import CROWD
 
 # Passes: how far one may lie from what was expected, how many powers of two of rows are told apart
 # (few passes have more than 256 rows, and what they cost must not stay unseen for ever), how fast
@@ -22,10 +20,6 @@ MOST_PASSES = 50.0
 LEANING_PASSES = 1.0
 # How quickly the machine's pace is followed.
 PACE_WEIGHT = 0.05
-# In how many seconds of rounds it is learnt what they take beyond their costs, and in how many of
-# others that is forgotten. Of a crowd's rounds as many as CROWD sessions have are told.
-LEARNING_SECONDS = 1.0
-FORGETTING_SECONDS = 60.0
 
 
 class MovingAverage:
@@ -92,41 +86,6 @@ class LiveCosts:
     def at(self, num_rows: int, context_len: int) -> float:
         """Seconds of a pass; see `StepCurve.at`."""
         return self._measured.at(num_rows, context_len) * self.factor(num_rows)
-
-
-class Overruns:
-    """How much longer a crowd's rounds take than costs say, with guesses and without.
-
-    Costs are those of one propose and then one pass for all. A crowd's sessions come in groups
-    whose passes wait for each other, prompts come between, and a drafter on the same machine takes
-    from the target's passes: that is seen in whole rounds. It speaks against guesses by as much as
-    they overrun more than plain rounds do, and never for them; and it is forgotten while there are
-    none, so that they are tried again.
-
-    Attributes:
-        kept: the share of a gain that is left of it, at most 1.
-    """
-
-    def __init__(self) -> None:
-        self.kept = 1.0
-        # Logarithms.
-        self._plain = self._guessing = 0.0
-
-    def observe(self, *, guessing: bool, seconds: float, expected: float) -> None:
-        """Take in a round that took so long; none takes no time, but to a clock that is coarse."""
-        if seconds <= 0.0:
-            return
-        over = min(max(math.log(seconds / expected), -FURTHEST_STEP), FURTHEST_STEP)
-        told = seconds / CROWD
-        learning = 1.0 - math.exp(-told / LEARNING_SECONDS)
-        forgetting = math.exp(-told / FORGETTING_SECONDS)
-        if guessing:
-            self._guessing += learning * (over - self._guessing)
-            self._plain *= forgetting
-        else:
-            self._plain += learning * (over - self._plain)
-            self._guessing *= forgetting
-        self.kept = math.exp(min(0.0, self._plain - self._guessing))
 
 
 def _row_class(num_rows: int) -> int:

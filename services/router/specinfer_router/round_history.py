@@ -9,8 +9,7 @@ import math
 from typing import NamedTuple
 
 from specinfer_router.calibration import Calibration, DrafterRecord
-from specinfer_router.crowd import CROWD, tellers
-from specinfer_router.round_costs import RoundCosts
+from specinfer_router.crowd import tellers
 from specinfer_router.seats import Checked, Guess
 
 OWN_WEIGHT = 0.1
@@ -93,7 +92,6 @@ class RoundHistory:
         in_turn = not (self._num_rounds + int(self._place * each)) % each
         if in_turn:
             self._observe_pass(guess, checked, each)
-            self._observe_round(guess, checked, load)
         if not guess.drafter:
             self._surprise *= 1.0 - IDLE_WEIGHT
         elif in_turn or load.probe:
@@ -114,19 +112,6 @@ class RoundHistory:
                 share=min(1.0, each * len(guess.tree) / max(1, result.num_rows)),
                 overhead_seconds=away,
             )
-
-    def _observe_round(self, guess: Guess, checked: Checked, load: RoundLoad) -> None:
-        """Tell of a crowd's round as a whole; the first one reads the prompt."""
-        tree, result = guess.tree, checked.result
-        planned = tree.num_draft_tokens or guess.root_only_reason == "budget"
-        if load.num_sessions <= CROWD or load.probe or not planned or self._num_rounds == 1:
-            return
-        costs = RoundCosts.of(self._calibration, self.record, load.num_sessions, self.context_len)
-        self.record.overruns.observe(
-            guessing=tree.num_draft_tokens > 0,
-            seconds=guess.seconds + checked.seconds,
-            expected=costs.round_of(tree, len(result.token_ids)),
-        )
 
     def _observe_guess(
         self, guess: Guess, checked: Checked, load: RoundLoad, each: int, *, after_pause: bool
