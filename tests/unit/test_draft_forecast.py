@@ -9,6 +9,7 @@ import torch
 
 from specinfer.errors import InvalidRequest
 from specinfer.sampling import SamplingParams
+from specinfer_draft.drafters import forecast
 from specinfer_draft.drafters.forecast import DrawForecast, NoiseCache, rank
 from specinfer_engine.acceptance import draw_token
 from specinfer_engine.logits import process_logits
@@ -93,6 +94,30 @@ def test_noise_is_bounded_over_all_sessions_and_stays_the_same() -> None:
             )
             assert len(small) <= 3
     assert len(large) > 3
+
+
+def test_noise_of_a_text_that_goes_on_is_made_for_several_positions_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[list[int]] = []
+
+    def noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        made.append(positions.tolist())
+        return gumbel_noise(seeds, positions, vocab_size)
+
+    monkeypatch.setattr(forecast, "gumbel_noise", noise)
+    sampling, seeds = SamplingParams(temperature=0.8, seed=1), torch.tensor([1])
+    cache = NoiseCache(VOCAB)
+    for position in (9, 10, 16, 17, 12):
+        (alone,) = gumbel_noise(seeds, torch.tensor([position]), VOCAB)
+        found = cache.scaled(sampling, [position])[position]
+        assert torch.equal(found, (alone * sampling.temperature).float())
+    assert made == [[*range(9, 17)], [*range(17, 25)]]
+    # What is known already is not made again, and of many tokens nothing is made ahead.
+    cache.scaled(sampling, [7])
+    assert made[-1] == [7, 8]
+    NoiseCache(forecast.SMALL_VOCABULARY + 1).scaled(sampling, [9])
+    assert made[-1] == [9]
 
 
 def test_sessions_that_differ_in_seed_or_temperature_share_no_noise() -> None:

@@ -136,12 +136,12 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
         "(goal 1.5: not met)",
         "| 300 | 300 | 300 |",
         "skipped: not installed",
-        "| crowd | 256 | **0.190** (0.100 to 0.200) | 0.2: met | 4000 |  |  |  |",
+        "| crowd | 256 | **0.190** (0.100 to 0.200) | 0.2 ms: met | 4000 |  |  |  |",
         "| 17 | 17.8 | **6.0%** (5.0% to 7.0%) | 5%: not met |",
         "8 rows   0.1 ms",
         "A call that generates nothing took 2.2 and 2.2 ms after these runs.",
         "*overlap: failed, exit status 1: a / b.*",
-        "Just before each part at most 0.0 of its cores were busy.",
+        "Other work kept at most 0.0 of its cores busy just before each part.",
         "| router-cost | `run router-cost` | done | 9 | 0.0 | abc1234, changed |",
     ):
         assert said in page, said

@@ -21,7 +21,7 @@ KERNEL_OPTIONS = {
     "whole_pass.py": ("--model", "1b", "--contexts", "64", "--rows", "1,2,4,8,16,32"),
 }
 # What the others are parts of.
-KERNELS_FIRST = ("whole_pass.py", "packed_linear.py")
+KERNELS_FIRST = ("packed_linear.py", "whole_pass.py")
 SPEED_PREFIX = "speed-"
 # How parts are told of a cluster that runs: by its router's address, or by a file.
 BY_ADDRESS, BY_FILE = "--router", "--cluster"
@@ -95,7 +95,7 @@ _OPEN = "open --rate 2.5 --requests 28 --max-tokens 32"
 _RATES = "rates --rates 2,8 --seconds 3 --max-tokens 24"
 _SIMULATED = (
     "python -m specinfer_bench.load sweep --simulated --sessions 1,4,16,32,64 --max-tokens 16"
-    " --repeats 2 --max-seconds 40"
+    " --repeats 2 --max-seconds 60"
 )
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 32"
 # What is near enough to take the machine's mood for the difference: two loads each.
@@ -164,7 +164,7 @@ PACKING = Part(
 def all_parts(root: Path) -> tuple[Part, ...]:
     """The parts, among them one for each benchmark of kernels below `root`."""
     found = sorted(path.name for path in (root / KERNELS).glob("*.py"))
-    files = [*KERNELS_FIRST, *(name for name in found if name not in KERNELS_FIRST)]
+    files = sorted(found, key=lambda name: name not in KERNELS_FIRST)
     here = [name for name in files if name not in NO_BENCH and not name.startswith(GPU_PREFIX)]
     return (*PARTS, *(_kernel(name) for name in here), PACKING)
 

@@ -9,7 +9,7 @@ from specinfer_bench.suite.results import Document
 
 ARM_NAMES = {"off": "off", "static": "on, one shape", "by_cost": "chosen by cost"}
 # The number of sessions that the goal of the router's time is stated for.
-CROWD = 64
+GOAL_SESSIONS = 64
 COUNT_NAMES = {
     "requests": "requests",
     "prompt_tokens": "prompt tokens",
@@ -96,7 +96,8 @@ def _ratio(arm: Document, *, bold: bool) -> str:
 def _goals(report: Document) -> str:
     lowest, low_load = report["lowest_by_cost"], report["lowest_by_cost_low_load"]
     parts = [
-        "Ratios are medians of a cell's turns (lowest to highest). "
+        "Speeds and ratios are medians of a cell's turns (lowest to highest); one shape ran in the "
+        "first of them. "
         f"Chosen by cost, the lowest ratio at any load is {lowest:.2f} "
         f"(goal {report['goal_any_load']:.2f}: {_met(lowest >= report['goal_any_load'])})"
     ]
@@ -227,11 +228,12 @@ def router_table(reports: Sequence[Document]) -> str:
 
 def _router_row(report: Document, name: str, found: Document) -> list[str]:
     spent, load = found["router_ms_of_a_round"], found["load"]
+    goal = _goal(spent["median"], report["goal_ms"], "g", " ms")
     row = [
         name,
         str(load["tokens"]),
         f"**{spent['median']:.3f}** ({spent['low']:.3f} to {spent['high']:.3f})",
-        _goal(spent["median"], report["goal_ms"], "g") if load["sessions"] == CROWD else "",
+        goal if load["sessions"] == GOAL_SESSIONS else "",
         f"{found['rounds_per_second']:.0f}",
     ]
     if "loss" not in found:
@@ -245,8 +247,8 @@ def _router_row(report: Document, name: str, found: Document) -> list[str]:
     ]
 
 
-def _goal(value: float, most: float, form: str) -> str:
-    return f"{most:{form}}: {_met(value <= most)}"
+def _goal(value: float, most: float, form: str, unit: str = "") -> str:
+    return f"{most:{form}}{unit}: {_met(value <= most)}"
 
 
 def printed(report: Document) -> str:
