@@ -141,7 +141,7 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
         "8 rows   0.1 ms",
         "A call that generates nothing took 2.2 and 2.2 ms after these runs.",
         "*overlap: failed, exit status 1: a / b.*",
-        "Other work kept at most 0.0 of its cores busy just before each part.",
+        "Other work kept at most 0.0 of the machine's cores busy just before each part.",
         "| router-cost | `run router-cost` | done | 9 | 0.0 | abc1234, changed |",
     ):
         assert said in page, said

@@ -195,16 +195,22 @@ async def run_sweep(
 
 
 async def _one_turn(cell: _Cell, asks: Mapping[str, Ask], progress: Callable[[str], None]) -> None:
-    """Run every arm once, in the first turn, and then those two that the goals are about."""
+    """Run each of the turn's arms once."""
     turn = cell.num_turns
     if turn == 0:
         # Prefix caches and lazy set-up: every arm finds the same.
         await _turn(asks[OFF], _short(cell.requests), cell.sessions)
-    further = (BY_COST, OFF) if turn % 2 else (OFF, BY_COST)
-    for arm in further if turn else ARMS:
+    for arm in _arms(turn):
         found = await _turn(asks[arm], cell.requests, cell.sessions)
         cell.turns[arm].append(found)
         progress(f"{cell.sessions} sessions, {arm}: {found.speed:.1f} tokens/s")
+
+
+def _arms(turn: int) -> Sequence[str]:
+    """All in the first turn, then those that the goals are about, in changing order."""
+    if turn == 0:
+        return ARMS
+    return (BY_COST, OFF) if turn % 2 else (OFF, BY_COST)
 
 
 def _requests(prompts: Sequence[str], sessions: int, options: SweepOptions) -> list[Arrival]:

@@ -152,7 +152,10 @@ def _state(results: Results) -> str:
     """What else the machine did."""
     busiest = max((part.busy_cores for part in results.parts.values()), default=0.0)
     if busiest <= BUSY_CORES:
-        return f"Other work kept at most {busiest:.1f} of its cores busy just before each part."
+        return (
+            f"Other work kept at most {busiest:.1f} of the machine's cores busy just before each "
+            "part."
+        )
     return (
         f"**Other work kept up to {busiest:.1f} of the machine's cores busy meanwhile**: numbers "
         "are low and wander, and only what was run in turn can be compared at all."
