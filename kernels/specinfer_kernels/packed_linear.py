@@ -276,5 +276,10 @@ def _reorder(weight: Tensor) -> Tensor:
 def _onednn_serves(dtype: torch.dtype) -> bool:
     if not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return False
-    # Without AVX-512 or its like oneDNN refuses to lay bfloat16 weights out.
-    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype != torch.bfloat16:
+        return True
+    # With a matrix unit a row's bits would follow the number of rows and of threads; without
+    # AVX-512 or its like oneDNN refuses to lay bfloat16 weights out.
+    if torch.cpu._is_amx_tile_supported():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -5,7 +5,7 @@ architecture into `prebuilt/`; a process takes the highest level that its proces
 of a library hashes its sources and options, so one that was left behind is never loaded. The
 arithmetic is the same sequence of operations as in a build for the machine itself. Two levels
 differ where one lacks fused multiply-add in 64-byte vectors, and in bfloat16 where the processor
-multiplies pairs, which only the highest level makes use of. Knows files, not loading.
+multiplies pairs or matrices, which only the highest level makes use of. Knows files, not loading.
 """
 
 import hashlib

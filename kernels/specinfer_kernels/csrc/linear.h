@@ -2,19 +2,22 @@
 //
 // A panel is 32 outputs: at step s it has one 32-bit word of weights of each (a float32, or two
 // bfloat16 of neighbouring inputs). Each output is one chain over the steps in order, see
-// linear_tiles.h. Nothing else is ever summed, so a row's bits depend on neither the other rows nor
-// the threads. Rows lie side by side in registers (a tile), and all tiles take a block of steps of a
-// panel while it is in the nearest cache, so memory sees each weight once. int8 weights become words
-// by blocks, and so do halves of words where each of several tiles would widen them again.
+// linear_tiles.h, or what a matrix unit makes of them, see linear_matrices.h. Nothing else is ever
+// summed, so a row's bits depend on neither the other rows nor the threads. Rows lie side by side in
+// registers (a tile), and all tiles take a block of steps of a panel while it is in a near cache, so
+// memory sees each weight once. int8 weights become words by blocks, and so do halves of words where
+// each of several tiles would widen them again.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <type_traits>
 #include <vector>
 
+#include "linear_matrices.h"
 #include "linear_tiles.h"
 
 namespace specinfer {
@@ -57,6 +60,8 @@ constexpr int64_t kChunkBytes = 1 << 17;  // weights that a thread takes at a ti
 // Where fewer rows share a weight the loads run ahead by themselves, and fetching is in their way;
 // those of words that were widened are too few to run ahead.
 constexpr int64_t kFetchRows = 6;
+constexpr int64_t kMatrixBlockSteps = 128;  // of the matrix unit, instead of kBlockSteps
+constexpr int64_t kFetchMatrices = 16384;   // bytes that it fetches ahead
 constexpr int64_t kSerialLinear = 1 << 20;
 constexpr int64_t kAloneRows = 14;      // most rows that a thread lays out for itself
 constexpr int64_t kOwnWords = 1 << 20;  // most words of all threads' own layouts together
@@ -69,9 +74,27 @@ struct LinearPlan {
     LinearRows rows;
     int64_t steps, panels, num_tiles, tile_rows, step_bytes, panel_bytes;
     int64_t row_words;      // of a row: kParts of each step
-    const uint32_t* words;  // rows as words, [tile][step][part][row of the tile]
+    const uint32_t* words;  // rows as words, [tile][step / kRun][part][row of the tile][kRun]
     bool alone;             // each thread lays the rows out for itself
+    bool alike;             // all tiles have tile_rows; the last begins among the one before's
 
+    struct Tile {
+        int64_t start, rows;
+        int64_t place;  // rows whose words lie before its own
+    };
+    Tile tile(int64_t index) const {
+        if (alike)
+            return {std::min(index * tile_rows, rows.num_rows - tile_rows), tile_rows,
+                    index * tile_rows};
+        const int64_t start = tile_start(index);
+        return {start, tile_start(index + 1) - start, start};
+    }
+    const uint32_t* words_of(const Tile& tile, int64_t words_before) const {
+        return words + tile.place * row_words + words_before * tile.rows;
+    }
+    int64_t num_words() const { return (alike ? num_tiles * tile_rows : rows.num_rows) * row_words; }
+
+  private:
     // Of two tiles the first is as large as it can be, so that memory streams for most of the time;
     // fewer than kLeastRows would not fill the multiplier's pipeline.
     int64_t tile_start(int64_t tile) const {
@@ -82,13 +105,15 @@ struct LinearPlan {
     }
 };
 
-template <class Kind> void store_panel(const LinearPlan& plan, int64_t panel, const float* sums) {
+template <class Kind>
+void store_tile(const LinearPlan& plan, const LinearPlan::Tile& tile, int64_t panel,
+                const float* sums) {
     const int64_t width = plan.weight.out_features;
     for (int64_t column = panel * kPanel; column < std::min(width, (panel + 1) * kPanel);
          column += lanes<float>()) {
-        auto* to = (typename Kind::Stored*)plan.rows.output + column;
-        const float* from = sums + column % kPanel;
-        for (int64_t row = 0; row < plan.rows.num_rows; ++row) {
+        auto* to = (typename Kind::Stored*)plan.rows.output + tile.start * width + column;
+        const float* from = sums + tile.place * kPanel + column % kPanel;
+        for (int64_t row = 0; row < tile.rows; ++row) {
             Floats value = load(from + row * kPanel);
             if (plan.weight.scale) value = value * load(plan.weight.scale + column);
             if (plan.weight.bias) value = value + load(plan.weight.bias + column);
@@ -101,7 +126,7 @@ template <class Kind> void store_panel(const LinearPlan& plan, int64_t panel, co
 template <class STORED> constexpr bool kWidens = !std::is_void<STORED>::value;
 
 template <class Kind, class STORED> int64_t tile_rows_of(int64_t num_rows) {
-    if (kWidens<STORED>) return Kind::Widened::kTileRows;
+    if (kWidens<STORED> || Kind::kRun > 1) return Kind::Widened::kTileRows;
     return num_rows <= kWaitingRows ? kWholeRows : Kind::kTileRows;
 }
 
@@ -110,12 +135,12 @@ template <class Kind>
 void run_block(const LinearPlan& plan, const char* block, int64_t start, int64_t steps,
                float* sums) {
     const bool fetch = plan.rows.num_rows >= kFetchRows;
-    for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
-        const int64_t row = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - row;
-        const uint32_t* words = plan.words + row * plan.row_words + start * rows * Kind::kParts;
-        const AddTile add = fetch ? tile_of<Kind, kAlong>(rows) : tile_of<Kind, kNothing>(rows);
-        add((const float*)block, (const float*)words, sums + row * kPanel, steps, start == 0,
-            {block + kFetchAhead, plan.step_bytes});
+    for (int64_t index = 0; index < plan.num_tiles; ++index) {
+        const LinearPlan::Tile tile = plan.tile(index);
+        const AddTile add =
+            fetch ? tile_of<Kind, kAlong>(tile.rows) : tile_of<Kind, kNothing>(tile.rows);
+        add((const float*)block, (const float*)plan.words_of(tile, start * Kind::kParts),
+            sums + tile.place * kPanel, steps, start == 0, {block + kFetchAhead, plan.step_bytes});
     }
 }
 
@@ -126,40 +151,77 @@ void run_widened(const LinearPlan& plan, const char* block, const float* widened
     // Each tile fetches its part of the next block: memory has the time of all of them.
     constexpr int64_t kTimes = Kind::kParts / Kind::Widened::kParts;
     const int64_t bytes = steps * plan.step_bytes, num_rows = plan.rows.num_rows;
-    for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
-        const int64_t row = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - row;
-        const uint32_t* words = plan.words + row * plan.row_words + start * rows * Kind::kParts;
-        tile_of<typename Kind::Widened, kShare>(rows)(
-            widened, (const float*)words, sums + row * kPanel, steps * kTimes, start == 0,
-            {block + bytes + bytes * row / num_rows, plan.step_bytes * rows / num_rows / kTimes});
+    for (int64_t index = 0; index < plan.num_tiles; ++index) {
+        const LinearPlan::Tile tile = plan.tile(index);
+        tile_of<typename Kind::Widened, kShare>(tile.rows)(
+            widened, (const float*)plan.words_of(tile, start * Kind::kParts),
+            sums + tile.place * kPanel, steps * kTimes, start == 0,
+            {block + bytes + bytes * tile.start / num_rows,
+             plan.step_bytes * tile.rows / num_rows / kTimes});
     }
 }
 
+#ifdef SPECINFER_MATRICES
+
+// The same by the matrix unit, of `weights`, the block at `block` as words. A single tile fetches
+// what follows, each of several its part of the next block.
+inline void run_matrices(const LinearPlan& plan, const char* block, const char* weights,
+                         int64_t start, int64_t steps, float* sums) {
+    const int64_t times = steps / kMatrixSteps, parts = 4 * plan.num_tiles;
+    const int64_t lines = (kMatrixSteps * plan.step_bytes / kLine + parts - 1) / parts;
+    const char* ahead = block + (plan.num_tiles == 1 ? kFetchMatrices : steps * plan.step_bytes);
+    for (int64_t index = 0; index < plan.num_tiles; ++index) {
+        const LinearPlan::Tile tile = plan.tile(index);
+        const auto add = tile.rows > kMatrixLines ? add_matrices<true> : add_matrices<false>;
+        add(weights, (const char*)plan.words_of(tile, start), tile.rows,
+            sums + tile.place * kPanel, times, start == 0, ahead, lines);
+        ahead += times * 4 * lines * kLine;
+    }
+}
+
+#endif
+
+// Rows of a pass that two tiles may both have, where all tiles have the same number.
+template <class Kind> constexpr int64_t kSpareRows = Kind::kRun > 1 ? kPassRows / Kind::kTileRows : 0;
+
 // All rows of the pass through one panel.
 template <class Kind, class STORED> void run_panel(const LinearPlan& plan, int64_t panel) {
-    alignas(64) float sums[kPassRows * kPanel];
+    alignas(64) float sums[(kPassRows + kSpareRows<Kind>)*kPanel];
     alignas(64) float widened[kWidens<STORED> ? kWidenedSteps * kPanel * Kind::kParts : 1];
     const char* source = (const char*)plan.weight.panels + panel * plan.panel_bytes;
-    const bool once = plan.num_tiles == 1 && plan.rows.num_rows <= kWholeRows;
-    const int64_t most = kWidens<STORED> ? kWidenedSteps : once ? plan.steps : kBlockSteps;
+    constexpr bool kMatrix = Kind::kRun > 1;
+    const bool once = plan.num_tiles == 1 && (kMatrix || plan.rows.num_rows <= kWholeRows);
+    const int64_t most = kWidens<STORED> ? kWidenedSteps
+                         : once          ? plan.steps
+                         : kMatrix       ? kMatrixBlockSteps
+                                         : kBlockSteps;
     for (int64_t start = 0; start < plan.steps; start += most) {
         const int64_t steps = std::min(most, plan.steps - start);
         const char* block = source + start * plan.step_bytes;
-        if constexpr (kWidens<STORED>) {
-            widen_block(Kind(), (const STORED*)block, steps, widened);
+        if constexpr (kWidens<STORED>) widen_block(Kind(), (const STORED*)block, steps, widened);
+#ifdef SPECINFER_MATRICES
+        if constexpr (kMatrix)
+            run_matrices(plan, block, kWidens<STORED> ? (const char*)widened : block, start, steps,
+                         sums);
+        else
+#endif
+        if constexpr (kWidens<STORED>)
             run_widened<Kind>(plan, block, widened, start, steps, sums);
-        } else {
+        else
             run_block<Kind>(plan, block, start, steps, sums);
-        }
     }
-    store_panel<Kind>(plan, panel, sums);
+    for (int64_t index = 0; index < plan.num_tiles; ++index)
+        store_tile<Kind>(plan, plan.tile(index), panel, sums);
 }
 
 // Words of steps [first, last) of one row of a tile of `rows`; `to`: its word of the first step.
 template <class Kind>
 void lay_out_row(const typename Kind::Stored* from, int64_t in_features, int64_t first,
                  int64_t last, int64_t rows, uint32_t* to) {
-    if constexpr (Kind::kParts == Kind::kInputs) {  // a word for each input
+    if constexpr (Kind::kRun > 1) {
+        for (int64_t step = first; step < last; step += Kind::kRun)
+            std::memcpy(to + step * rows, from + step * Kind::kInputs, 4 * Kind::kRun);
+    } else if constexpr (Kind::kParts == Kind::kInputs) {  // a word for each input
         const int64_t end = std::min(last * Kind::kInputs, in_features);
         for (int64_t input = first * Kind::kInputs; input < end; ++input)
             to[input * rows] = bit_cast<uint32_t>(widen(from[input]));
@@ -177,15 +239,26 @@ void lay_out_row(const typename Kind::Stored* from, int64_t in_features, int64_t
 // The same of every row, where the tiles want them.
 template <class Kind>
 void lay_out_rows(const LinearPlan& plan, int64_t first, int64_t last, uint32_t* words) {
-    for (int64_t tile = 0; tile < plan.num_tiles; ++tile) {
-        const int64_t start = plan.tile_start(tile), rows = plan.tile_start(tile + 1) - start;
-        for (int64_t row = 0; row < rows; ++row)
-            lay_out_row<Kind>(
-                (const typename Kind::Stored*)plan.rows.input +
-                    (start + row) * plan.rows.row_stride,
-                plan.weight.in_features, first, last, rows, words + start * plan.row_words + row);
+    const auto* input = (const typename Kind::Stored*)plan.rows.input;
+    for (int64_t index = 0; index < plan.num_tiles; ++index) {
+        const LinearPlan::Tile tile = plan.tile(index);
+        uint32_t* to = words + tile.place * plan.row_words;
+        for (int64_t row = 0; row < tile.rows; ++row)
+            lay_out_row<Kind>(input + (tile.start + row) * plan.rows.row_stride,
+                              plan.weight.in_features, first, last, tile.rows,
+                              to + row * Kind::kRun);
     }
 }
+
+// What a thread's registers are to hold; nothing to say but for the matrix unit.
+template <class Kind> struct Registers {
+    explicit Registers(int64_t) {}
+};
+#ifdef SPECINFER_MATRICES
+template <> struct Registers<MatrixKind> : MatrixLines {
+    using MatrixLines::MatrixLines;
+};
+#endif
 
 // A thread's share of the panels, which others may finish.
 struct alignas(64) Share {
@@ -210,7 +283,7 @@ void run_pass(LinearPlan plan, uint32_t* words, int threads) {
     {
         LinearPlan own_plan = plan;
         const int own = omp_get_thread_num();
-        uint32_t* own_words = words + (plan.alone ? own * plan.rows.num_rows * plan.row_words : 0);
+        uint32_t* own_words = words + (plan.alone ? own * plan.num_words() : 0);
         own_plan.words = laid_out ? (const uint32_t*)plan.rows.input : own_words;
         if (!laid_out && plan.alone) lay_out_rows<Kind>(plan, 0, plan.steps, own_words);
         if (!laid_out && !plan.alone) {
@@ -219,6 +292,7 @@ void run_pass(LinearPlan plan, uint32_t* words, int threads) {
                 lay_out_rows<Kind>(plan, block * kBlockSteps,
                                    std::min(plan.steps, (block + 1) * kBlockSteps), words);
         }
+        const Registers<Kind> registers(plan.tile_rows);
         for (int turn = 0; turn < threads; ++turn) {
             Share& share = shares[size_t((own + turn) % threads)];
             for (int64_t start; (start = share.next.fetch_add(chunk)) < share.end;)
@@ -227,6 +301,21 @@ void run_pass(LinearPlan plan, uint32_t* words, int threads) {
         }
     }
 }
+
+// Memory that begins where a line does.
+template <class T> class Lines {
+    std::unique_ptr<T, void (*)(void*)> memory_;
+
+  public:
+    explicit Lines(int64_t count)
+        : memory_((T*)std::aligned_alloc(kVectorBytes,
+                                         (size_t(count) * sizeof(T) + kVectorBytes - 1) /
+                                             kVectorBytes * kVectorBytes),
+                  std::free) {
+        if (!memory_) throw std::bad_alloc();
+    }
+    T* get() const { return memory_.get(); }
+};
 
 template <class Kind, class STORED>
 void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_threads) {
@@ -245,7 +334,7 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
     // To wait for the others, and to read what they wrote, takes longer than to lay a tile out.
     plan.alone = most_rows <= kAloneRows && threads * most_rows * plan.row_words <= kOwnWords;
     const int64_t copies = plan.alone ? threads : 1;
-    std::unique_ptr<uint32_t[]> words(new uint32_t[size_t(copies * most_rows * plan.row_words)]);
+    const Lines<uint32_t> words(copies * (most_rows + kSpareRows<Kind>) * plan.row_words);
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t start = rows.num_rows * pass / passes;
         plan.rows = rows;
@@ -254,6 +343,9 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
         plan.rows.output = (typename Kind::Stored*)rows.output + start * weight.out_features;
         plan.tile_rows = tile_rows_of<Kind, STORED>(plan.rows.num_rows);
         plan.num_tiles = (plan.rows.num_rows + plan.tile_rows - 1) / plan.tile_rows;
+        plan.alike = Kind::kRun > 1;
+        if (plan.alike)
+            plan.tile_rows = (plan.rows.num_rows + plan.num_tiles - 1) / plan.num_tiles;
         run_pass<Kind, STORED>(plan, words.get(), threads);
     }
 }
@@ -272,6 +364,10 @@ inline bool linear(const LinearWeight& weight, const LinearRows& rows, int64_t n
     const bool int8 = weight.kind == kInt8ForFloat || weight.kind == kInt8ForBFloat16;
     if (weight.kind == kFloat || weight.kind == kInt8ForFloat)
         multiply<FloatKind>(weight, rows, num_threads, int8);
+#ifdef SPECINFER_MATRICES
+    else if (multiplies_matrices() && weight.in_features % (2 * kMatrixSteps) == 0)
+        multiply<MatrixKind>(weight, rows, num_threads, int8);
+#endif
 #if SPECINFER_TILES == 512
     else if (multiplies_pairs())
         multiply<PairKind>(weight, rows, num_threads, int8);

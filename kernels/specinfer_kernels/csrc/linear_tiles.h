@@ -85,13 +85,15 @@ SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
 }
 
 // What a kind says: Stored, of rows and outputs; kInputs of a word of weights; kParts, the words of
-// a row at a step; kTileRows, the most rows whose sums the registers hold, which changes no bit;
-// Widened, the kind that multiplies weights once they are words.
+// a row at a step; kRun, the words of a row that lie side by side; kTileRows, the most rows whose sums
+// the registers hold, which changes no bit; Widened, the kind that multiplies weights once they are
+// words.
 struct FloatKind {
     typedef float Stored;
     typedef FloatKind Widened;
     static constexpr int kInputs = 1;
     static constexpr int kParts = 1;
+    static constexpr int kRun = 1;
     static constexpr int kTileRows = SPECINFER_TILES == 512 ? kWholeRows : 6;
     SPECINFER_TILE static Lanes part(Lanes words, int) { return words; }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
@@ -105,6 +107,7 @@ struct PairKind {
     typedef PairKind Widened;
     static constexpr int kInputs = 2;
     static constexpr int kParts = 1;
+    static constexpr int kRun = 1;
     static constexpr int kTileRows = kWholeRows;
     SPECINFER_TILE static Lanes part(Lanes words, int) { return words; }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
@@ -119,6 +122,7 @@ struct HalvesKind {
     typedef FloatKind Widened;
     static constexpr int kInputs = 2;
     static constexpr int kParts = 2;
+    static constexpr int kRun = 1;
     static constexpr int kTileRows = SPECINFER_TILES == 512 ? 12 : kWholeRows;
     SPECINFER_TILE static Lanes part(Lanes words, int part) {
         const LaneBits bits = (LaneBits)words;

@@ -1,0 +1,70 @@
+"""The product by a processor's matrix unit: which sums it is, to the bit, and that it is what serves."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from specinfer_kernels import pack_linear
+from specinfer_kernels.native_linear import native_linear_serves
+from specinfer_kernels.prebuilt import processor_features
+from tests.kernels.cases import same_bits
+
+pytestmark = pytest.mark.skipif(
+    "amx_bf16" not in processor_features() or not native_linear_serves(torch.bfloat16),
+    reason="no matrix unit here",
+)
+INPUTS_AT_ONCE = 32
+
+
+def by_blocks(rows: Tensor, weight: Tensor) -> Tensor:
+    """bfloat16 [n, out]: of every 32 inputs the even and the odd ones are summed apart.
+
+    A product of two bfloat16 is exact in float32, so each addition rounds once.
+    """
+    total = torch.zeros(rows.shape[0], weight.shape[0])
+    for start in range(0, rows.shape[1], INPUTS_AT_ONCE):
+        sums = [torch.zeros_like(total), torch.zeros_like(total)]
+        for place in range(start, start + INPUTS_AT_ONCE):
+            sums[place % 2] += rows[:, place : place + 1].float() * weight[:, place].float()
+        total += sums[0] + sums[1]
+    return total.bfloat16()
+
+
+def by_one_chain(rows: Tensor, weight: Tensor) -> Tensor:
+    """bfloat16 [n, out]: what pairs, or halves, sum."""
+    total = torch.zeros(rows.shape[0], weight.shape[0])
+    for place in range(rows.shape[1]):
+        total += rows[:, place : place + 1].float() * weight[:, place].float()
+    return total.bfloat16()
+
+
+def make(num_rows: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """Rows and a weight whose products cancel: what is left is how each sum was rounded."""
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = torch.randn(out_features, in_features // 2, generator=generator).bfloat16()
+    rows = torch.randn(num_rows, in_features // 2, generator=generator).bfloat16()
+    return torch.cat((rows, rows.flip(1)), 1), torch.cat((weight, -weight.flip(1)), 1)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 31, 32, 33, 48, 65, 100, 257, 300])
+@pytest.mark.parametrize(("in_features", "out_features"), [(32, 1), (256, 33), (1056, 160)])
+def test_sums_are_those_of_the_unit(num_rows: int, in_features: int, out_features: int) -> None:
+    rows, weight = make(num_rows, in_features, out_features)
+    assert same_bits(pack_linear(weight, layout="native")(rows), by_blocks(rows, weight))
+
+
+def test_negative_control_one_chain_has_other_bits() -> None:
+    rows, weight = make(40, 1024, 64)
+    served = pack_linear(weight, layout="native")(rows)
+    assert not same_bits(by_one_chain(rows, weight), served)
+    assert same_bits(by_blocks(rows, weight), served)
+
+
+def test_int8_weights_are_multiplied_as_the_same_words() -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-127, 128, (70, 512), generator=generator)
+    whole[:, 0] = 127  # so that the scale of every output is 1
+    weight = whole.bfloat16()
+    rows = torch.randn(37, 512, generator=generator).bfloat16()
+    wide = pack_linear(weight, layout="native")(rows)
+    assert same_bits(pack_linear(weight, layout="native", int8=True)(rows), wide)
