@@ -1,4 +1,4 @@
-"""The product by a processor's matrix unit: which sums it is, to the bit, and that it is what serves."""
+"""The product by a processor's matrix unit: which sums it is, to the bit, and that it serves."""
 
 import pytest
 import torch
