@@ -52,7 +52,7 @@ def profile_key(loaded: LoadedModel, **more: object) -> dict[str, str]:
         "dtype": loaded.dtype_name,
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": str(torch.get_num_threads()),
-        "backend": specinfer_kernels.backend_name(device),
+        "backend": specinfer_kernels.describe_backend(device),
         "version": f"specinfer {__version__}, torch {torch.__version__}",
         "code": _code_hash(),
         **{name: str(value) for name, value in more.items()},

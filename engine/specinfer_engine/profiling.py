@@ -41,7 +41,7 @@ def profile_steps(
         folder: where costs are kept; None takes the user's cache folder.
     """
     loaded = runner.loaded
-    kernels = specinfer_kernels.backend_name(loaded.device)
+    kernels = specinfer_kernels.describe_backend(loaded.device)
     log.info("passes run on %s kernels", kernels, extra={"kernels": kernels})
     slots = min(runner.num_blocks * runner.block_size, loaded.max_model_len)
     grid = grid.within(slots)

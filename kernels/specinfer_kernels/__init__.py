@@ -4,7 +4,12 @@ Each op is one name in four places: the op here, its definition in `reference`, 
 The package imports torch and nothing of ours; it knows no model, session or scheduler.
 """
 
-from specinfer_kernels.backends import Backend, available_backends, backend_name
+from specinfer_kernels.backends import (
+    Backend,
+    available_backends,
+    backend_name,
+    describe_backend,
+)
 from specinfer_kernels.decoder_logits import (
     DecoderLayer,
     DecoderRows,
@@ -70,6 +75,7 @@ __all__ = [
     "add_rms_norm",
     "available_backends",
     "backend_name",
+    "describe_backend",
     "compact_kv",
     "copy_blocks",
     "counter_hash",

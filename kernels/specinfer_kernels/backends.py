@@ -12,6 +12,7 @@ import torch
 
 from specinfer_kernels.errors import BackendUnavailableError
 from specinfer_kernels.native import native_failure
+from specinfer_kernels.native_linear import bfloat16_products
 from specinfer_kernels.triton.runtime import triton_failure
 
 Backend = Literal["reference", "native", "triton"]
@@ -26,6 +27,15 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[Backend, ...
 def backend_name(device: torch.device | str = "cpu") -> Backend:
     """The backend that the ops take by themselves for tensors of `device`, where they have it."""
     return choose_backend(torch.device(device), None)
+
+
+def describe_backend(device: torch.device | str = "cpu") -> str:
+    """`backend_name`, with what multiplies bfloat16 where that differs between processors.
+
+    Workers whose descriptions differ give other bits; equal ones need not give the same.
+    """
+    name = backend_name(device)
+    return f"{name}, bfloat16 by {bfloat16_products()}" if name == "native" else name
 
 
 def choose_backend(

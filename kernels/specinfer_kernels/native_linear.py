@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import mmap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from specinfer_kernels.native import native_failure, native_library, raise_for
 _PANEL = 32
 _LANES = 16
 _LARGE_PAGE = 2 << 20
-# Kinds of csrc/linear.h and inputs of a word, by dtype of the rows and whether weights are int8.
+# Kinds of csrc/linear_plan.h and inputs of a word, by dtype of the rows and whether weights are int8.
 _KINDS = {
     (torch.float32, False): (0, 1),
     (torch.bfloat16, False): (1, 2),
@@ -30,8 +30,13 @@ _KINDS = {
 }
 
 
+# In the order of the enum of that name in csrc/linear_plan.h.
+BFloat16Products = Literal["none", "halves", "pairs", "matrices"]
+_PRODUCTS: tuple[BFloat16Products, ...] = ("none", "halves", "pairs", "matrices")
+
+
 class LinearWeight(ctypes.Structure):
-    """The C struct of the same name in csrc/linear.h, field by field."""
+    """The C struct of the same name in csrc/linear_plan.h, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("panels", "scale", "bias")),
@@ -66,6 +71,16 @@ def native_linear_serves(dtype: torch.dtype, int8: bool = False) -> bool:
     if (dtype, int8) not in _KINDS or native_failure():
         return False
     return bool(native_library().specinfer_linear_serves(_KINDS[dtype, int8][0]))
+
+
+def bfloat16_products() -> BFloat16Products:
+    """What multiplies bfloat16 here; two answers are two kinds of bits.
+
+    Of the processor, of the system, which may keep a matrix unit from a process, and of the compiler.
+    """
+    if native_failure():
+        return "none"
+    return _PRODUCTS[native_library().specinfer_bfloat16_products()]
 
 
 def pack_native(

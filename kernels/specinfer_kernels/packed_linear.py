@@ -2,7 +2,8 @@
 
 On a CPU a float32 or bfloat16 weight is packed once: for the C++ product where the processor has
 what it needs, which gives a row the same bits for every number of rows; else for oneDNN, which
-does so from two rows on and gets its rows padded to one of a few numbers. On a GPU Triton
+does so from two rows on, but not in bfloat16 beside a matrix unit (AMX), and gets its rows padded
+to one of a few numbers. On a GPU Triton
 multiplies, in tiles that no number of rows changes. Everything else runs `F.linear` in row blocks
 of one fixed size with both feature counts padded with zeros to whole vectors: a library takes
 another kernel for another number of rows, and for odd sizes sums in another order at some offsets.

@@ -2,7 +2,7 @@
 
 Every level that this processor can run is built as for an image, and held to the same promises. A
 sum is one chain of fused multiply-adds whatever the registers' width, so where bfloat16 is not
-multiplied in pairs two levels give the same bits.
+multiplied in pairs or by a matrix unit two levels give the same bits.
 """
 
 import math
@@ -27,9 +27,10 @@ HERE = [
 ]
 pytestmark = pytest.mark.skipif(not HERE, reason="no level of x86 fits this processor")
 DTYPES = (torch.float32, torch.bfloat16)
-# Odd widths, one output more than a panel, and large enough for threads and for several blocks.
+# Odd widths, one output more than a panel, large enough for threads and for several blocks, and
+# inputs that a matrix unit takes.
 THREADS = 3
-SHAPES = [(1, 1), (7, 33), (130, 64), (705, 250), (2050, 160)]
+SHAPES = [(1, 1), (7, 33), (130, 64), (705, 250), (2050, 160), (1056, 160)]
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15, 16, 24, 25, 28, 29, 64, 257)
 
 
@@ -110,7 +111,7 @@ def test_two_levels_have_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if dtype == torch.bfloat16 and "avx512_bf16" in processor_features():
-        pytest.skip("the higher level multiplies bfloat16 in pairs here")
+        pytest.skip("the higher level has products of bfloat16 here")
     for shape in SHAPES:
         outputs = []
         for level in HERE:

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from specinfer_kernels import pack_linear
-from specinfer_kernels.native_linear import native_linear_serves
-from specinfer_kernels.prebuilt import processor_features
+from specinfer_kernels.native import native_failure
+from specinfer_kernels.native_linear import bfloat16_products
 from tests.kernels.cases import same_bits
 
 pytestmark = pytest.mark.skipif(
-    "amx_bf16" not in processor_features() or not native_linear_serves(torch.bfloat16),
-    reason="no matrix unit here",
+    native_failure() is not None or not torch.cpu._init_amx(),
+    reason="no compiler here, or no matrix unit that the system gives",
 )
 INPUTS_AT_ONCE = 32
 
@@ -19,7 +19,8 @@ INPUTS_AT_ONCE = 32
 def by_blocks(rows: Tensor, weight: Tensor) -> Tensor:
     """bfloat16 [n, out]: of every 32 inputs the even and the odd ones are summed apart.
 
-    A product of two bfloat16 is exact in float32, so each addition rounds once.
+    A product of two bfloat16 is exact in float32, so each addition rounds once; none of these sums
+    is subnormal, which the unit would make zero.
     """
     total = torch.zeros(rows.shape[0], weight.shape[0])
     for start in range(0, rows.shape[1], INPUTS_AT_ONCE):
@@ -44,6 +45,10 @@ def make(num_rows: int, in_features: int, out_features: int) -> tuple[Tensor, Te
     weight = torch.randn(out_features, in_features // 2, generator=generator).bfloat16()
     rows = torch.randn(num_rows, in_features // 2, generator=generator).bfloat16()
     return torch.cat((rows, rows.flip(1)), 1), torch.cat((weight, -weight.flip(1)), 1)
+
+
+def test_the_unit_serves_where_the_system_gives_it() -> None:
+    assert bfloat16_products() == "matrices"
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 31, 32, 33, 48, 65, 100, 257, 300])

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from specinfer_kernels import AttentionLayout, native, prebuilt, sample_gumbel, tree_attention
+from specinfer_kernels import (
+    AttentionLayout,
+    native,
+    pack_linear,
+    prebuilt,
+    sample_gumbel,
+    tree_attention,
+)
 from specinfer_kernels.prebuilt import LEVELS, build_all, find_prebuilt, processor_features
 from tests.kernels.test_backends import COPY, fake_compiler, use_compilers
 
@@ -46,7 +53,7 @@ def test_a_library_of_other_sources_is_not_taken(
 
 
 def outputs() -> list[torch.Tensor]:
-    """Attention of a chain of five rows after three blocks, and tokens sampled from noise."""
+    """Attention of a chain of five rows after three blocks, tokens sampled from noise, a product."""
     generator = torch.Generator().manual_seed(7)
     keys, values = torch.randn(2, 4, 16, 2, 64, generator=generator)
     rows = 5
@@ -61,7 +68,9 @@ def outputs() -> list[torch.Tensor]:
     words = torch.arange(rows)
     logits = torch.randn(rows, 1000, generator=generator)
     tokens = sample_gumbel(logits, words, words, torch.zeros(rows, dtype=torch.bool))
-    return [attended, tokens]
+    weight = torch.randn(70, 96, generator=generator).bfloat16()
+    product = pack_linear(weight, layout="native")(query.view(10, 128)[:, :96].bfloat16())
+    return [attended, tokens, product]
 
 
 def test_prebuilt_and_own_build_have_the_same_bits(

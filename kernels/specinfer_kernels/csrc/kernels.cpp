@@ -134,6 +134,9 @@ void specinfer_rank_tokens(const float* values, int64_t stride, int64_t num_rows
 // Whether specinfer_linear serves weights of this kind on this processor.
 int specinfer_linear_serves(int64_t kind) { return linear_serves(kind); }
 
+// What multiplies bfloat16 on this processor, one of BFloat16Products.
+int specinfer_bfloat16_products() { return bfloat16_products(); }
+
 int specinfer_linear(const LinearWeight* weight, const void* input, int64_t row_stride,
                      int64_t num_rows, void* output, int64_t num_threads) {
     if (num_rows == 0) return kFine;

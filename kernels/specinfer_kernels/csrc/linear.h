@@ -3,44 +3,20 @@
 // A panel is 32 outputs: at step s it has one 32-bit word of weights of each (a float32, or two
 // bfloat16 of neighbouring inputs). Each output is one chain over the steps in order, see
 // linear_tiles.h, or what a matrix unit makes of them, see linear_matrices.h. Nothing else is ever
-// summed, so a row's bits depend on neither the other rows nor the threads. Rows lie side by side in
-// registers (a tile), and all tiles take a block of steps of a panel while it is in a near cache, so
-// memory sees each weight once. int8 weights become words by blocks, and so do halves of words where
-// each of several tiles would widen them again.
+// summed, so a row's bits depend on neither the other rows nor the threads. Rows lie side by side
+// in registers (a tile), and all tiles take a block of steps of a panel while it is in a near cache,
+// so memory sees each weight once. int8 weights become words by blocks, and so do halves of words
+// where each of several tiles would widen them again.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <type_traits>
 #include <vector>
 
 #include "linear_matrices.h"
+#include "linear_plan.h"
 #include "linear_tiles.h"
-
-namespace specinfer {
-
-enum LinearKind { kFloat = 0, kBFloat16 = 1, kInt8ForFloat = 2, kInt8ForBFloat16 = 3 };
-
-struct LinearWeight {
-    const void* panels;
-    const float* scale;  // of each output, padded to whole panels; null: 1
-    const float* bias;   // likewise; null: 0
-    int64_t in_features;
-    int64_t out_features;
-    int64_t kind;
-};
-
-struct LinearRows {
-    const void* input;
-    void* output;  // [num_rows, out_features]
-    int64_t num_rows;
-    int64_t row_stride;  // of the input, in elements
-};
-
-}  // namespace specinfer
 
 #ifdef SPECINFER_TILES
 
@@ -52,7 +28,6 @@ namespace specinfer {
 // once; words are widened beforehand for more rows than kWideningRows.
 constexpr int64_t kWaitingRows = SPECINFER_TILES == 512 ? 0 : 5;
 constexpr int64_t kWideningRows = SPECINFER_TILES == 512 ? 24 : kWholeRows;
-constexpr int64_t kLeastRows = 3;  // of a second tile
 constexpr int64_t kBlockSteps = SPECINFER_TILES == 512 ? 256 : 128;  // most between tiles
 constexpr int64_t kWidenedSteps = 64;     // the same of words that were widened, which are larger
 constexpr int64_t kPassRows = 256;        // most rows for one reading of the weight
@@ -67,43 +42,6 @@ constexpr int64_t kAloneRows = 14;      // most rows that a thread lays out for 
 constexpr int64_t kOwnWords = 1 << 20;  // most words of all threads' own layouts together
 
 inline bool linear_serves(int64_t kind) { return kind >= kFloat && kind <= kInt8ForBFloat16; }
-
-// What the loops of one thread need to know of a product.
-struct LinearPlan {
-    LinearWeight weight;
-    LinearRows rows;
-    int64_t steps, panels, num_tiles, tile_rows, step_bytes, panel_bytes;
-    int64_t row_words;      // of a row: kParts of each step
-    const uint32_t* words;  // rows as words, [tile][step / kRun][part][row of the tile][kRun]
-    bool alone;             // each thread lays the rows out for itself
-    bool alike;             // all tiles have tile_rows; the last begins among the one before's
-
-    struct Tile {
-        int64_t start, rows;
-        int64_t place;  // rows whose words lie before its own
-    };
-    Tile tile(int64_t index) const {
-        if (alike)
-            return {std::min(index * tile_rows, rows.num_rows - tile_rows), tile_rows,
-                    index * tile_rows};
-        const int64_t start = tile_start(index);
-        return {start, tile_start(index + 1) - start, start};
-    }
-    const uint32_t* words_of(const Tile& tile, int64_t words_before) const {
-        return words + tile.place * row_words + words_before * tile.rows;
-    }
-    int64_t num_words() const { return (alike ? num_tiles * tile_rows : rows.num_rows) * row_words; }
-
-  private:
-    // Of two tiles the first is as large as it can be, so that memory streams for most of the time;
-    // fewer than kLeastRows would not fill the multiplier's pipeline.
-    int64_t tile_start(int64_t tile) const {
-        if (num_tiles == 2 && tile == 1)
-            return std::max((rows.num_rows + 1) / 2,
-                            std::min(tile_rows, rows.num_rows - kLeastRows));
-        return rows.num_rows * tile / num_tiles;
-    }
-};
 
 template <class Kind>
 void store_tile(const LinearPlan& plan, const LinearPlan::Tile& tile, int64_t panel,
@@ -126,13 +64,13 @@ void store_tile(const LinearPlan& plan, const LinearPlan::Tile& tile, int64_t pa
 template <class STORED> constexpr bool kWidens = !std::is_void<STORED>::value;
 
 template <class Kind, class STORED> int64_t tile_rows_of(int64_t num_rows) {
-    if (kWidens<STORED> || Kind::kRun > 1) return Kind::Widened::kTileRows;
+    if (kWidens<STORED> || Kind::kAlike) return Kind::Widened::kTileRows;
     return num_rows <= kWaitingRows ? kWholeRows : Kind::kTileRows;
 }
 
 // All rows of the pass through steps [start, start + steps) of one panel, which are at `block`.
 template <class Kind>
-void run_block(const LinearPlan& plan, const char* block, int64_t start, int64_t steps,
+void run_block(Kind, const LinearPlan& plan, const char* block, int64_t start, int64_t steps,
                float* sums) {
     const bool fetch = plan.rows.num_rows >= kFetchRows;
     for (int64_t index = 0; index < plan.num_tiles; ++index) {
@@ -146,8 +84,8 @@ void run_block(const LinearPlan& plan, const char* block, int64_t start, int64_t
 
 // The same where `widened` are the words of the block.
 template <class Kind>
-void run_widened(const LinearPlan& plan, const char* block, const float* widened, int64_t start,
-                 int64_t steps, float* sums) {
+void run_widened(Kind, const LinearPlan& plan, const char* block, const float* widened,
+                 int64_t start, int64_t steps, float* sums) {
     // Each tile fetches its part of the next block: memory has the time of all of them.
     constexpr int64_t kTimes = Kind::kParts / Kind::Widened::kParts;
     const int64_t bytes = steps * plan.step_bytes, num_rows = plan.rows.num_rows;
@@ -163,8 +101,13 @@ void run_widened(const LinearPlan& plan, const char* block, const float* widened
 
 #ifdef SPECINFER_MATRICES
 
-// The same by the matrix unit, of `weights`, the block at `block` as words. A single tile fetches
-// what follows, each of several its part of the next block.
+static_assert(kBlockSteps % kMatrixSteps == 0 && kMatrixBlockSteps % kMatrixSteps == 0 &&
+                  kWidenedSteps % kMatrixSteps == 0 && kPassRows % MatrixKind::kTileRows == 0 &&
+                  kAloneRows <= MatrixKind::kTileRows,
+              "the unit takes whole blocks, and tiles that are alike few rows twice");
+
+// The same by the matrix unit, of `weights`, which are the block at `block` as words. A single tile
+// fetches what follows, each of several its part of the next block.
 inline void run_matrices(const LinearPlan& plan, const char* block, const char* weights,
                          int64_t start, int64_t steps, float* sums) {
     const int64_t times = steps / kMatrixSteps, parts = 4 * plan.num_tiles;
@@ -172,82 +115,54 @@ inline void run_matrices(const LinearPlan& plan, const char* block, const char* 
     const char* ahead = block + (plan.num_tiles == 1 ? kFetchMatrices : steps * plan.step_bytes);
     for (int64_t index = 0; index < plan.num_tiles; ++index) {
         const LinearPlan::Tile tile = plan.tile(index);
-        const auto add = tile.rows > kMatrixLines ? add_matrices<true> : add_matrices<false>;
+        const auto add = tile.rows > kMatrixRows ? add_matrices<true> : add_matrices<false>;
         add(weights, (const char*)plan.words_of(tile, start), tile.rows,
             sums + tile.place * kPanel, times, start == 0, ahead, lines);
         ahead += times * 4 * lines * kLine;
     }
 }
 
+inline void run_block(MatrixKind, const LinearPlan& plan, const char* block, int64_t start,
+                      int64_t steps, float* sums) {
+    run_matrices(plan, block, block, start, steps, sums);
+}
+
+inline void run_widened(MatrixKind, const LinearPlan& plan, const char* block,
+                        const float* widened, int64_t start, int64_t steps, float* sums) {
+    run_matrices(plan, block, (const char*)widened, start, steps, sums);
+}
+
 #endif
 
-// Rows of a pass that two tiles may both have, where all tiles have the same number.
-template <class Kind> constexpr int64_t kSpareRows = Kind::kRun > 1 ? kPassRows / Kind::kTileRows : 0;
+// Most rows of a pass that two tiles have.
+template <class Kind> constexpr int64_t kSpareRows = Kind::kAlike ? kPassRows / Kind::kTileRows : 0;
+
+// Steps that all tiles take before the next ones.
+template <class Kind, class STORED> int64_t block_steps(const LinearPlan& plan) {
+    if (kWidens<STORED>) return kWidenedSteps;
+    const bool once = Kind::kAlike || plan.rows.num_rows <= kWholeRows;
+    if (once && plan.num_tiles == 1) return plan.steps;
+    return Kind::kAlike ? kMatrixBlockSteps : kBlockSteps;
+}
 
 // All rows of the pass through one panel.
 template <class Kind, class STORED> void run_panel(const LinearPlan& plan, int64_t panel) {
     alignas(64) float sums[(kPassRows + kSpareRows<Kind>)*kPanel];
     alignas(64) float widened[kWidens<STORED> ? kWidenedSteps * kPanel * Kind::kParts : 1];
     const char* source = (const char*)plan.weight.panels + panel * plan.panel_bytes;
-    constexpr bool kMatrix = Kind::kRun > 1;
-    const bool once = plan.num_tiles == 1 && (kMatrix || plan.rows.num_rows <= kWholeRows);
-    const int64_t most = kWidens<STORED> ? kWidenedSteps
-                         : once          ? plan.steps
-                         : kMatrix       ? kMatrixBlockSteps
-                                         : kBlockSteps;
+    const int64_t most = block_steps<Kind, STORED>(plan);
     for (int64_t start = 0; start < plan.steps; start += most) {
         const int64_t steps = std::min(most, plan.steps - start);
         const char* block = source + start * plan.step_bytes;
-        if constexpr (kWidens<STORED>) widen_block(Kind(), (const STORED*)block, steps, widened);
-#ifdef SPECINFER_MATRICES
-        if constexpr (kMatrix)
-            run_matrices(plan, block, kWidens<STORED> ? (const char*)widened : block, start, steps,
-                         sums);
-        else
-#endif
-        if constexpr (kWidens<STORED>)
-            run_widened<Kind>(plan, block, widened, start, steps, sums);
-        else
-            run_block<Kind>(plan, block, start, steps, sums);
+        if constexpr (kWidens<STORED>) {
+            widen_block(Kind(), (const STORED*)block, steps, widened);
+            run_widened(Kind(), plan, block, widened, start, steps, sums);
+        } else {
+            run_block(Kind(), plan, block, start, steps, sums);
+        }
     }
     for (int64_t index = 0; index < plan.num_tiles; ++index)
         store_tile<Kind>(plan, plan.tile(index), panel, sums);
-}
-
-// Words of steps [first, last) of one row of a tile of `rows`; `to`: its word of the first step.
-template <class Kind>
-void lay_out_row(const typename Kind::Stored* from, int64_t in_features, int64_t first,
-                 int64_t last, int64_t rows, uint32_t* to) {
-    if constexpr (Kind::kRun > 1) {
-        for (int64_t step = first; step < last; step += Kind::kRun)
-            std::memcpy(to + step * rows, from + step * Kind::kInputs, 4 * Kind::kRun);
-    } else if constexpr (Kind::kParts == Kind::kInputs) {  // a word for each input
-        const int64_t end = std::min(last * Kind::kInputs, in_features);
-        for (int64_t input = first * Kind::kInputs; input < end; ++input)
-            to[input * rows] = bit_cast<uint32_t>(widen(from[input]));
-        for (int64_t input = end; input < last * Kind::kInputs; ++input) to[input * rows] = 0;
-    } else {
-        const int64_t whole = in_features / Kind::kInputs;
-        for (int64_t step = first; step < std::min(last, whole); ++step)
-            std::memcpy(to + step * rows, from + step * Kind::kInputs, 4);
-        if (whole < first || whole >= last) return;
-        to[whole * rows] = 0;  // an odd number of inputs: half a word
-        std::memcpy(to + whole * rows, from + whole * Kind::kInputs, sizeof(typename Kind::Stored));
-    }
-}
-
-// The same of every row, where the tiles want them.
-template <class Kind>
-void lay_out_rows(const LinearPlan& plan, int64_t first, int64_t last, uint32_t* words) {
-    const auto* input = (const typename Kind::Stored*)plan.rows.input;
-    for (int64_t index = 0; index < plan.num_tiles; ++index) {
-        const LinearPlan::Tile tile = plan.tile(index);
-        uint32_t* to = words + tile.place * plan.row_words;
-        for (int64_t row = 0; row < tile.rows; ++row)
-            lay_out_row<Kind>(input + (tile.start + row) * plan.rows.row_stride,
-                              plan.weight.in_features, first, last, tile.rows,
-                              to + row * Kind::kRun);
-    }
 }
 
 // What a thread's registers are to hold; nothing to say but for the matrix unit.
@@ -255,8 +170,8 @@ template <class Kind> struct Registers {
     explicit Registers(int64_t) {}
 };
 #ifdef SPECINFER_MATRICES
-template <> struct Registers<MatrixKind> : MatrixLines {
-    using MatrixLines::MatrixLines;
+template <> struct Registers<MatrixKind> : MatrixRegisters {
+    using MatrixRegisters::MatrixRegisters;
 };
 #endif
 
@@ -302,21 +217,6 @@ void run_pass(LinearPlan plan, uint32_t* words, int threads) {
     }
 }
 
-// Memory that begins where a line does.
-template <class T> class Lines {
-    std::unique_ptr<T, void (*)(void*)> memory_;
-
-  public:
-    explicit Lines(int64_t count)
-        : memory_((T*)std::aligned_alloc(kVectorBytes,
-                                         (size_t(count) * sizeof(T) + kVectorBytes - 1) /
-                                             kVectorBytes * kVectorBytes),
-                  std::free) {
-        if (!memory_) throw std::bad_alloc();
-    }
-    T* get() const { return memory_.get(); }
-};
-
 template <class Kind, class STORED>
 void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_threads) {
     LinearPlan plan{};
@@ -333,8 +233,8 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
     const int64_t most_rows = (rows.num_rows + passes - 1) / passes;
     // To wait for the others, and to read what they wrote, takes longer than to lay a tile out.
     plan.alone = most_rows <= kAloneRows && threads * most_rows * plan.row_words <= kOwnWords;
-    const int64_t copies = plan.alone ? threads : 1;
-    const Lines<uint32_t> words(copies * (most_rows + kSpareRows<Kind>) * plan.row_words);
+    const int64_t copied = plan.alone ? threads * most_rows : most_rows + kSpareRows<Kind>;
+    const AlignedWords words(copied * plan.row_words);
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t start = rows.num_rows * pass / passes;
         plan.rows = rows;
@@ -343,7 +243,7 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
         plan.rows.output = (typename Kind::Stored*)rows.output + start * weight.out_features;
         plan.tile_rows = tile_rows_of<Kind, STORED>(plan.rows.num_rows);
         plan.num_tiles = (plan.rows.num_rows + plan.tile_rows - 1) / plan.tile_rows;
-        plan.alike = Kind::kRun > 1;
+        plan.alike = Kind::kAlike;
         if (plan.alike)
             plan.tile_rows = (plan.rows.num_rows + plan.num_tiles - 1) / plan.num_tiles;
         run_pass<Kind, STORED>(plan, words.get(), threads);
@@ -357,6 +257,17 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t thread
         if (rows.num_rows > kWideningRows)
             return multiply<Kind, typename Kind::Stored>(weight, rows, threads);
     multiply<Kind, void>(weight, rows, threads);
+}
+
+// A matrix unit takes a weight only where its inputs are a multiple of 32; else pairs do.
+inline BFloat16Products bfloat16_products() {
+#ifdef SPECINFER_MATRICES
+    if (multiplies_matrices()) return kByMatrices;
+#endif
+#if SPECINFER_TILES == 512
+    if (multiplies_pairs()) return kByPairs;
+#endif
+    return kByHalves;
 }
 
 inline bool linear(const LinearWeight& weight, const LinearRows& rows, int64_t num_threads) {
@@ -384,6 +295,7 @@ inline bool linear(const LinearWeight& weight, const LinearRows& rows, int64_t n
 namespace specinfer {
 
 inline bool linear_serves(int64_t) { return false; }
+inline BFloat16Products bfloat16_products() { return kByNothing; }
 inline bool linear(const LinearWeight&, const LinearRows&, int64_t) { return false; }
 
 }  // namespace specinfer

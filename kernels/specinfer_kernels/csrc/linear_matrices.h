@@ -1,10 +1,11 @@
-// The same for a processor with a matrix unit (AMX): sixteen rows, or two such tiles, at once.
+// The innermost loop of the packed product by a matrix unit (AMX): a tile of up to 32 rows at once.
 //
-// The unit has eight registers of sixteen lines of 64 bytes. Four hold sums, of up to two tiles of
-// rows and both halves of a panel; two the words of the rows, and two those of sixteen steps of the
-// weights, which lie in memory as the unit wants them. A row's sums are that row's alone, taken over
-// the steps in order, so their bits are the same however many lines are in use. Knows words and sums,
-// no tensors and no threads.
+// The unit has eight registers, each of sixteen rows of 64 bytes. Four hold sums, of the first and
+// the last sixteen rows of a tile and both halves of a panel; two the words of the rows, and two those
+// of sixteen steps of the weights, which lie in memory as the unit wants them. Of these steps it sums
+// the products of first and of second inputs apart, adds both to each other and that to the sum, and
+// makes zero of what is subnormal. So a row's sums are its own, and their bits the same however many
+// rows are in use. Knows words and sums, no tensors and no threads.
 #pragma once
 
 #include "linear_tiles.h"
@@ -20,10 +21,10 @@
 
 namespace specinfer {
 
-constexpr int kMatrixLines = 16;  // of a register: rows, or steps of weights
+constexpr int kMatrixRows = 16;   // of a register
 constexpr int kMatrixSteps = 16;  // at once
 constexpr int64_t kMatrixBytes = kMatrixSteps * kPanel * 4;  // of a panel's weights of those steps
-constexpr int64_t kLine = 64;
+constexpr int64_t kLine = 64;  // bytes of a cache's line, as of a register's row
 
 // Whether there is such a unit and the system lets this process use it, which it must be asked for.
 inline bool multiplies_matrices() {
@@ -39,38 +40,38 @@ struct MatrixKind {
     static constexpr int kInputs = 2;
     static constexpr int kParts = 1;
     static constexpr int kRun = kMatrixSteps;
-    static constexpr int kTileRows = 2 * kMatrixLines;
+    static constexpr bool kAlike = true;
+    static constexpr int kTileRows = 2 * kMatrixRows;
 };
 
 inline void widen_block(MatrixKind, const int8_t* from, int64_t steps, float* to) {
     widen_block(PairKind(), from, steps, to);
 }
 
-// Gives a thread's registers as many lines as `rows` need, for as long as it lives.
-class MatrixLines {
+// Gives a thread's registers the rows that a tile of `rows` needs, for as long as it lives.
+class MatrixRegisters {
     struct alignas(64) Configuration {
         uint8_t palette = 1, start = 0, unused[14] = {};
         uint16_t bytes[16] = {};
-        uint8_t lines[16] = {};
+        uint8_t rows[16] = {};
     };
 
   public:
-    SPECINFER_AMX explicit MatrixLines(int64_t rows) {
-        const int first = int(std::min<int64_t>(rows, kMatrixLines)), second = int(rows) - first;
-        const int lines[] = {first, first, second, second, first, second, kMatrixLines,
-                             kMatrixLines};
+    SPECINFER_AMX explicit MatrixRegisters(int64_t rows) {
+        const int first = int(std::min<int64_t>(rows, kMatrixRows)), second = int(rows) - first;
+        const int used[] = {first, first, second, second, first, second, kMatrixRows, kMatrixRows};
         Configuration configuration;
         for (int index = 0; index < 8; ++index) {
-            configuration.lines[index] = uint8_t(lines[index]);
-            configuration.bytes[index] = lines[index] ? kLine : 0;
+            configuration.rows[index] = uint8_t(used[index]);
+            configuration.bytes[index] = used[index] ? kLine : 0;
         }
         // What the compiler is told that this reads is less than the whole.
         __asm__ volatile("" : : "r"(&configuration) : "memory");
         _tile_loadconfig(&configuration);
     }
-    SPECINFER_AMX ~MatrixLines() { _tile_release(); }
-    MatrixLines(const MatrixLines&) = delete;
-    MatrixLines& operator=(const MatrixLines&) = delete;
+    SPECINFER_AMX ~MatrixRegisters() { _tile_release(); }
+    MatrixRegisters(const MatrixRegisters&) = delete;
+    MatrixRegisters& operator=(const MatrixRegisters&) = delete;
 };
 
 // Into the cache behind the nearest one, which the words of rows fill.
@@ -79,16 +80,16 @@ inline const char* fetch_lines(const char* from, int64_t lines) {
     return from;
 }
 
-// Adds `times` times sixteen steps to the sums [rows][kPanel] of one or both tiles of rows, whose
-// words are [times][rows][16]. Fetches 4 * `lines` lines at `ahead` meanwhile each time, and not at
-// once, for loads would wait for them.
+// Adds `times` times sixteen steps to the sums [rows][kPanel] of a tile, whose words are
+// [times][rows][16]; BOTH: it has more than sixteen rows. Fetches 4 * `lines` lines at `ahead`
+// meanwhile each time, and not at once, for loads would wait for them.
 template <bool BOTH>
 SPECINFER_AMX void add_matrices(const char* weights, const char* words, int64_t rows, float* sums,
                                 int64_t times, bool fresh, const char* ahead, int64_t lines) {
     constexpr int64_t kBetween = kPanel * 4;  // bytes from a step, or a row's sums, to the next
-    const char* others = words + kMatrixLines * kLine;
+    const char* others = words + kMatrixRows * kLine;
     char* const low = (char*)sums;
-    char* const next = low + kMatrixLines * kBetween;
+    char* const next = low + kMatrixRows * kBetween;
     __asm__ volatile("" : : : "memory");  // loads of registers do not say what they read
     if (fresh) {
         _tile_zero(0);

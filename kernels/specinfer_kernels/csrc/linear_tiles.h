@@ -85,15 +85,16 @@ SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
 }
 
 // What a kind says: Stored, of rows and outputs; kInputs of a word of weights; kParts, the words of
-// a row at a step; kRun, the words of a row that lie side by side; kTileRows, the most rows whose sums
-// the registers hold, which changes no bit; Widened, the kind that multiplies weights once they are
-// words.
+// a row at a step; kRun, the words of a row that lie side by side; kAlike, whether all
+// tiles have the same number of rows; kTileRows, the most rows whose sums the registers hold, which
+// changes no bit; Widened, the kind that multiplies weights once they are words.
 struct FloatKind {
     typedef float Stored;
     typedef FloatKind Widened;
     static constexpr int kInputs = 1;
     static constexpr int kParts = 1;
     static constexpr int kRun = 1;
+    static constexpr bool kAlike = false;
     static constexpr int kTileRows = SPECINFER_TILES == 512 ? kWholeRows : 6;
     SPECINFER_TILE static Lanes part(Lanes words, int) { return words; }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
@@ -108,6 +109,7 @@ struct PairKind {
     static constexpr int kInputs = 2;
     static constexpr int kParts = 1;
     static constexpr int kRun = 1;
+    static constexpr bool kAlike = false;
     static constexpr int kTileRows = kWholeRows;
     SPECINFER_TILE static Lanes part(Lanes words, int) { return words; }
     SPECINFER_TILE static Lanes add(Lanes sum, float row, Lanes weight) {
@@ -123,6 +125,7 @@ struct HalvesKind {
     static constexpr int kInputs = 2;
     static constexpr int kParts = 2;
     static constexpr int kRun = 1;
+    static constexpr bool kAlike = false;
     static constexpr int kTileRows = SPECINFER_TILES == 512 ? 12 : kWholeRows;
     SPECINFER_TILE static Lanes part(Lanes words, int part) {
         const LaneBits bits = (LaneBits)words;
