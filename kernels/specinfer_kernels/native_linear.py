@@ -21,7 +21,7 @@ from specinfer_kernels.native import native_failure, native_library, raise_for
 _PANEL = 32
 _LANES = 16
 _LARGE_PAGE = 2 << 20
-# Kinds of csrc/linear_plan.h and inputs of a word, by dtype of the rows and whether weights are int8.
+# Kinds of csrc/linear_plan.h and inputs of a word, by dtype of rows and whether weights are int8.
 _KINDS = {
     (torch.float32, False): (0, 1),
     (torch.bfloat16, False): (1, 2),
@@ -76,11 +76,13 @@ def native_linear_serves(dtype: torch.dtype, int8: bool = False) -> bool:
 def bfloat16_products() -> BFloat16Products:
     """What multiplies bfloat16 here; two answers are two kinds of bits.
 
-    Of the processor, of the system, which may keep a matrix unit from a process, and of the compiler.
+    It is the processor, the system, which may keep a matrix unit from a process, and the compiler
+    that decide.
     """
     if native_failure():
         return "none"
-    return _PRODUCTS[native_library().specinfer_bfloat16_products()]
+    which: int = native_library().specinfer_bfloat16_products()
+    return _PRODUCTS[which]
 
 
 def pack_native(

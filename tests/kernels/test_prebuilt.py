@@ -53,7 +53,7 @@ def test_a_library_of_other_sources_is_not_taken(
 
 
 def outputs() -> list[torch.Tensor]:
-    """Attention of a chain of five rows after three blocks, tokens sampled from noise, a product."""
+    """Attention of a chain of five rows after three blocks, tokens of noise, and a product."""
     generator = torch.Generator().manual_seed(7)
     keys, values = torch.randn(2, 4, 16, 2, 64, generator=generator)
     rows = 5
