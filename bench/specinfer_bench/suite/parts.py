@@ -90,12 +90,12 @@ def _router(name: str, title: str, *loads: str) -> Part:
 _SHORT_200M = ("--num-prompts", "6", "--repeats", "1")
 _SHORT_1B = ("--num-prompts", "3", "--max-tokens", "40", "--repeats", "1")
 # All numbers of sessions, and more turns, take ten minutes: bench/results has them.
-_SWEEP = "sweep --sessions 1,4,16,64 --max-tokens 24 --max-seconds 110"
+_SWEEP = "sweep --sessions 1,4,16,64 --max-tokens 24 --repeats 6 --max-seconds 110"
 _OPEN = "open --rate 2.5 --requests 28 --max-tokens 32"
 _RATES = "rates --rates 2,8 --seconds 3 --max-tokens 24"
 _SIMULATED = (
     "python -m specinfer_bench.load sweep --simulated --sessions 1,4,16,32,64 --max-tokens 16"
-    " --repeats 2 --max-seconds 60"
+    " --repeats 3 --max-seconds 75"
 )
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 32"
 # What is near enough to take the machine's mood for the difference: two loads each.
