@@ -42,7 +42,7 @@ def profile_steps(
     """
     loaded = runner.loaded
     kernels = specinfer_kernels.describe_backend(loaded.device)
-    log.info("passes run on %s kernels", kernels, extra={"kernels": kernels})
+    log.info("kernels of all passes: %s", kernels, extra={"kernels": kernels})
     slots = min(runner.num_blocks * runner.block_size, loaded.max_model_len)
     grid = grid.within(slots)
     if runner.records_passes:

@@ -32,7 +32,7 @@ def backend_name(device: torch.device | str = "cpu") -> Backend:
 def describe_backend(device: torch.device | str = "cpu") -> str:
     """`backend_name`, with what multiplies bfloat16 where that differs between processors.
 
-    Workers whose descriptions differ give other bits; equal ones need not give the same.
+    Workers whose descriptions differ may give other bits, and so may others.
     """
     name = backend_name(device)
     return f"{name}, bfloat16 by {bfloat16_products()}" if name == "native" else name

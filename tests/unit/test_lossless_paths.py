@@ -15,7 +15,7 @@ from specinfer_cli.cluster import ClusterSettings
 from specinfer_cli.lossless_check import Tally
 from specinfer_cli.lossless_paths import ALL_PATHS, CheckedPaths, kernels_of
 from specinfer_cli.processes import Child
-from specinfer_kernels import backend_name
+from specinfer_kernels import describe_backend
 from specinfer_kernels.native import SWITCH
 from specinfer_verify.settings import Settings
 from specinfer_verify.worker import build_worker
@@ -98,4 +98,4 @@ def test_a_worker_says_what_it_runs_on(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level("INFO"):
         start(model)
     said = [getattr(record, "kernels", None) for record in caplog.records]
-    assert backend_name() in said, "the control: not turned off"
+    assert describe_backend() in said, "the control: not turned off"

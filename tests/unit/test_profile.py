@@ -34,6 +34,7 @@ from specinfer_engine.step_profile import (
     measure_step_costs,
     still_true,
 )
+from specinfer_kernels import backends
 from tests.kit.tiny_models import write_tiny_llama
 
 COSTS = (StepCost(1, 128, 0.05), StepCost(8, 128, 0.058), StepCost(1, 1024, 0.06))
@@ -225,6 +226,19 @@ def test_a_key_names_everything_that_a_cost_hangs_on(real: Runner) -> None:
     assert key == profile_key(real.loaded, rows=(1, 2))
     other = replace(real.loaded, model_hash="0" * 64)
     assert profile_key(other, rows=(1, 2)) != key
+
+
+def test_a_key_tells_what_multiplies_bfloat16(
+    real: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for products in ("pairs", "matrices"):
+        monkeypatch.setattr(backends, "bfloat16_products", lambda products=products: products)
+        monkeypatch.setattr(backends, "native_failure", lambda: None)
+        found.append(profile_key(real.loaded)["backend"])
+    assert found == ["native, bfloat16 by pairs", "native, bfloat16 by matrices"]
+    monkeypatch.setattr(backends, "native_failure", lambda: "no compiler")
+    assert profile_key(real.loaded)["backend"] == "reference"
 
 
 def test_costs_are_kept_for_the_next_start_unless_told_otherwise(

@@ -80,8 +80,8 @@ def _peers(name: str, title: str, words: str, limit_seconds: float, *skipped: st
     return Part(name, title, tuple(command), limit_seconds, grow=name.rpartition("-")[2])
 
 
-def _router(name: str, title: str, *loads: str) -> Part:
-    words = ["python", "-m", "specinfer_bench.router_cost", "--windows", "3"]
+def _router(name: str, title: str, *loads: str, windows: int = 3) -> Part:
+    words = ["python", "-m", "specinfer_bench.router_cost", "--windows", str(windows)]
     for load in loads:
         words += ["--load", load]
     return Part(f"router-{name}", title, tuple(words), limit_seconds=90.0)
@@ -100,7 +100,7 @@ _SIMULATED = (
 _PEERS = "--num-prompts 2 --max-tokens 32 --max-seconds 32"
 # What is near enough to take the machine's mood for the difference: two loads each.
 _PLAIN = f"{_PEERS} --plain --temperatures 0 --loads 2"
-_SHORT_PEERS = "--num-prompts 2 --max-tokens 16 --max-seconds 50 --repeats 1 --temperatures 0"
+_SHORT_PEERS = "--num-prompts 2 --max-tokens 24 --max-seconds 50 --repeats 1 --temperatures 0"
 _ONE_PROCESS = "specinfer in one process"
 _SLOWER = (_ONE_PROCESS, "transformers", "OpenVINO GenAI", "vLLM", "SGLang")
 # With noise: one of the ideas is about that.
@@ -146,6 +146,7 @@ PARTS = (
         "the cluster against one process at steps of 50 ms",
         # As the SDK asks.
         "1 session on a shared call, steps of 50 ms",
+        windows=5,
     ),
     Part(
         "overlap",

@@ -104,7 +104,7 @@ void run_widened(Kind, const LinearPlan& plan, const char* block, const float* w
 static_assert(kBlockSteps % kMatrixSteps == 0 && kMatrixBlockSteps % kMatrixSteps == 0 &&
                   kWidenedSteps % kMatrixSteps == 0 && kPassRows % MatrixKind::kTileRows == 0 &&
                   kAloneRows <= MatrixKind::kTileRows,
-              "the unit takes whole blocks, and tiles that are alike few rows twice");
+              "blocks are whole for the unit, passes whole tiles, and a thread's own rows fit one");
 
 // The same by the matrix unit, of `weights`, which are the block at `block` as words. A single tile
 // fetches what follows, each of several its part of the next block.
@@ -223,6 +223,7 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
     plan.weight = weight;
     plan.steps = (weight.in_features + Kind::kInputs - 1) / Kind::kInputs;
     plan.row_words = plan.steps * Kind::kParts;
+    plan.alike = Kind::kAlike;
     plan.panels = (weight.out_features + kPanel - 1) / kPanel;
     constexpr int kBytes = std::is_same<STORED, int8_t>::value ? 1 : sizeof(typename Kind::Stored);
     plan.step_bytes = kPanel * Kind::kInputs * kBytes;
@@ -243,7 +244,6 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
         plan.rows.output = (typename Kind::Stored*)rows.output + start * weight.out_features;
         plan.tile_rows = tile_rows_of<Kind, STORED>(plan.rows.num_rows);
         plan.num_tiles = (plan.rows.num_rows + plan.tile_rows - 1) / plan.tile_rows;
-        plan.alike = Kind::kAlike;
         if (plan.alike)
             plan.tile_rows = (plan.rows.num_rows + plan.num_tiles - 1) / plan.num_tiles;
         run_pass<Kind, STORED>(plan, words.get(), threads);

@@ -13,6 +13,7 @@
 #if SPECINFER_TILES == 512 && defined(__linux__) && __has_include(<amxtileintrin.h>)
 #define SPECINFER_MATRICES
 
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -26,10 +27,18 @@ constexpr int kMatrixSteps = 16;  // at once
 constexpr int64_t kMatrixBytes = kMatrixSteps * kPanel * 4;  // of a panel's weights of those steps
 constexpr int64_t kLine = 64;  // bytes of a cache's line, as of a register's row
 
+// Asked of the processor, for not every compiler knows the unit's name.
+inline bool has_matrix_unit() {
+    constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    return (edx & kBFloat16) && (edx & kTiles);
+}
+
 // Whether there is such a unit and the system lets this process use it, which it must be asked for.
 inline bool multiplies_matrices() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
-    static const bool granted = multiplies_pairs() && __builtin_cpu_supports("amx-bf16") &&
+    static const bool granted = multiplies_pairs() && has_matrix_unit() &&
                                 syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
     return granted;
 }

@@ -85,9 +85,9 @@ SPECINFER_TILE LaneInts widen_pairs(const int8_t* from) {
 }
 
 // What a kind says: Stored, of rows and outputs; kInputs of a word of weights; kParts, the words of
-// a row at a step; kRun, the words of a row that lie side by side; kAlike, whether all
-// tiles have the same number of rows; kTileRows, the most rows whose sums the registers hold, which
-// changes no bit; Widened, the kind that multiplies weights once they are words.
+// a row at a step; kRun, the words of a row that lie side by side; kAlike, whether all tiles have the
+// same number of rows; kTileRows, the most rows whose sums the registers hold, which changes no bit;
+// Widened, the kind that multiplies weights once they are words.
 struct FloatKind {
     typedef float Stored;
     typedef FloatKind Widened;
