@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -84,11 +85,20 @@ async def test_a_stream_that_ends_meanwhile_opens_nothing(
         opened.append(session_id)
         return real(session_id, *arguments, **options)
 
+    ended, closing = asyncio.Event(), service.engine.close_stream
+
+    def noted_end(stream: object) -> None:
+        closing(stream)
+        ended.set()
+
     monkeypatch.setattr(service.engine, "open", noted)
+    monkeypatch.setattr(service.engine, "close_stream", noted_end)
     stream = service.stream()
     await send(stream, opening(1, "left", grammar=Grammar("regex", "b+")), opening(2, "b"))
     assert set(await receive(stream, 1)) == {2}
     stream.cancel()
+    async with asyncio.timeout(10):
+        await ended.wait()  # the service has heard of it
     other = service.stream()
     service.compiler.gate.set()
     await send(other, opening(1, "c", grammar=Grammar("regex", "b+")))
