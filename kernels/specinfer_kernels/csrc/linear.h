@@ -38,7 +38,8 @@ constexpr int64_t kFetchRows = 6;
 constexpr int64_t kMatrixBlockSteps = 128;  // of the matrix unit, instead of kBlockSteps
 constexpr int64_t kFetchMatrices = 16384;   // bytes that it fetches ahead
 constexpr int64_t kSerialLinear = 1 << 20;
-constexpr int64_t kAloneRows = 14;      // most rows that a thread lays out for itself
+// Most rows that a thread lays out for itself; for the unit they are whole lines to copy.
+template <class Kind> constexpr int64_t kAloneRows = Kind::kAlike ? Kind::kTileRows : 14;
 constexpr int64_t kOwnWords = 1 << 20;  // most words of all threads' own layouts together
 
 inline bool linear_serves(int64_t kind) { return kind >= kFloat && kind <= kInt8ForBFloat16; }
@@ -103,7 +104,7 @@ void run_widened(Kind, const LinearPlan& plan, const char* block, const float* w
 
 static_assert(kBlockSteps % kMatrixSteps == 0 && kMatrixBlockSteps % kMatrixSteps == 0 &&
                   kWidenedSteps % kMatrixSteps == 0 && kPassRows % MatrixKind::kTileRows == 0 &&
-                  kAloneRows <= MatrixKind::kTileRows,
+                  kAloneRows<MatrixKind> <= MatrixKind::kTileRows,
               "blocks are whole for the unit, passes whole tiles, and a thread's own rows fit one");
 
 // The same by the matrix unit, of `weights`, which are the block at `block` as words. A single tile
@@ -233,7 +234,7 @@ void multiply(const LinearWeight& weight, const LinearRows& rows, int64_t num_th
     const int64_t passes = (rows.num_rows + kPassRows - 1) / kPassRows;
     const int64_t most_rows = (rows.num_rows + passes - 1) / passes;
     // To wait for the others, and to read what they wrote, takes longer than to lay a tile out.
-    plan.alone = most_rows <= kAloneRows && threads * most_rows * plan.row_words <= kOwnWords;
+    plan.alone = most_rows <= kAloneRows<Kind> && threads * most_rows * plan.row_words <= kOwnWords;
     const int64_t copied = plan.alone ? threads * most_rows : most_rows + kSpareRows<Kind>;
     const AlignedWords words(copied * plan.row_words);
     for (int64_t pass = 0; pass < passes; ++pass) {
