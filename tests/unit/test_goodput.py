@@ -218,6 +218,15 @@ def test_many_that_begin_at_once_are_not_each_taken_to_be_alone() -> None:
     assert policy.plan(ANY, histories[0], 1).max_nodes > 4, "alone again"
 
 
+def test_of_many_that_are_let_in_at_once_the_first_one_knows() -> None:
+    policy = AdaptiveShape(CAP, Calibration(BY_ROW))
+    histories = [policy.history(0.0, 100) for _ in range(32)]
+    assert not any(policy.plan(ANY, history, 0, 32).max_nodes for history in histories)
+    assert histories[0].load.num_sessions == 32
+    alone = AdaptiveShape(CAP, Calibration(BY_ROW))
+    assert alone.plan(ANY, alone.history(0.0, 100), 0, 1).max_nodes > 4
+
+
 def test_one_client_that_asks_in_sequence_does_not_begin_probing_anew_each_time() -> None:
     """A first plan is made without a place: the guess of one more is no load that was halved."""
     policy = AdaptiveShape(CAP, Calibration(MEASURED, lambda: (StepCost(1, 0, 0.0005),)))

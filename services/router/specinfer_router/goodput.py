@@ -227,11 +227,13 @@ class AdaptiveShape:
 
         Such a session comes on top of those that have a place, for many may begin at once, or takes
         the place of one that was there of late, at whichever worker: which will be its own nobody
-        knows yet. Those of late are counted from when somebody last planned with them.
+        knows yet. Those of late are counted from when somebody last planned with them. It is one of
+        `of_late` that are let in: of many that come at once the first would else guess as if they
+        were few, and be out of step with the others from then on.
         """
         if not num_sessions:
             self._beginning.add(history)
-            now = self._num_sessions + len(self._beginning)
+            now = max(self._num_sessions + len(self._beginning), of_late)
             return RoundLoad(self._recent.most(now), now)
         self._num_sessions, sharing = num_sessions, max(num_sessions, of_late)
         self._recent.note(sharing)

@@ -62,8 +62,9 @@ class SessionOpener:
         grammars: GrammarChecker,
         max_tree_nodes: int,
         limits: SeatLimits,
+        num_running: Callable[[], int],
     ) -> None:
-        """Take down what every session is made with."""
+        """Take down what every session is made with; `num_running`: requests that are let in."""
         self._cluster = cluster
         self._store = store
         self._tokenizer = tokenizer
@@ -72,6 +73,7 @@ class SessionOpener:
         self._grammars = grammars
         self._max_tree_nodes = max_tree_nodes
         self._limits = limits
+        self._num_running = num_running
         self.hedges = HedgeBudget()
 
     @property
@@ -237,7 +239,12 @@ class SessionOpener:
             lost_before=offset,
             tell_lost=whole,
             leaving=leaving,
+            num_at_once=self._num_at_once,
         )
+
+    def _num_at_once(self) -> int:
+        """Sessions of a verify worker when all that were let in have a place."""
+        return -(-self._num_running() // max(1, self._cluster.verifiers.num_ready))
 
     def _draft_seat(self, record: SessionRecord) -> DraftSeat:
         return DraftSeat(

@@ -39,7 +39,7 @@ class TreeShapePolicy(Protocol):
     ) -> ShapeQuery:
         """The shape to ask for when `num_sessions` share the verify worker; 0: not known yet.
 
-        A moment ago there were `of_late`, if that is more.
+        A moment ago there were `of_late`, if that is more, or in a moment, where it is not known.
         """
         ...
 

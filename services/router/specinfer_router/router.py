@@ -137,6 +137,7 @@ class Router:
             grammars=self._grammars,
             max_tree_nodes=self._limits.max_tree_nodes,
             limits=self._limits.seats,
+            num_running=lambda: self._admission.num_running,
         )
         self._runner = RequestRunner(
             admission=self._admission,

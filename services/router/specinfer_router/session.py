@@ -83,6 +83,7 @@ class Session:
         lost_before: int = 0,
         tell_lost: bool = False,
         leaving: Callable[[], bool] = lambda: False,
+        num_at_once: Callable[[], int] = lambda: 0,
     ) -> None:
         """Take over a record that the store keeps already, and its completion so far.
 
@@ -91,6 +92,7 @@ class Session:
                 are made again by rounds of their own.
             tell_lost: whether those rounds are told as well.
             leaving: asked between two rounds; true ends the loop there, to go on elsewhere.
+            num_at_once: asked while it has no place: how many sessions a worker has or will have.
             The others are what the loop is made of.
         """
         self.session_id = record.session_id
@@ -115,6 +117,7 @@ class Session:
         self._lost_before = lost_before
         self._tell_lost = tell_lost
         self._leaving = leaving
+        self._num_at_once = num_at_once
         self._history = policy.history(record.terms.sampling.temperature, len(record.token_ids))
         self._tally = RoundTally()
         self._pace = PlainPace(limits.plain_seconds)
@@ -262,11 +265,10 @@ class Session:
 
     def _shape(self) -> ShapeQuery:
         """The policy's wish within the room that is left: guesses past the end are of no use."""
-        verifier = self._verifier
+        sharing = self._verifier.num_sharing
+        of_late = self._verifier.num_of_late if sharing else self._num_at_once()
         return clip(
-            self._policy.plan(
-                self._options, self._history, verifier.num_sharing, verifier.num_of_late
-            ),
+            self._policy.plan(self._options, self._history, sharing, of_late),
             max_nodes=min(self._limits.max_tree_nodes - 1, self._room),
             max_depth=self._max_depth,
         )
