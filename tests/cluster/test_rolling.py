@@ -52,7 +52,7 @@ class Routers:
     def start(self, number: int) -> None:
         """Start a router and wait until it serves."""
         flags = ["--grpc", self.addresses[number], "--gateway", self.gateways[number]]
-        flags += ["--drain-seconds", "20", "--handover-seconds", "0.2"]
+        flags += ["--drain-seconds", "20", "--handover-seconds", "0.05"]
         flags += ["--lease-seconds", "2"]
         for flag, addresses in (
             ("--verify", self._cluster.verifiers),
